@@ -1,0 +1,7229 @@
+#!/usr/bin/env python3
+"""Let every machine on a LAN use the ChatGPT plan of the one host that is signed in.
+
+Copy this file to a host where `codex` is signed in with ChatGPT, run `python3 qoo_bridge.py`, and Codex CLI
+or any OpenAI client on another machine works through http://<host>:4050/v1. Standard library only.
+
+What it is trusted with: it reads ~/.codex/auth.json, sends the access token in it to the configured upstream
+and nowhere else, and the refresh token to the sign-in server and nowhere else. It opens no other connection,
+writes no file but auth.json and its log, and neither logs nor shows a token, a header value or a body.
+
+The path of one request:
+
+    accept -> access (network, Host, Origin, key) -> route -> read the body (bounded)
+      -> [chat -> Responses] -> normalize -> bearer -> upstream.open     401: re-read or refresh, once
+                                                                         a refusal with a known repair: once
+      -- first byte to the client: from here the status cannot change --
+      -> relay: events as they come; silence is filled; the terminal event ends it; a cut stays visible
+      -> one log line
+
+Sections; each uses only those above it, and those marked (pure) do no I/O and read no clock:
+
+     1  constants     routes, limits, field names
+     2  errors        whose fault, which status; the JSON error body
+     3  config        one table of options -> argparse, environment, --help; a frozen Config
+     4  normalize     (pure) request dict -> request dict, by named rules; repairs after a refusal
+     5  chat          (pure) Chat Completions <-> Responses
+     6  headers       (pure) heads and bodies as bytes; which fields cross; session id
+     7  sse           (pure) bytes in, events out; the fold of events into one response
+     8  websocket     (pure) frame codec
+     9  credentials   the only reader and writer of auth.json; refresh, account routing
+    10  upstream      the only opener of sockets: pool, TLS, proxy; foreign exceptions end here
+    11  catalog       the live model list and the aliases
+    12  access        (pure) who may come in
+    13  telemetry     counters, recent requests, the status page
+    14  relay         copies a reply to the client as it comes
+    15  handler       one HTTP exchange: read, check, call down, answer
+    16  server        threads, bound on them, drain, shutdown
+    17  commands      serve, client-config, ...; main(argv=None) -> int
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import calendar
+import contextlib
+import errno
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import ipaddress
+import json
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import zlib
+from bisect import bisect_left
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+
+if TYPE_CHECKING:
+    import argparse
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__version__ = "1.0.0"
+
+# == 1 constants ==============================================================
+# Routes, limits, field names; each with its unit and its source.
+
+CODEX_VERSION = "0.169.0"  # for clients that are not Codex: the backend gates models by it (WIRE 3)
+CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"  # Codex's own OAuth client, to which auth.json belongs (WIRE 2)
+AUTH_CLAIM = "https://api.openai.com/auth"  # the claim object of the tokens
+USER_AGENT = f"qoo_bridge/{__version__} (https; python)"  # for clients that are not Codex: named truthfully
+
+MAX_HEAD = 64 * 1024  # bytes of one request's or reply's head; Codex's is 3 KB
+MAX_FIELDS = 200  # header fields of one head
+MAX_TARGET = 4096  # bytes of a request target
+MAX_EVENT = 64 * 1024 * 1024  # bytes of one server-sent event; an image event is some MB
+MAX_ERROR_BODY = 256 * 1024  # bytes read of an upstream refusal
+MAX_REPLY = 16 * 1024 * 1024  # bytes of one small JSON reply: catalogue, tokens, usage
+MAX_BODIES = 1024 * 1024 * 1024  # bytes of request bodies held at once, over all requests
+STORE_SIZE = 64 * 1024 * 1024  # bytes of conversations kept for previous_response_id
+COMPRESS_FROM = 16 * 1024  # bytes of a request body that is sent compressed
+READ_SIZE = 64 * 1024  # bytes of one read
+LARGE_READ = 4 * 1024  # bytes of one TLS record, behind which more is likely to be there already
+
+HEAD_TIMEOUT = 20  # seconds for a client to send a request's head once it has begun
+BODY_STALL = 20  # seconds in which a body must gain BODY_RATE bytes a second on average
+BODY_RATE = 1024  # bytes per second: slower senders are cut
+IDLE_CLIENT = 120  # seconds that a client's kept connection may stay silent between requests
+WRITE_TIMEOUT = 60  # seconds in which a client must take at least one byte
+POOL_IDLE = 90  # seconds an unused upstream connection is kept; well below Cloudflare's own limit
+POOL_SIZE = 64  # unused upstream connections kept at once
+DRAIN_SECONDS = 30  # seconds that running streams get to end after SIGTERM
+HEAD_WAITS = 0.001  # seconds that a stream's head waits for its first piece, to go out with it
+AFTER_TERMINAL = 0.1  # seconds in which upstream may end its body after the terminal event, to be reused
+
+TOKEN_MARGIN = 300  # seconds before expiry at which a token is refreshed; as Codex does (WIRE 2)
+TOKEN_AGE = 8 * 86400  # seconds after last_refresh, where a token's expiry cannot be read (WIRE 2)
+REFRESH_PAUSE = 1  # seconds before a refresh that failed, but not finally, is tried again
+LOCK_SECONDS = 5  # seconds of tries for auth.lock; as Codex does (WIRE 2)
+TORN_SECONDS = 0.3  # seconds in which another program may finish writing auth.json
+ROUTING_AGE = 3600  # seconds between two questions for the account's routing
+CATALOG_AGE = 300  # seconds after which the model list is fetched anew
+CATALOG_WAIT = 5  # seconds that a request waits for the first model list, at most
+
+LOG_SIZE = 10 * 1024 * 1024  # bytes of bridge.log before it is rotated; one old file is kept
+
+LITE_HEADER = "x-openai-internal-codex-responses-lite"
+LITE_METADATA = "ws_request_header_x_openai_internal_codex_responses_lite"  # the same on a WebSocket (WIRE 6)
+WEBSOCKET_BETA = "responses_websockets=2026-02-06"
+
+PUBLIC = frozenset(("/healthz", "/"))  # no key is asked for here: nothing of the plan is in them
+# Passed on with this host's sign-in, exact paths only: ours -> method, upstream's; those with a slash before
+# `backend-api` are at the upstream's origin, the others below its path (DESIGN "Endpoints").
+SIDE_ROUTES = {
+    "/responses/compact": ("POST", "/responses/compact"),
+    "/alpha/search": ("POST", "/alpha/search"),
+    "/images/generations": ("POST", "/images/generations"),
+    "/images/edits": ("POST", "/images/edits"),
+    "/memories/trace_summarize": ("POST", "/memories/trace_summarize"),
+    "/backend-api/wham/usage": ("GET", "/backend-api/wham/usage"),
+    "/api/codex/usage": ("GET", "/backend-api/wham/usage"),
+}
+
+# What the backend refuses by name (WIRE 4). What came later is learned from its refusals.
+UNSUPPORTED = frozenset((
+    "background", "context_management", "max_completion_tokens", "max_output_tokens", "max_tokens",
+    "max_tool_calls", "metadata", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "stream_options",
+    "temperature", "top_p", "truncation", "user",
+))
+NEVER_DROPPED = frozenset((  # a request means nothing without them, or something else
+    "model", "input", "stream", "store", "type", "generate", "previous_response_id",
+))
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # in rising order
+
+ID_PREFIXES = {  # of item types; WIRE 4
+    "message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
+    "custom_tool_call": "ctc_", "additional_tools": "at_", "compaction": "cmp_",
+}
+MAX_ID = 64  # characters of an item id
+MAX_CACHE_KEY = 64  # characters of prompt_cache_key
+
+TERMINAL_EVENTS = frozenset(("response.completed", "response.failed", "response.incomplete"))
+
+
+# == 2 errors =================================================================
+# An error's class is its status. Messages say what was got and what was wanted, never a secret.
+
+class BridgeError(Exception):
+    """Be the answer to a request that cannot be served: status, code for programs, message for people."""
+
+    status = 500
+    code = "internal_error"
+    type = "server_error"
+
+    def __init__(self, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.headers: dict[str, str] = {}
+        if retry_after is not None:
+            self.headers["retry-after"] = str(retry_after)
+
+    by = "bridge"  # who made it, for x-qoo-bridge-error
+
+    def body(self) -> dict[str, Any]:
+        """Return the OpenAI-shaped error object."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidRequest(BridgeError):
+    """The request is not what the endpoint takes."""
+
+    status, code, type = 400, "invalid_request", "invalid_request_error"
+
+
+class MalformedHttp(InvalidRequest):
+    """The bytes are not HTTP/1.1 as this server takes it; the connection is closed after the answer."""
+
+    code = "malformed_http"
+
+
+class NotSignedIn(BridgeError):
+    """This host has no usable ChatGPT sign-in."""
+
+    status, code, type = 401, "not_signed_in", "authentication_error"
+
+
+class InvalidKey(BridgeError):
+    """The client's key is missing or unknown."""
+
+    status, code, type = 401, "invalid_api_key", "authentication_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers["www-authenticate"] = 'Bearer realm="qoo-bridge"'
+
+
+class UpgradeRequired(BridgeError):
+    """The WebSocket handshake is not of a version that is spoken here."""
+
+    status, code, type = 426, "upgrade_required", "invalid_request_error"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.headers["sec-websocket-version"] = "13"
+
+
+class Forbidden(BridgeError):
+    """The client may not come in: its network, Host or Origin."""
+
+    status, code, type = 403, "forbidden", "permission_error"
+
+
+class NotFound(BridgeError):
+    """There is nothing at this path, or under this id."""
+
+    status, code, type = 404, "not_found", "invalid_request_error"
+
+
+class MethodNotAllowed(BridgeError):
+    """The path is known, the method is not."""
+
+    status, code, type = 405, "method_not_allowed", "invalid_request_error"
+
+
+class SlowRequest(MalformedHttp):
+    """The request did not arrive in time."""
+
+    status, code = 408, "request_timeout"
+
+
+class BodyTooLarge(MalformedHttp):
+    """The request body is above --max-body."""
+
+    status, code = 413, "body_too_large"
+
+
+class TargetTooLong(MalformedHttp):
+    """The request target is above MAX_TARGET."""
+
+    status, code = 414, "target_too_long"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The content coding or type is not one that is taken here."""
+
+    status, code = 415, "unsupported_encoding"
+
+
+class TooManyRequests(BridgeError):
+    """The client's own limit of running requests is reached, and its queue is full."""
+
+    status, code, type = 429, "too_many_requests", "rate_limit_error"
+
+
+class HeadTooLarge(MalformedHttp):
+    """The request head is above MAX_HEAD or MAX_FIELDS."""
+
+    status, code = 431, "head_too_large"
+
+
+class UnknownCoding(MalformedHttp):
+    """A method or transfer coding that is not implemented."""
+
+    status, code = 501, "not_implemented"
+
+
+class BadUpstream(BridgeError):
+    """Upstream cannot be reached, went away, or answered what is no answer."""
+
+    status, code, type = 502, "upstream_error", "upstream_error"
+
+
+class Overloaded(BridgeError):
+    """This bridge has no room for one more."""
+
+    status, code, type = 503, "bridge_overloaded", "server_error"
+
+
+class UpstreamTimeout(BridgeError):
+    """Upstream did not answer in time."""
+
+    status, code, type = 504, "upstream_timeout", "upstream_error"
+
+
+class VersionNotSupported(MalformedHttp):
+    """An HTTP version other than 1.0 and 1.1."""
+
+    status, code = 505, "http_version_not_supported"
+
+
+class ClientLeft(Exception):
+    """The client closed its connection: there is nobody to answer."""
+
+
+class UpstreamRefusal(BridgeError):
+    """Upstream's own refusal, made OpenAI-shaped; keeps its status and its further fields."""
+
+    by = "upstream"
+
+    def __init__(self, status: int, error: dict[str, Any], retry_after: str | None = None) -> None:
+        message = error.get("message")
+        super().__init__(message if isinstance(message, str) else f"upstream answered {status}")
+        self.status = status
+        self.error = error
+        self.code = str(error.get("code") or error.get("type") or "upstream_error")
+        if not retry_after and status == 429:
+            retry_after = whole_seconds(error.get("resets_in_seconds"))
+        if retry_after:
+            self.headers["retry-after"] = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """Return the error object with upstream's further fields (`resets_at`, `plan_type`) in place."""
+        shaped = {"message": self.message, "type": error_type(self.status), "param": None, "code": None}
+        return {"error": {**shaped, **self.error, "message": self.message}}
+
+
+def whole_seconds(seconds: Any) -> str:
+    """Return a retry-after that is not too early; "" for what is no sensible number of seconds."""
+    sensible = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 1e9
+    return str(int(seconds) + 1) if sensible else ""
+
+
+def read_json(text: str | bytes) -> Any:
+    """Parse what upstream sent; None when it is no JSON, or has a number that JSON does not have."""
+    try:
+        return UPSTREAM_JSON.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which json would read and write. Raises ValueError."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_finite(digits: str) -> float:
+    """Read a number that can be written again. Raises ValueError for 1e999."""
+    number = float(digits)
+    return number if abs(number) < float("inf") else refuse_constant(digits[:40])
+
+
+UPSTREAM_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_finite)
+
+
+def error_type(status: int) -> str:
+    """Return OpenAI's `type` for an HTTP status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "upstream_error")
+
+
+def refusal(status: int, content_type: str, body: bytes, retry_after: str | None = None) -> UpstreamRefusal:
+    """Make a person's error of upstream's refusal: `{"error"}`, `{"detail"}`, a web page, or anything else.
+
+    A status that is no refusal (2xx and 3xx with a body that is no answer) becomes 502.
+    """
+    text = body.decode("utf-8", "replace").strip()
+    error = _error_object(read_json(text))
+    if error is None and ("html" in content_type or text[:1] == "<"):
+        title = re.search(r"<title>([^<]{1,200})", text, re.IGNORECASE)
+        error = {"code": "upstream_web_page", "message": _web_page_message(status, title)}
+    if error is None:
+        reason = f": {text[:500]}" if text else " without a reason"
+        error = {"message": f"upstream answered {status}{reason}"}
+    if 300 <= status < 400:
+        error = {"code": "upstream_redirect",
+                 "message": f"upstream answered {status}; redirects are not followed"}
+    return UpstreamRefusal(status if 400 <= status < 600 else 502, error, retry_after)
+
+
+def _web_page_message(status: int, title: re.Match[str] | None) -> str:
+    """Say what a web page in place of an answer means; Cloudflare sends one to unknown clients (WIRE 3)."""
+    named = f" ({' '.join(title[1].split())!r})" if title else ""
+    return (f"upstream answered {status} with a web page{named}, not with JSON: something between this host "
+            "and ChatGPT (Cloudflare, a proxy) refused the connection")
+
+
+def _error_object(parsed: Any) -> dict[str, Any] | None:
+    """Find the error object in a parsed refusal; None when there is none."""
+    if not isinstance(parsed, dict):
+        return None
+    error = parsed.get("error")
+    if isinstance(error, dict):
+        message = error.get("message") or error.get("code") or error.get("type") or "upstream gave no reason"
+        return {**error, "message": str(message)}
+    for key in ("detail", "message", "error"):
+        value = parsed.get(key)
+        if value:
+            return {"message": value if isinstance(value, str) else json.dumps(value)[:2000]}
+    return None
+
+
+def failure(error: Any) -> BridgeError:
+    """Map a failure that upstream reports inside a stream to the HTTP error that one JSON answer wants."""
+    error = error if isinstance(error, dict) else {}
+    code = error.get("code") if isinstance(error.get("code"), str) else ""
+    message = error.get("message") if isinstance(error.get("message"), str) else ""
+    status = FAILURE_STATUS.get(code or str(error.get("type")), 502)
+    return UpstreamRefusal(status, {**error, "message": message or code or "upstream reported a failure"})
+
+
+FAILURE_STATUS = {  # the backend's codes inside `response.failed`; DESIGN "Endpoints"
+    "rate_limit_exceeded": 429, "usage_limit_reached": 429, "insufficient_quota": 429,
+    "server_is_overloaded": 503, "slow_down": 503, "overloaded": 503,
+    "context_length_exceeded": 400, "invalid_prompt": 400, "invalid_request_error": 400,
+}
+
+
+# == 3 config =================================================================
+# One table of options gives argparse, the environment, --help and README. Nothing else has a default.
+
+class NamedSecret(NamedTuple):
+    """A client's name and its key; only the name is ever shown."""
+
+    name: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"NamedSecret({self.name!r}, …)"
+
+
+class Config(NamedTuple):
+    """All settings, read once at the start; a field an option, in the order of OPTIONS."""
+
+    host: str
+    port: int
+    upstream: str
+    issuer: str
+    auth_file: str
+    alias: Mapping[str, str]
+    api_key: tuple[NamedSecret, ...]
+    api_key_file: str
+    limit: Mapping[str, int]
+    allow: tuple[Any, ...]
+    allow_origin: tuple[str, ...]
+    allow_host: tuple[str, ...]
+    keepalive: float
+    idle_timeout: float
+    connect_timeout: float
+    max_body: int
+    max_connections: int
+    compress: str
+    continuity: str
+    originator: str
+    client_version: str
+    log_file: str
+    log_level: str
+    tls_cert: str
+    tls_key: str
+
+
+class Option(NamedTuple):
+    """One option: `--name VALUE`, or QOO_BRIDGE_NAME in the environment, where `many` takes commas."""
+
+    name: str
+    metavar: str
+    default: str
+    read: Callable[[str], Any]
+    help: str
+    many: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Return the command line's name."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """Return the environment's name."""
+        return "QOO_BRIDGE_" + self.name.upper()
+
+
+def read_port(text: str) -> int:
+    """Read a TCP port; 0 takes any free one."""
+    if re.fullmatch(r"[0-9]{1,5}", text) and int(text) <= 65535:
+        return int(text)
+    raise ValueError(f"a port is 0 to 65535, not {text!r}")
+
+
+def read_seconds(text: str) -> float:
+    """Read a positive number of seconds."""
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", text) and float(text) > 0:
+        return float(text)
+    raise ValueError(f"a positive number of seconds, not {text!r}")
+
+
+def read_size(text: str) -> int:
+    """Read a size in bytes; K, M and G (or KiB, MiB, GiB) are powers of 1024."""
+    match = re.fullmatch(r"([0-9]{1,12})\s*([KMG]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
+    if match and int(match[1]) > 0:
+        return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
+    raise ValueError(f"a size such as 128M, not {text!r}")
+
+
+def read_count(text: str) -> int:
+    """Read a positive whole number."""
+    if re.fullmatch(r"[0-9]{1,6}", text) and int(text) > 0:
+        return int(text)
+    raise ValueError(f"a positive whole number, not {text!r}")
+
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def read_url(text: str) -> str:
+    """Read an https address; plain http only to loopback, because a token travels on it."""
+    parts = urllib.parse.urlsplit(text)
+    loopback = parts.hostname in LOOPBACK
+    if parts.scheme not in ("https", "http") or not parts.hostname or re.search(r"[?#@\s]", text):
+        raise ValueError("an https address without user, query or fragment is wanted")
+    if parts.scheme == "http" and not loopback:
+        raise ValueError("https is wanted; plain http only to loopback")
+    _ = parts.port  # raises ValueError when it is no port
+    return text.rstrip("/")
+
+
+def read_pair(text: str) -> tuple[str, str]:
+    """Read NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise ValueError("NAME=VALUE is wanted")  # what was given is not shown: it may be a secret
+    return name.strip(), value.strip()
+
+
+def read_key(text: str) -> NamedSecret:
+    """Read NAME=SECRET; the error names the name only."""
+    name, secret = read_pair(text)
+    if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
+        raise ValueError("a key's name is of letters, digits and . _ @ -, at most 64")
+    if not re.fullmatch(r"[\x21-\x7e]{8,256}", secret):
+        raise ValueError("a key must be 8 to 256 visible ASCII characters")
+    return NamedSecret(name, secret)
+
+
+def read_limit(text: str) -> tuple[str, int]:
+    """Read NAME=N."""
+    name, number = read_pair(text)
+    return name, read_count(number)
+
+
+def read_network(text: str) -> Any:
+    """Read a network such as 192.168.0.0/16, or one address."""
+    return ipaddress.ip_network(text, strict=False)
+
+
+def read_origin(text: str) -> str:
+    """Read a browser origin, as browsers send it: scheme://host[:port]."""
+    if re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/]+", text):
+        return text
+    raise ValueError(f"an origin is scheme://host[:port], not {text!r}")
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """Make a reader that takes one of some words."""
+    def read(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"one of {', '.join(words)}, not {text!r}")
+        return text
+    return read
+
+
+def read_version(text: str) -> str:
+    """Read a version of three numbers, with or without a suffix."""
+    if re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]{1,20})?", text, re.ASCII):
+        return text
+    raise ValueError(f"a version is X.Y.Z, not {text!r}")
+
+
+def read_header_word(text: str) -> str:
+    """Read a word that is sent upstream in a header."""
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        return text
+    raise ValueError(f"letters, digits and . _ -, not {text!r}")
+
+
+LOCAL_NETWORKS = (
+    "127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,169.254.0.0/16,100.64.0.0/10,"
+    "::1/128,fe80::/10,fc00::/7"
+)
+
+OPTIONS = (
+    Option("host", "ADDRESS", "0.0.0.0", str, "address to listen on; :: takes IPv4 too"),
+    Option("port", "PORT", "4050", read_port, "port to listen on; 0 takes a free one"),
+    Option("upstream", "URL", "https://chatgpt.com/backend-api/codex", read_url,
+           "the ChatGPT backend; plain http only to loopback"),
+    Option("issuer", "URL", "https://auth.openai.com", read_url, "the sign-in server"),
+    Option("auth_file", "FILE", "$CODEX_HOME/auth.json", str,
+           "the sign-in, read anew when it changes; without CODEX_HOME it is ~/.codex/auth.json"),
+    Option("alias", "NAME=MODEL", "local_md=gpt-5", read_pair,
+           "a name of your own for a model; adds to the default, the same name replaces", many=True),
+    Option("api_key", "NAME=SECRET", "", read_key,
+           "a key that clients must send; --api-key-file is better: a command line can be seen", many=True),
+    Option("api_key_file", "FILE", "", str, "keys, one NAME=SECRET a line; read anew when it changes"),
+    Option("limit", "NAME=N", "", read_limit, "requests that key NAME may have running at once", many=True),
+    Option("allow", "CIDR", LOCAL_NETWORKS, read_network,
+           "networks whose machines may come in, in place of the default (loopback, private, link-local, "
+           "100.64.0.0/10); loopback always may", many=True),
+    Option("allow_origin", "ORIGIN", "", read_origin, "a web page's origin that may call; all others may not",
+           many=True),
+    Option("allow_host", "NAME", "", str, "a further name under which this bridge is reached", many=True),
+    Option("keepalive", "SECONDS", "10", read_seconds, "silence until a waiting client is sent something"),
+    Option("idle_timeout", "SECONDS", "600", read_seconds, "silence of upstream until a request is given up"),
+    Option("connect_timeout", "SECONDS", "15", read_seconds, "time to reach upstream"),
+    Option("max_body", "SIZE", "128M", read_size, "largest request body, after decompression"),
+    Option("max_connections", "N", "512", read_count, "client connections at once; one more is answered 503"),
+    Option("compress", "auto|on|off", "auto", one_of("auto", "on", "off"),
+           "send large requests compressed, where zstd is at hand; auto: not to an upstream on this host"),
+    Option("continuity", "auto|strict", "auto", one_of("auto", "strict"),
+           "strict drops every reasoning item and every item id"),
+    Option("originator", "WORD", "qoo_bridge", read_header_word, "the name of clients that are not Codex"),
+    Option("client_version", "X.Y.Z", CODEX_VERSION, read_version,
+           "the Codex version that clients that are not Codex are sent as"),
+    Option("log_file", "FILE", "bridge.log", str, "beside the script; - is standard error only"),
+    Option("log_level", "LEVEL", "info", one_of("debug", "info", "warning", "error"), "what is logged"),
+    Option("tls_cert", "FILE", "", str, "serve https with this certificate chain (PEM)"),
+    Option("tls_key", "FILE", "", str, "the certificate's private key (PEM)"),
+)
+
+
+class UsageError(Exception):
+    """An option's value is not one it takes; the message names the option."""
+
+
+def read_option(option: Option, given: list[str] | None, environ: Mapping[str, str]) -> Any:
+    """Read one option from the command line, else the environment, else its default.
+
+    Raises UsageError.
+    """
+    source, texts = option.flag, given
+    if not texts:
+        text = environ.get(option.variable, "").strip()
+        source, text = (option.variable, text) if text else (f"the default of {option.flag}", option.default)
+        texts = text.split(",") if option.many else [text]
+    try:
+        values = [option.read(text.strip()) for text in texts if text.strip() or not option.many]
+    except ValueError as exc:
+        raise UsageError(f"{source}: {exc}") from exc
+    return values if option.many else values[-1]
+
+
+def default_auth_file(environ: Mapping[str, str]) -> str:
+    """Return Codex's own auth.json."""
+    home = environ.get("CODEX_HOME") or os.path.join("~", ".codex")
+    return os.path.join(home, "auth.json")
+
+
+def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, str]) -> Config:
+    """Build the Config from the command line's words by option name, and the environment.
+
+    Raises UsageError.
+    """
+    values = {option.name: read_option(option, options.get(option.name), environ) for option in OPTIONS}
+    defaults = dict(read_pair(text) for text in OPTION["alias"].default.split(","))
+    values["alias"] = {**defaults, **dict(values["alias"])}
+    values["limit"] = dict(values["limit"])
+    if values["auth_file"] == OPTION["auth_file"].default:
+        values["auth_file"] = default_auth_file(environ)
+    values["auth_file"] = os.path.expanduser(values["auth_file"])
+    if not options.get("log_file") and not environ.get(OPTION["log_file"].variable):
+        values["log_file"] = os.path.join(os.path.dirname(os.path.abspath(__file__)), values["log_file"])
+    for name in ("api_key", "allow", "allow_origin", "allow_host"):
+        values[name] = tuple(values[name])
+    if bool(values["tls_cert"]) != bool(values["tls_key"]):
+        raise UsageError("--tls-cert and --tls-key go together")
+    names = [key.name for key in values["api_key"]]
+    if len(names) != len(set(names)):
+        raise UsageError("--api-key: a name stands twice")
+    return Config(**values)
+
+
+OPTION = {option.name: option for option in OPTIONS}
+
+
+# == 4 normalize ==============================================================
+# Request dict in, request dict out. No I/O, no clock, no log.
+# A rule never changes its argument; running the list twice changes nothing.
+
+class Model(NamedTuple):
+    """What the catalogue says of a model, as far as the rules need it."""
+
+    slug: str
+    lite: bool = False
+    efforts: tuple[str, ...] = ()  # that it lists; empty: not known
+    tiers: tuple[str, ...] | None = None  # service tiers it lists; None: not known
+
+
+class Context(NamedTuple):
+    """What the rules may know besides the request; fixed before the first rule runs."""
+
+    slug: str = ""  # what the request's model means
+    model: Model | None = None  # its catalogue entry; None: not known, and no rule of the catalogue fires
+    codex: bool = False  # the client is a Codex, whose own fields are right as they are
+    websocket: bool = False  # the request is a response.create frame
+    session: str = ""  # the client's session header
+    client: str = ""  # the client's key name or address, to tell conversations apart
+    lite_header: bool = False  # the client sent the lite header
+    strict: bool = False  # --continuity strict, or a repair
+    force_instructions: bool = False  # a repair: "Instructions are required"
+    dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
+
+
+
+
+
+class Rule(NamedTuple):
+    """One rule: its name for the log, why it is there for people, and what it does."""
+
+    name: str
+    why: str
+    apply: Callable[[dict[str, Any], Context], dict[str, Any]]
+
+
+WORD = re.compile(r"[\x21-\x7e]{1,128}")  # what is safe in a header
+
+
+def check_request(request: Any) -> None:
+    """Refuse what no rule could mend: the bridge must be able to read `model` and `input`.
+
+    Raises InvalidRequest, naming the parameter.
+    """
+    if not isinstance(request, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {json_type(request)}")
+    model = request.get("model")
+    if not isinstance(model, str) or not model.strip():
+        raise InvalidRequest(f"model must be the name of a model, not {json_type(model)}", "model")
+    if not WORD.fullmatch(model):
+        raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
+    if not isinstance(request.get("input", []), (str, list)):
+        raise InvalidRequest(f"input must be a string or a list, not {json_type(request['input'])}", "input")
+
+
+def json_type(value: Any) -> str:
+    """Return the name that JSON gives a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the request as the backend takes it, and the names of the rules that changed it.
+
+    The very same object comes back when no rule fired: the client's own bytes can go upstream then.
+    """
+    fired = []
+    for rule in RULES:
+        changed = rule.apply(request, context)
+        if changed is not request:
+            fired.append(rule.name)
+            request = changed
+    return request, tuple(fired)
+
+
+def resolve_alias(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Replace an alias by the slug it means."""
+    if context.slug and request.get("model") != context.slug:
+        return {**request, "model": context.slug}
+    return request
+
+
+def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Make one user message of a string."""
+    text = request.get("input")
+    if isinstance(text, str):
+        return {**request, "input": [message_item("user", text)]}
+    return request
+
+
+def message_item(role: str, text: str) -> dict[str, Any]:
+    """Make a message item of one text."""
+    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+
+
+REMOVED = object()  # stands for an item that goes
+
+
+def map_items(request: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Change each input item; REMOVED takes it out. The same request comes back when all stay the same."""
+    items = request.get("input")
+    if not isinstance(items, list):
+        return request
+    changed = [change(item) for item in items]
+    if all(new is old for new, old in zip(changed, items)):
+        return request
+    return {**request, "input": [item for item in changed if item is not REMOVED]}
+
+
+def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Name the type of items that are messages by their `role` and `content` only."""
+    def change(item: Any) -> Any:
+        if isinstance(item, dict) and item.get("type") is None and "role" in item and "content" in item:
+            return {**item, "type": "message"}
+        return item
+    return map_items(request, change)
+
+
+def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Give system messages the developer role, in place."""
+    def change(item: Any) -> Any:
+        if isinstance(item, dict) and item.get("role") == "system":
+            return {**item, "role": "developer"}
+        return item
+    return map_items(request, change)
+
+
+def store_false(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Say that nothing is to be stored: the plan's backend stores nothing."""
+    return request if request.get("store") is False else {**request, "store": False}
+
+
+def stream_true(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Ask for a stream; a client that wants one JSON answer gets it folded."""
+    return request if request.get("stream") is True else {**request, "stream": True}
+
+
+def include_reasoning(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Ask for the encrypted reasoning, which the next turn needs because nothing is stored."""
+    include = request.get("include")
+    if include is None:
+        return {**request, "include": ["reasoning.encrypted_content"]}
+    if isinstance(include, list) and "reasoning.encrypted_content" not in include:
+        return {**request, "include": [*include, "reasoning.encrypted_content"]}
+    return request
+
+
+def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop the fields that the backend refuses by name, known and learned."""
+    unwanted = UNSUPPORTED | context.dropped
+    if not context.websocket:
+        unwanted |= {"previous_response_id"}  # fine on a WebSocket; over HTTP answered from our own store
+    for name in unwanted.intersection(request):
+        request = {key: value for key, value in request.items() if key != name}
+    for path in context.dropped:
+        if "." in path:
+            request = drop_path(request, path.split("."))
+    return request
+
+
+def drop_path(value: Any, path: list[str]) -> Any:
+    """Return a copy of nested objects without the field at `path`; the same object where there is none."""
+    if not isinstance(value, dict) or path[0] not in value:
+        return value
+    if len(path) == 1:
+        return {key: kept for key, kept in value.items() if key != path[0]}
+    inner = drop_path(value[path[0]], path[1:])
+    return value if inner is value[path[0]] else {**value, path[0]: inner}
+
+
+def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Call `fast` by its wire name, and drop a tier that the backend or the model does not have."""
+    if "service_tier" not in request:
+        return request
+    tier = request["service_tier"]
+    if tier == "fast":
+        tier = "priority"
+    known = context.model.tiers if context.model else None
+    if tier == "default" or (tier == "priority" and (known is None or tier in known)):
+        return request if tier == request["service_tier"] else {**request, "service_tier": tier}
+    return {key: value for key, value in request.items() if key != "service_tier"}
+
+
+def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Bring the reasoning effort to the nearest one that the model lists; the lower of two as near."""
+    reasoning = request.get("reasoning")
+    if not isinstance(reasoning, dict):
+        return request
+    effort = reasoning.get("effort")
+    if not isinstance(effort, str) or effort not in EFFORTS:
+        return request
+    wanted = "max" if effort == "ultra" else effort
+    listed = [known for known in (context.model.efforts if context.model else ()) if known in EFFORTS[:-1]]
+    if listed and wanted not in listed:
+        place = EFFORTS.index(wanted)
+        wanted = min(listed, key=lambda known: (abs(EFFORTS.index(known) - place), EFFORTS.index(known)))
+    return request if wanted == effort else {**request, "reasoning": {**reasoning, "effort": wanted}}
+
+
+def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop what points at nothing under store=false, and then the ids that could demand it.
+
+    A reasoning item with its ciphertext is whole and stays: the ciphertext is bound to the id (WIRE 4).
+    """
+    def dangling(item: Any) -> bool:
+        if not isinstance(item, dict):
+            return False
+        if item.get("type") == "reasoning":
+            return context.strict or not item.get("encrypted_content")
+        return item.get("type") == "item_reference"
+
+    def kept(item: Any) -> Any:
+        if dangling(item):
+            return REMOVED
+        if not isinstance(item, dict) or "id" not in item:
+            return item
+        if not context.strict and not demands_reasoning(item):
+            return item
+        return {key: value for key, value in item.items() if key != "id"}
+
+    items = request.get("input")
+    if not isinstance(items, list) or not (context.strict or any(map(dangling, items))):
+        return request
+    return map_items(request, kept)
+
+
+def demands_reasoning(item: dict[str, Any]) -> bool:
+    """Tell whether an item is a message or a call, whose id can demand the reasoning item before it."""
+    kind = item.get("type")
+    return isinstance(kind, str) and (kind == "message" or kind.endswith(("_call", "_output")))
+
+
+def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop item ids that are too long or have another type's prefix; never rewrite one."""
+    def change(item: Any) -> Any:
+        if not isinstance(item, dict) or "id" not in item:
+            return item
+        kind, name = item.get("type"), item["id"]
+        prefix = ID_PREFIXES.get(kind, "") if isinstance(kind, str) else ""
+        if isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix):
+            return item
+        return {key: value for key, value in item.items() if key != "id"}
+    return map_items(request, change)
+
+
+def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Give the conversation a cache key: the client's, else its session, else a hash of its beginning."""
+    key = request.get("prompt_cache_key")
+    if isinstance(key, str) and key:
+        return request
+    session = context.session
+    if session and len(session) > MAX_CACHE_KEY:
+        session = stable_id(session)
+    return {**request, "prompt_cache_key": session or conversation_id(request, context.client)}
+
+
+def conversation_id(request: dict[str, Any], client: str) -> str:
+    """Return an id of what stays in a conversation: who, model, instructions, first user message."""
+    items = request.get("input")
+    messages = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    first = next((item.get("content") for item in messages if item.get("role") == "user"), None)
+    if isinstance(first, str):
+        first = [{"type": "input_text", "text": first}]  # the same text, however it is written
+    return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
+
+
+def stable_id(text: str) -> str:
+    """Return an id in the form of a UUID, as Codex's session ids are."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+
+
+def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Send empty instructions for clients that send none: plain models have refused their absence.
+
+    Codex sends none since 0.162 and is left as it is, until upstream refuses that (WIRE 4).
+    """
+    if request.get("instructions") is not None or (context.model and context.model.lite):
+        return request
+    if context.websocket and request.get("previous_response_id") is not None:
+        return request  # the chain has its instructions
+    if context.force_instructions or not context.codex:
+        return {**request, "instructions": ""}
+    return request
+
+
+def is_additional_tools(item: Any) -> bool:
+    """Tell whether an item is the lite form's carrier of tools."""
+    return isinstance(item, dict) and item.get("type") == "additional_tools"
+
+
+def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Bring the request into the form that the catalogue says its model takes."""
+    if context.model is None or not isinstance(request.get("input", []), list):
+        return request
+    return lite_form(request, context) if context.model.lite else plain_form(request, context)
+
+
+def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Move tools and instructions into the input, as lite models want it (WIRE 4)."""
+    reasoning = request.get("reasoning") or {}
+    instructions = request.get("instructions") or ""
+    if not isinstance(request.get("tools") or [], list) or not isinstance(reasoning, dict) \
+            or not isinstance(instructions, str):
+        return request  # mistyped: upstream's refusal says so
+    form = {key: value for key, value in request.items() if key not in ("tools", "instructions")}
+    items = list(request.get("input", []))
+    tools, items = gather_tools(items, request.get("tools") or [])
+    if instructions:
+        items.insert(0, message_item("developer", instructions))
+    if tools:
+        items.insert(0, tools)
+    if context.websocket and "input" not in request and not items:
+        return request
+    form["input"] = items
+    form["parallel_tool_calls"] = False
+    form["reasoning"] = {**reasoning, "context": "all_turns"}
+    if context.websocket:
+        metadata = request.get("client_metadata")
+        form["client_metadata"] = {**(metadata if isinstance(metadata, dict) else {}), LITE_METADATA: "true"}
+    return request if form == request else form
+
+
+def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
+    """Put all tools into one `additional_tools` item; return it, and the items without one."""
+    carriers = [item for item in items if is_additional_tools(item)]
+    if not tools and (not carriers or carriers == items[:1]):
+        return (carriers[0], items[1:]) if carriers else (None, items)
+    gathered: list[Any] = []
+    for given in (*(carrier.get("tools") for carrier in carriers), tools):
+        for tool in given if isinstance(given, list) else []:
+            if not any(same_tool(tool, known) for known in gathered):
+                gathered.append(tool)
+    first = carriers[0] if carriers else {"type": "additional_tools", "role": "developer"}
+    return {**first, "tools": gathered}, [item for item in items if not is_additional_tools(item)]
+
+
+def same_tool(tool: Any, other: Any) -> bool:
+    """Tell whether two tools are one: equal, or of the same type and name."""
+    if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
+        return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
+    return bool(tool == other)
+
+
+def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
+    items = request.get("input", [])
+    metadata = request.get("client_metadata")
+    marked = isinstance(metadata, dict) and LITE_METADATA in metadata
+    if not (context.lite_header or marked or any(map(is_additional_tools, items))):
+        return request
+    form = dict(request)
+    carrier, items = gather_tools(items, request["tools"] if isinstance(request.get("tools"), list) else [])
+    if carrier is not None and isinstance(carrier.get("tools"), list):
+        form["tools"], form["input"] = carrier["tools"], items
+    if marked and isinstance(metadata, dict):
+        form["client_metadata"] = {key: value for key, value in metadata.items() if key != LITE_METADATA}
+    plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
+    return plain
+
+
+RULES = (  # in the order of a request's fields; a later rule relies on earlier ones
+    Rule("alias", "the backend knows models, not this host's names for them", resolve_alias),
+    Rule("input-to-list", "upstream wants a list", input_to_list),
+    Rule("type-messages", "upstream wants every item's type", type_bare_messages),
+    Rule("system-to-developer", "upstream refuses the system role", system_to_developer),
+    Rule("store-false", "upstream refuses to store", store_false),
+    Rule("stream-true", "upstream only streams", stream_true),
+    Rule("include-reasoning", "nothing is stored, so the reasoning must travel", include_reasoning),
+    Rule("drop-unsupported", "upstream refuses fields it does not know", drop_unsupported),
+    Rule("service-tier", "upstream knows priority and default, and not every model has both",
+         fit_service_tier),
+    Rule("effort", "every model has its own list of efforts", fit_effort),
+    Rule("continuity", "items that were never stored cannot be referred to", keep_continuity),
+    Rule("item-ids", "upstream refuses malformed ids", drop_bad_ids),
+    Rule("cache-key", "without a key a conversation is not cached", set_cache_key),
+    Rule("instructions", "plain models have refused their absence", fill_instructions),
+    Rule("form", "lite models take only the lite form, plain models only the plain one", set_form),
+)
+
+
+# -- repairs: a refusal's text -> one change of the context -> the rules once more
+
+class Repair(NamedTuple):
+    """One known refusal, and the context under which the rules mend it; None where it does not."""
+
+    name: str
+    why: str
+    pattern: re.Pattern[str]
+    apply: Callable[[Context, re.Match[str]], Context | None]
+
+
+def _drop_named(context: Context, match: re.Match[str]) -> Context | None:
+    name = re.sub(r"\[\d+\]", "", match[1]).rstrip(".")
+    if name in NEVER_DROPPED or name in context.dropped or name.partition(".")[0] == "input":
+        return None
+    return context._replace(dropped=context.dropped | {name})
+
+
+def _force_instructions(context: Context, match: re.Match[str]) -> Context | None:
+    return None if context.force_instructions else context._replace(force_instructions=True)
+
+
+def _be_strict(context: Context, match: re.Match[str]) -> Context | None:
+    return None if context.strict else context._replace(strict=True)
+
+
+def _ask_form(context: Context, match: re.Match[str]) -> Context | None:
+    return None  # the catalogue must be asked: the handler fetches it anew, see FORM_REPAIR
+
+
+FORM_REPAIR = "form"
+MAX_REPAIRS = 4  # of one request
+REPAIRS = (
+    Repair("drop-parameter", "the parameter that upstream names is dropped, and remembered for the model",
+           re.compile(r"(?:unsupported|unknown) parameter:? *['\"`\\]*([a-z_][\w.\[\]-]{0,80})",
+                      re.IGNORECASE),
+           _drop_named),
+    Repair("instructions", "empty instructions are sent",
+           re.compile(r"instructions are required", re.IGNORECASE), _force_instructions),
+    Repair("continuity", "every reasoning item and every item id is dropped",
+           re.compile(r"items are not persisted|item with id '[^']*' not found|without its required|"
+                      r"invalid_encrypted_content|encrypted content .{0,80}could not be", re.IGNORECASE),
+           _be_strict),
+    Repair(FORM_REPAIR, "the model list is fetched anew and the request brought into the form it says",
+           re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE), _ask_form),
+)
+
+
+def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
+    """Find the repair that a refusal's text asks for."""
+    for repair in REPAIRS:
+        match = repair.pattern.search(text)
+        if match:
+            return repair, match
+    return None
+
+
+# == 5 chat ===================================================================
+# Chat Completions and legacy completions on the Responses backend: request dict in, request dict out; events
+# in, chunks out. No I/O, no clock, no log: ids and times are arguments, and no argument is ever changed.
+# One fold turns events into deltas. A stream wraps the deltas in chunks; an answer in one piece merges the
+# deltas of the terminal event alone. So the two cannot drift apart.
+
+T = TypeVar("T")
+Object = dict[str, Any]  # a JSON object
+JSON_KINDS = {
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
+    list: "a list", dict: "an object",
+}
+
+# Fields that only tune the answer or serve the account: dropped in silence, as is any field unknown here.
+CHAT_DROPPED = (
+    "best_of", "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "metadata",
+    "prediction", "presence_penalty", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "seed", "stop", "store", "temperature", "top_p", "user",
+)
+
+# Fields without which the answer would be wrong: the values that ask for nothing, and why others are refused.
+Refused = dict[str, tuple[tuple[Any, ...], str]]
+CHAT_REFUSED: Refused = {
+    "n": ((None, 1), "the backend gives one answer to a request"),
+    "logprobs": ((None, False), "the backend reports no log probabilities"),
+    "top_logprobs": ((None, 0), "the backend reports no log probabilities"),
+    "audio": ((None,), "the backend answers in text only"),
+    "modalities": ((None, ["text"]), "the backend answers in text only"),
+    "moderation": ((None,), "the backend reports no moderation results"),
+}
+COMPLETION_REFUSED: Refused = {
+    "n": ((None, 1), "the backend gives one answer to a request"),
+    "best_of": ((None, 1), "the backend gives one answer to a request"),
+    "echo": ((None, False), "the backend does not repeat the prompt"),
+    "logprobs": ((None,), "the backend reports no log probabilities"),
+    "suffix": ((None, ""), "the backend does not fill the gap between two texts"),
+}
+TEXT_PARTS = ("text", "input_text", "output_text")  # clients that speak both APIs mix the names
+THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other providers' reasoning, echoed
+
+
+def _mistyped(param: str, wanted: str, value: Any) -> InvalidRequest:
+    got = JSON_KINDS.get(type(value), "something else")
+    return InvalidRequest(f"{param} must be {wanted}, got {got}", param)
+
+
+class _Node:
+    """A JSON object of a request, and its path there: reading a field checks its type, an error names it."""
+
+    def __init__(self, fields: Object, path: str = "") -> None:
+        self.fields = fields
+        self.path = path
+
+    def at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def unsupported(self, key: str) -> InvalidRequest:
+        return InvalidRequest(f"{self.at(key)}: {self.fields[key][:60]!r} is not supported", self.at(key))
+
+    def get(self, key: str, kind: type[T]) -> T | None:
+        value = self.fields.get(key)
+        if value is None or isinstance(value, kind):
+            return value
+        raise _mistyped(self.at(key), JSON_KINDS[kind], value)
+
+    def need(self, key: str, kind: type[T]) -> T:
+        value = self.get(key, kind)
+        if value is None:
+            raise _mistyped(self.at(key), JSON_KINDS[kind], None)
+        return value
+
+    def given(self, kind: type, *keys: str) -> Object:
+        """Return those of the fields that are neither missing nor null."""
+        return {key: self.get(key, kind) for key in keys if self.fields.get(key) is not None}
+
+    def node(self, key: str) -> _Node:
+        return _Node(self.need(key, dict), self.at(key))
+
+    def node_or_empty(self, key: str) -> _Node:
+        return _Node(self.get(key, dict) or {}, self.at(key))
+
+    def nodes(self, key: str) -> Iterator[_Node]:
+        for index, entry in enumerate(self.get(key, list) or ()):
+            where = f"{self.at(key)}[{index}]"
+            if not isinstance(entry, dict):
+                raise _mistyped(where, JSON_KINDS[dict], entry)
+            yield _Node(entry, where)
+
+
+def _refuse(body: Object, refused: Refused) -> None:
+    for name, (harmless, why) in refused.items():
+        if body.get(name) not in harmless:
+            raise InvalidRequest(f"{name} is not supported: {why}", name)
+
+
+def _content(message: _Node) -> list[_Node]:
+    """Return the parts of a message; a string is one part of text."""
+    content = message.fields.get("content")
+    if isinstance(content, str):
+        return [_Node({"type": "text", "text": content}, message.at("content"))]
+    if not isinstance(content, list):
+        raise _mistyped(message.at("content"), "a string or a list of parts", content)
+    return list(message.nodes("content"))
+
+
+def _input_part(part: _Node) -> Object:
+    kind = part.need("type", str)
+    if kind in TEXT_PARTS:
+        return {"type": "input_text", "text": part.need("text", str)}
+    if kind == "image_url" and isinstance(part.fields.get("image_url"), str):  # against the letter, but seen
+        return {"type": "input_image", "image_url": part.fields["image_url"]}
+    if kind == "image_url":
+        image = part.node("image_url")
+        return {"type": "input_image", "image_url": image.need("url", str), **image.given(str, "detail")}
+    if kind == "file":
+        fields = part.node("file").given(str, "file_data", "file_id", "filename")
+        if "file_data" not in fields and "file_id" not in fields:
+            raise InvalidRequest(f"{part.at('file')} must have file_data or file_id", part.at("file"))
+        return {"type": "input_file", **fields}
+    raise part.unsupported("type")
+
+
+def _output_part(part: _Node) -> Object:
+    kind = part.need("type", str)
+    if kind in TEXT_PARTS:
+        return {"type": "output_text", "text": part.need("text", str)}
+    if kind == "refusal":
+        return {"type": kind, "refusal": part.need("refusal", str)}
+    if kind in THOUGHT_PARTS:
+        return {}
+    raise part.unsupported("type")
+
+
+class _History:
+    """Translate messages to items, in place and in order.
+
+    Remembers the calls made so far: a custom tool's output is an item type of its own, and a `function`
+    message (the old style) names its function but not the call.
+    """
+
+    def __init__(self) -> None:
+        self.items: list[Object] = []
+        self._custom_ids: set[str] = set()
+        self._function_ids: dict[str, str] = {}  # function's name → the id made up for its last call
+
+    def add(self, message: _Node) -> None:
+        role = message.need("role", str)
+        if role in ("system", "developer", "user"):
+            role = "user" if role == "user" else "developer"
+            parts = [_input_part(part) for part in _content(message)]
+            self.items.append({"type": "message", "role": role, "content": parts})
+        elif role == "assistant":
+            self._answer(message)
+        elif role == "tool":
+            self._output(message, message.need("tool_call_id", str))
+        elif role == "function":
+            name = message.need("name", str)
+            if name not in self._function_ids:
+                where = message.at("name")
+                raise InvalidRequest(f"{where}: {name[:60]!r} was not called before", where)
+            self._output(message, self._function_ids[name])
+        else:
+            raise message.unsupported("role")
+
+    def _answer(self, message: _Node) -> None:
+        content = _content(message) if message.fields.get("content") is not None else []
+        parts = [_output_part(part) for part in content]
+        parts.append({"type": "refusal", "refusal": message.get("refusal", str)})
+        parts = [part for part in parts if part.get("text") or part.get("refusal")]
+        if parts:
+            self.items.append({"type": "message", "role": "assistant", "content": parts})
+        for call in message.nodes("tool_calls"):
+            if call.get("type", str) in (None, "function"):
+                self._call("function_call", call.need("id", str), call.node("function"), "arguments")
+            elif call.fields["type"] == "custom":
+                self._call("custom_tool_call", call.need("id", str), call.node("custom"), "input")
+                self._custom_ids.add(call.fields["id"])
+            else:
+                raise call.unsupported("type")
+        if message.get("function_call", dict) is not None:
+            function, call_id = message.node("function_call"), f"call_function_{len(self.items)}"
+            self._call("function_call", call_id, function, "arguments")
+            self._function_ids[function.fields["name"]] = call_id
+
+    def _call(self, kind: str, call_id: str, call: _Node, field: str) -> None:
+        texts = {key: call.need(key, str) for key in ("name", field)}
+        self.items.append({"type": kind, "call_id": call_id, **texts})
+
+    def _output(self, message: _Node, call_id: str) -> None:
+        kind = "custom_tool_call_output" if call_id in self._custom_ids else "function_call_output"
+        parts, content = [_input_part(part) for part in _content(message)], message.fields["content"]
+        output = content if isinstance(content, str) else parts
+        self.items.append({"type": kind, "call_id": call_id, "output": output})
+
+
+def _items(body: _Node) -> list[Object]:
+    if not body.need("messages", list):
+        raise InvalidRequest("messages must not be empty", "messages")
+    history = _History()
+    for message in body.nodes("messages"):
+        history.add(message)
+    return history.items
+
+
+def _function_tool(function: _Node) -> Object:
+    return {
+        "type": "function",
+        "name": function.need("name", str),
+        **function.given(str, "description"),
+        "parameters": function.get("parameters", dict) or {"type": "object", "properties": {}},
+        "strict": bool(function.get("strict", bool)),  # missing: false in this API, true in the other
+    }
+
+
+def _custom_tool(custom: _Node) -> Object:
+    tool = {"type": "custom", "name": custom.need("name", str), **custom.given(str, "description")}
+    if custom.get("format", dict) is not None:
+        form = custom.node("format")
+        tool["format"] = {"type": form.need("type", str)}
+        if tool["format"]["type"] == "grammar":
+            grammar = form.node("grammar")
+            tool["format"].update({key: grammar.need(key, str) for key in ("syntax", "definition")})
+    return tool
+
+
+def _tool(tool: _Node) -> Object:
+    kind = tool.need("type", str)
+    if kind == "function":
+        return _function_tool(tool.node("function"))
+    if kind == "custom":
+        return _custom_tool(tool.node("custom"))
+    return tool.fields  # the backend's own tools are the same in both APIs
+
+
+def _web_search_tool(options: _Node) -> Object:
+    tool = {"type": "web_search", **options.given(str, "search_context_size")}
+    if options.get("user_location", dict) is not None:
+        place = options.node("user_location").node_or_empty("approximate")
+        fields = place.given(str, "city", "country", "region", "timezone")
+        tool["user_location"] = {"type": "approximate", **fields}
+    return tool
+
+
+def _named_tool(choice: _Node) -> Object:
+    kind = choice.need("type", str)
+    if kind in ("function", "custom"):
+        return {"type": kind, "name": choice.node(kind).need("name", str)}
+    return choice.fields
+
+
+def _tool_choice(body: _Node) -> str | Object | None:
+    field = "function_call" if body.fields.get("tool_choice") is None else "tool_choice"
+    choice = body.fields.get(field)
+    if choice is None or choice in ("none", "auto", "required"):
+        return choice
+    if isinstance(choice, str):
+        raise body.unsupported(field)
+    if not isinstance(choice, dict):
+        raise _mistyped(field, "a string or an object", choice)
+    node = body.node(field)
+    if field == "function_call":
+        return {"type": "function", "name": node.need("name", str)}
+    if choice.get("type") != "allowed_tools":
+        return _named_tool(node)
+    allowed = node.node("allowed_tools")
+    tools = [_named_tool(tool) for tool in allowed.nodes("tools")]
+    return {"type": "allowed_tools", "mode": allowed.need("mode", str), "tools": tools}
+
+
+def _tool_fields(body: _Node) -> Object:
+    tools = [_tool(tool) for tool in body.nodes("tools")]
+    functions = [_function_tool(function) for function in body.nodes("functions")]
+    wants_search = body.get("web_search_options", dict) is not None
+    if wants_search and not any(tool["type"].startswith("web_search") for tool in tools):
+        tools.append(_web_search_tool(body.node("web_search_options")))
+    fields: Object = {"tools": tools + functions, "tool_choice": _tool_choice(body)}
+    if functions:
+        fields["parallel_tool_calls"] = False  # an answer of the old style has room for one call
+    return {field: value for field, value in fields.items() if value not in (None, [])}
+
+
+def _reasoning(body: _Node) -> Object:
+    """Gather the reasoning fields; `summary` is `auto` where the client does not mention it, null is none."""
+    if isinstance(body.fields.get("reasoning_effort"), dict):  # LiteLLM's way to name a summary
+        said, effort = body.node("reasoning_effort"), {}
+    else:
+        said, effort = body.node_or_empty("reasoning"), body.given(str, "reasoning_effort")
+    reasoning = said.given(str, "effort", "summary", "context")
+    if effort:
+        reasoning["effort"] = effort["reasoning_effort"]
+    return reasoning if "summary" in said.fields else {**reasoning, "summary": "auto"}
+
+
+def _text_format(chosen: _Node) -> Object:
+    kind = chosen.need("type", str)
+    if kind in ("text", "json_object"):
+        return {"type": kind}
+    if kind != "json_schema":
+        raise chosen.unsupported("type")
+    schema = chosen.node("json_schema")
+    required = {"name": schema.need("name", str), "schema": schema.need("schema", dict)}
+    return {"type": kind, **required, **schema.given(str, "description"), **schema.given(bool, "strict")}
+
+
+def wants_usage(body: Object) -> bool:
+    """Tell whether a stream is to end with a usage chunk."""
+    return bool(_Node(body).node_or_empty("stream_options").get("include_usage", bool))
+
+
+def chat_request(body: Object) -> Object:
+    """Translate a Chat Completions request to a Responses request, in the plain form.
+
+    Raises InvalidRequest, with the field's path as `param`, for a mistyped field, and for one that asks for
+    what the backend cannot do and without which the answer would be wrong.
+    """
+    _refuse(body, CHAT_REFUSED)
+    wants_usage(body)  # for the stream to obey; mistyped, it is refused here
+    node = _Node(body)
+    text = node.given(str, "verbosity")
+    if node.get("response_format", dict) is not None:
+        text["format"] = _text_format(node.node("response_format"))
+    return {
+        "model": node.need("model", str),
+        "input": _items(node),
+        "stream": bool(node.get("stream", bool)),
+        "reasoning": _reasoning(node),
+        **({"text": text} if text else {}),
+        **node.given(str, "prompt_cache_key", "service_tier"),
+        **node.given(bool, "parallel_tool_calls"),
+        **_tool_fields(node),
+    }
+
+
+def completion_request(body: Object) -> Object:
+    """Translate a legacy completions request to a Responses request: the prompt is one user message."""
+    _refuse(body, COMPLETION_REFUSED)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise InvalidRequest("prompt must be one string, not several and not token ids", "prompt")
+    return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
+
+
+# Event type, less `.delta` or `.done` → the type of the part or item whose text it brings.
+TEXT_EVENTS = {
+    "response.output_text": "output_text",
+    "response.refusal": "refusal",
+    "response.reasoning_summary_text": "summary_text",
+    "response.reasoning_text": "reasoning_text",
+    "response.function_call_arguments": "function_call",
+    "response.custom_tool_call_input": "custom_tool_call",
+}
+PART_EVENTS = ("response.content_part.done", "response.reasoning_summary_part.done")
+# Type of part → its field in a delta, its own field with the text; type of call → the same, in a call.
+PARTS = {
+    "output_text": ("content", "text"),
+    "refusal": ("refusal", "refusal"),
+    "summary_text": ("reasoning_content", "text"),
+    "reasoning_text": ("reasoning_content", "text"),
+}
+CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input")}
+INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
+
+
+def _checked(value: Any, kind: type[T]) -> T:
+    """Return `value`, or an empty one of its kind: upstream's fields need not be what they should."""
+    return value if isinstance(value, kind) else kind()
+
+
+def usage_chat(usage: Object | None) -> Object | None:
+    """Translate a response's token counts; None where there are none."""
+    if not isinstance(usage, dict) or not usage:
+        return None
+    prompt, answer = _checked(usage.get("input_tokens"), int), _checked(usage.get("output_tokens"), int)
+    cached = _checked(usage.get("input_tokens_details"), dict).get("cached_tokens")
+    reasoning = _checked(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": _checked(usage.get("total_tokens"), int) or prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": _checked(cached, int)},
+        "completion_tokens_details": {"reasoning_tokens": _checked(reasoning, int)},
+    }
+
+
+def _failure(event: Object) -> Object:
+    """Return the OpenAI-shaped error of a `response.failed` or an `error` event, further fields kept."""
+    nested = event.get("error") or _checked(event.get("response"), dict).get("error")
+    own = ("type", "sequence_number", "response", "error")
+    error = _checked(nested, dict) or {field: event[field] for field in event if field not in own}
+    return {
+        **error,
+        "message": _checked(error.get("message"), str) or "upstream failed and gave no reason",
+        "type": _checked(error.get("type"), str) or "server_error",
+        "param": error.get("param"),
+        "code": error.get("code"),
+    }
+
+
+class _Fold:
+    """Turn Responses events into chat deltas, each piece of text exactly once.
+
+    `_sent` counts, for each text (its type, item and part), the characters that went out, so that an event
+    which repeats the text in full (`*.done`, the item, the terminal event) adds only what is missing.
+    """
+
+    def __init__(self, legacy_functions: bool = False) -> None:
+        self.done = False
+        self.failure: Object | None = None
+        self.usage: Object | None = None
+        self._finish_reason = "stop"
+        self._legacy_functions = legacy_functions
+        self._sent: dict[tuple[str, int | str, int], int] = {}
+        self._calls: dict[int | str, int] = {}  # item → index of its call
+        self._last: dict[str, Any] = {}  # delta field → the item or part that its last piece was of
+        self._content_length = 0
+        self._starts: dict[tuple[int | str, int], int] = {}  # item and part → its offset in the content
+        self._annotations: dict[tuple[int | str, int, int], Object] = {}
+
+    def _deltas(self, event: Object) -> Iterator[Object]:
+        kind, item = _checked(event.get("type"), str), _checked(event.get("item"), dict)
+        stem, _, verb = kind.rpartition(".")
+        key = _item_key(event, item)
+        index = _checked(event.get("summary_index", event.get("content_index")), int)
+        if stem in TEXT_EVENTS and verb == "delta":
+            yield from self._piece(TEXT_EVENTS[stem], key, index, _checked(event.get("delta"), str))
+        elif stem in TEXT_EVENTS and verb == "done":
+            yield from self._rest({**event, "type": TEXT_EVENTS[stem]}, key, index)
+        elif kind in PART_EVENTS:
+            yield from self._rest(event.get("part"), key, index)
+        elif kind == "response.output_text.annotation.added":
+            number = _checked(event.get("annotation_index"), int)
+            self._annotate(event.get("annotation"), (key, index, number))
+        elif kind == "response.output_item.added":
+            yield from self._open_call(item, key)
+        elif kind == "response.output_item.done":
+            yield from self._whole_item(item, key)
+        else:
+            yield from self._end(kind, event)
+
+    def _piece(self, kind: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
+        if not piece or (kind in CALLS and key not in self._calls):
+            return  # a call without its head waits for the whole item
+        slot = (kind, key, index)
+        self._sent[slot] = self._sent.get(slot, 0) + len(piece)
+        if kind in CALLS:
+            form, field = CALLS[kind]
+            yield from self._call_delta(key, {}, form, {field: piece})
+            return
+        field = PARTS[kind][0]
+        # A blank line between two parts of the reasoning, or two messages; a message's parts are one text.
+        place = slot if field == "reasoning_content" else key
+        lead = "\n\n" if self._last.get(field, place) != place else ""
+        self._last[field] = place
+        if field == "content":
+            self._starts.setdefault((key, index), self._content_length + len(lead))
+            self._content_length += len(lead) + len(piece)
+        yield {field: lead + piece}
+
+    def _rest(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
+        """Yield what is still missing of a whole text; take the citations in it."""
+        part = _checked(part, dict)
+        kind = _checked(part.get("type"), str)
+        _, field = PARTS.get(kind) or CALLS.get(kind) or ("", "")
+        text = _checked(part.get(field), str)
+        if text:
+            yield from self._piece(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
+        for number, annotation in enumerate(_checked(part.get("annotations"), list)):
+            self._annotate(annotation, (key, index, number))
+
+    def _whole_item(self, item: Object, key: int | str) -> Iterator[Object]:
+        if item.get("type") in ("message", "reasoning"):
+            for parts in ("summary", "content"):
+                for index, part in enumerate(_checked(item.get(parts), list)):
+                    yield from self._rest(part, key, index)
+        else:
+            yield from self._open_call(item, key)
+            yield from self._rest(item, key, 0)
+
+    def _open_call(self, item: Object, key: int | str) -> Iterator[Object]:
+        form, field = CALLS.get(_checked(item.get("type"), str), ("", ""))
+        call_id, name = item.get("call_id"), item.get("name")
+        if form and key not in self._calls and isinstance(call_id, str) and isinstance(name, str):
+            self._calls[key] = len(self._calls)
+            head = {"id": call_id, "type": form}
+            yield from self._call_delta(key, head, form, {"name": name, field: ""})
+
+    def _call_delta(self, key: int | str, head: Object, form: str, texts: Object) -> Iterator[Object]:
+        index = self._calls[key]
+        if not self._legacy_functions:
+            yield {"tool_calls": [{"index": index, **head, form: texts}]}
+        elif index == 0:
+            yield {"function_call": texts}
+
+    def _annotate(self, annotation: Any, place: tuple[int | str, int, int]) -> None:
+        """Keep a citation for the end: the OpenAI SDK cannot add a second list of them to the first."""
+        annotation = _checked(annotation, dict)
+        if annotation.get("type") != "url_citation":
+            return  # the chat form has no other
+        numbers = ("start_index", "end_index")
+        start = self._starts.get(place[:2], 0)
+        citation: Object = {field: start + _checked(annotation.get(field), int) for field in numbers}
+        citation.update({field: _checked(annotation.get(field), str) for field in ("title", "url")})
+        self._annotations[place] = {"type": "url_citation", "url_citation": citation}
+
+    def _end(self, kind: str, event: Object) -> Iterator[Object]:
+        """Take a terminal event, or `error`; other events have no place in a chat."""
+        if kind in ("response.failed", "error"):
+            self.done, self.failure = True, _failure(event)
+        if kind not in ("response.completed", "response.incomplete"):
+            return
+        response = _checked(event.get("response"), dict)
+        if not self._sent and not self._calls:  # the terminal event is all there is
+            for index, item in enumerate(_checked(response.get("output"), list)):
+                yield from self._whole_item(_checked(item, dict), index)
+        if self._annotations:
+            yield {"annotations": list(self._annotations.values())}
+        if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
+            yield {"content": ""}  # null would mean that there are calls
+        self.done, self.usage = True, usage_chat(response.get("usage"))
+        if kind == "response.incomplete":
+            reason = _checked(response.get("incomplete_details"), dict).get("reason")
+            self._finish_reason = INCOMPLETE_REASONS.get(_checked(reason, str), "length")
+        elif self._calls:
+            self._finish_reason = "function_call" if self._legacy_functions else "tool_calls"
+
+
+def _item_key(event: Object, item: Object) -> int | str:
+    """Return what tells an event's item from others: the index first, since ids may differ between events."""
+    for name in (event.get("output_index"), event.get("item_id"), item.get("id"), item.get("call_id")):
+        if isinstance(name, (int, str)):
+            return name
+    return ""
+
+
+class ChatStream(_Fold):
+    """Turn Responses events into Chat Completions chunks.
+
+    `done` is set by the terminal event or an `error`; `failure`, where that was one, is the error object to
+    end the stream with. No chunk comes before the first delta, so a failure until then can be an HTTP error.
+    """
+
+    kind = "chat.completion.chunk"
+
+    def __init__(
+        self, completion_id: str, created: int, model: str,
+        include_usage: bool = False, legacy_functions: bool = False,
+    ) -> None:
+        super().__init__(legacy_functions)
+        self._head: Object = {"id": completion_id, "object": self.kind, "created": created, "model": model}
+        self._include_usage = include_usage
+        self._started = False
+
+    def feed(self, event: Object) -> list[Object]:
+        """Return the chunks that an event makes, in order; none after the terminal event."""
+        if self.done:
+            return []
+        choices = [choice for delta in self._deltas(event) for choice in self._choices(delta)]
+        if self.done and self.failure is None:
+            choices.append(self._choice({}, self._finish_reason))
+        no_usage = {"usage": None} if self._include_usage else {}
+        chunks = [{**self._head, "choices": [choice], **no_usage} for choice in choices]
+        if self._include_usage and self.usage:
+            chunks.append({**self._head, "choices": [], "usage": self.usage})
+        return chunks
+
+    def whole(self, kind: str, choice: Object) -> Object:
+        """Return an answer in one piece, with the head and the usage of this stream."""
+        return {**self._head, "object": kind, "choices": [choice], "usage": self.usage}
+
+    def _choices(self, delta: Object) -> Iterator[Object]:
+        if not self._started:
+            self._started = True
+            yield self._choice({"role": "assistant", "content": "" if "content" in delta else None})
+        yield self._choice(delta)
+
+    def _choice(self, delta: Object, finish_reason: str | None = None) -> Object:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+class CompletionStream(ChatStream):
+    """Turn Responses events into legacy completion chunks: text only, a refusal being text as well."""
+
+    kind = "text_completion"
+
+    def _choices(self, delta: Object) -> Iterator[Object]:
+        if delta.get("content") or delta.get("refusal"):
+            yield self._choice(delta)
+
+    def _choice(self, delta: Object, finish_reason: str | None = None) -> Object:
+        text = delta.get("content") or delta.get("refusal") or ""
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _merge(message: Object, delta: Object) -> None:
+    """Add one of this section's own deltas to a message: texts grow, calls meet by their index."""
+    for name, value in delta.items():
+        held = message.get(name)
+        if held is None:
+            message[name] = value
+        elif isinstance(value, str):
+            message[name] = held + value
+        elif isinstance(value, dict):
+            _merge(held, value)
+        elif isinstance(value, list):
+            for entry in value:
+                if entry["index"] < len(held):
+                    _merge(held[entry["index"]], entry)
+                else:
+                    held.append(entry)
+
+
+def _all_choices(stream: ChatStream, response: Object) -> list[Object]:
+    kind = "response.incomplete" if response.get("status") == "incomplete" else "response.completed"
+    return [chunk["choices"][0] for chunk in stream.feed({"type": kind, "response": response})]
+
+
+def chat_completion(
+    response: Object, completion_id: str, created: int, model: str, legacy_functions: bool = False
+) -> Object:
+    """Translate a whole response, one that did not fail, to one chat completion."""
+    stream = ChatStream(completion_id, created, model, legacy_functions=legacy_functions)
+    *choices, last = _all_choices(stream, response)
+    message: Object = {"role": None, "content": None, "refusal": None}
+    for choice in choices:
+        _merge(message, choice["delta"])
+    for call in message.get("tool_calls", ()):
+        del call["index"]
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last["finish_reason"]}
+    return stream.whole("chat.completion", choice)
+
+
+def text_completion(response: Object, completion_id: str, created: int, model: str) -> Object:
+    """Translate a whole response, one that did not fail, to one legacy completion."""
+    stream = CompletionStream(completion_id, created, model)
+    choices = _all_choices(stream, response)
+    return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
+
+
+# == 6 headers ================================================================
+# Heads and bodies as bytes, read strictly and the same way on both sides; which fields cross; the session id.
+# http.server and http.client are not used for reading: they take signed lengths, folded lines and bare line
+# feeds, hide a body cut short, hang on a 304 that is marked chunked, and cost 90 µs a head (WIRE 8).
+
+FIELDS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
+REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
+METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"))
+SINGLE = frozenset((  # twice is a trick, not a list
+    "authorization", "content-encoding", "content-length", "content-type", "expect", "host", "origin",
+    "transfer-encoding", "x-api-key",
+))
+
+
+class RequestHead(NamedTuple):
+    """A client's request line and fields."""
+
+    method: str
+    target: str
+    minor: int  # 0 or 1, of HTTP/1.x
+    headers: dict[str, str]
+
+
+class ReplyHead(NamedTuple):
+    """Upstream's status line and fields."""
+
+    status: int
+    minor: int
+    headers: dict[str, str]
+
+
+def parse_fields(text: str) -> dict[str, str]:
+    """Parse header lines, each with its CRLF.
+
+    Raises HeadTooLarge and MalformedHttp: for a folded line, a space before the colon, a bare CR or LF, NUL.
+    """
+    if FIELDS.fullmatch(text) is None:
+        raise MalformedHttp("a header line is not `name: value`")
+    lines = text.split("\r\n")
+    if len(lines) - 1 > MAX_FIELDS:
+        raise HeadTooLarge(f"the head has {len(lines) - 1} fields, the limit is {MAX_FIELDS}")
+    headers: dict[str, str] = {}
+    for line in lines[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in SINGLE:
+                raise MalformedHttp(f"the field {name} stands twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def parse_request(head: bytes) -> RequestHead:
+    """Parse a request's head, up to but without its empty line.
+
+    Raises MalformedHttp and its kinds; each means that the connection cannot go on.
+    """
+    line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise MalformedHttp("the request line is not `METHOD /target HTTP/1.1`")
+    method, target, major, minor = match.groups()
+    if major != "1" or minor not in "01":
+        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    if method not in METHODS:
+        raise UnknownCoding(f"the method {method} is not known here")
+    if len(target) > MAX_TARGET:
+        raise TargetTooLong(f"the target is {len(target)} bytes, the limit is {MAX_TARGET}")
+    if not target.startswith("/") or target.startswith("//"):
+        raise MalformedHttp("the target must be a path; this is no forward proxy")
+    headers = parse_fields(lines)
+    if minor == "1" and not headers.get("host"):
+        raise MalformedHttp("a Host field is wanted")
+    return RequestHead(method, target, int(minor), headers)
+
+
+def parse_reply(head: bytes) -> ReplyHead:
+    """Parse a reply's head, up to but without its empty line.
+
+    Raises BadUpstream.
+    """
+    line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise BadUpstream("upstream's answer is not HTTP/1.1")
+    try:
+        return ReplyHead(int(match[2]), int(match[1]), parse_fields(lines))
+    except MalformedHttp as exc:
+        raise BadUpstream(f"upstream's head is malformed: {exc.message}") from exc
+
+
+DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
+
+
+def body_length(headers: Mapping[str, str]) -> int | None:
+    """Return the Content-Length in bytes, -1 for a chunked body, None for neither.
+
+    Raises MalformedHttp for both, a length that is not plain digits, and UnknownCoding for another coding.
+    """
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise MalformedHttp("both Content-Length and Transfer-Encoding")
+        if coding.lower() != "chunked":
+            raise UnknownCoding(f"the transfer coding {coding!r} is not known here")
+        return -1
+    if length is None:
+        return None
+    if not DIGITS.fullmatch(length):
+        raise MalformedHttp(f"Content-Length is plain digits, not {length!r}")
+    return int(length)
+
+
+# -- bodies: fed with what was read, they give what was meant and know when it ends
+
+class LengthBody:
+    """A body of a known length."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.done = length == 0
+        self.rest = b""  # bytes after the end
+
+    def feed(self, raw: bytes) -> bytes:
+        """Return the body's bytes in `raw`."""
+        payload = raw[:self.left] if len(raw) > self.left else raw
+        self.left -= len(payload)
+        self.done = self.left == 0
+        if self.done:
+            self.rest = raw[len(payload):]
+        return payload
+
+    def ended(self) -> bool:
+        """Tell whether the connection's end here is the body's end."""
+        return self.done
+
+
+class CloseBody(LengthBody):
+    """A body that ends with the connection: a cut cannot be told from an end."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 62)
+
+    def ended(self) -> bool:
+        """Take the connection's end for the body's."""
+        return True
+
+
+class ChunkedBody:
+    """A chunked body.
+
+    Raises MalformedHttp from `feed` for anything but `hex-size [;extension] CRLF data CRLF`.
+    """
+
+    HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r\n")
+    HEAD_PART = re.compile(rb"[0-9A-Fa-f]{0,15}|[0-9A-Fa-f]{1,15}[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r?")
+    CRLF_PART = re.compile(rb"\r?")
+    TRAILERS = 8192  # bytes of trailer fields, at most; they are read and dropped
+
+    def __init__(self) -> None:
+        self.left = 0  # bytes of the current chunk still to come
+        self.done = False
+        self.rest = b""  # bytes after the end
+        self._unread = b""  # a chunk's head or end, of which only a part has come
+        self._crlf = False  # the CRLF behind a chunk's bytes is due
+        self._last = False  # the last chunk's head was seen; trailers follow
+
+    def feed(self, raw: bytes) -> bytes:
+        """Return the payload in `raw`."""
+        if self._unread:
+            raw, self._unread = self._unread + raw, b""
+        if self._last:
+            self._end(raw)
+            return b""
+        pieces, at, end = [], 0, len(raw)
+        while at < end:
+            if self.left:
+                piece = raw[at:at + self.left]
+                pieces.append(piece)
+                at += len(piece)
+                self.left -= len(piece)
+                self._crlf = True
+            elif self._crlf:
+                if not raw.startswith(b"\r\n", at):
+                    self._wait_for(raw[at:], self.CRLF_PART)
+                    break
+                at += 2
+                self._crlf = False
+            else:
+                match = self.HEAD.match(raw, at)
+                if match is None:
+                    self._wait_for(raw[at:], self.HEAD_PART)
+                    break
+                at = match.end()
+                self.left = int(match[1], 16)
+                if self.left == 0:
+                    self._last = True
+                    self._end(raw[at:])
+                    break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _wait_for(self, part: bytes, wanted: re.Pattern[bytes]) -> None:
+        """Keep the part of a chunk's head or end that has come, if it can still become one."""
+        if not wanted.fullmatch(part):
+            raise MalformedHttp("a chunk is malformed")
+        self._unread = part
+
+    def _end(self, raw: bytes) -> None:
+        """Read the trailers up to the empty line."""
+        end = 0 if raw.startswith(b"\r\n") else raw.find(b"\r\n\r\n") + 2
+        if (len(raw) if end == 1 else end) > self.TRAILERS:
+            raise MalformedHttp("the trailers are too long")
+        if end == 1:
+            self._unread = raw
+        else:
+            self.done = True
+            self.rest = raw[end + 2:]
+
+    def ended(self) -> bool:
+        """Tell whether the connection's end here is the body's end."""
+        return self.done
+
+
+def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody:
+    """Return the reader of a reply's body, in RFC 9112's order.
+
+    Raises BadUpstream.
+    """
+    # 1. none for HEAD, 1xx, 204, 304, whatever the fields say   2. chunked   3. a length   4. to the close
+    if method == "HEAD" or head.status in (204, 304) or head.status < 200:
+        return LengthBody(0)
+    try:
+        length = body_length(head.headers)
+    except MalformedHttp as exc:
+        raise BadUpstream(f"upstream's body is malformed: {exc.message}") from exc
+    if length is None:
+        return CloseBody()
+    return ChunkedBody() if length < 0 else LengthBody(length)
+
+
+def chunk(payload: bytes) -> bytes:
+    """Frame bytes as one chunk."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def render_head(first: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Write a head. A value that could end its line is a programming error and never sent."""
+    lines = [first]
+    for name, value in fields:
+        if "\r" in value or "\n" in value or "\0" in value:
+            raise ValueError(f"the field {name} has a line break in it")
+        lines.append(f"{name}: {value}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def keeps_alive(minor: int, headers: Mapping[str, str]) -> bool:
+    """Tell whether the sender of a head keeps its connection open."""
+    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
+    return "close" not in tokens and (minor == 1 or "keep-alive" in tokens)
+
+
+# -- content codings
+
+ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
+ZSTD_LEVEL = 3  # zstd's own default, and Codex's
+
+
+@functools.lru_cache(maxsize=1)
+def libzstd() -> Any:
+    """Load the system's libzstd, for Pythons before 3.14; None where there is none."""
+    import ctypes  # late, as below: it costs 5 ms, and the start is to be quick
+
+    for name in ZSTD_NAMES:
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name)
+            for function in ("compressBound", "compress", "decompressStream", "freeDStream"):
+                getattr(library, f"ZSTD_{function}").restype = ctypes.c_size_t
+            library.ZSTD_createDStream.restype = ctypes.c_void_p
+            return library
+    return None
+
+
+def zstd_module() -> Any:
+    """Return Python 3.14's own zstd; None before."""
+    if sys.version_info < (3, 14):
+        return None
+    with contextlib.suppress(ImportError):
+        from compression import zstd  # type: ignore[import-not-found]
+        return zstd
+    return None
+
+
+def zstd_compress(body: bytes) -> bytes | None:
+    """Compress, where zstd is at hand."""
+    if zstd_module():
+        return zstd_module().compress(body, ZSTD_LEVEL)  # type: ignore[no-any-return]
+    library = libzstd()
+    if library is None:
+        return None
+    import ctypes
+
+    bound = library.ZSTD_compressBound(ctypes.c_size_t(len(body)))
+    target = ctypes.create_string_buffer(bound)
+    size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
+    return target.raw[:size] if size <= bound else None  # an error is a size near 2^64
+
+
+def zstd_decompress(body: bytes, limit: int) -> bytes:
+    """Decompress one zstd frame, within `limit` bytes. Raises as `decompress` does."""
+    if zstd_module():
+        reader = zstd_module().ZstdDecompressor()
+        try:
+            whole = reader.decompress(body, limit + 1)
+        except zstd_module().ZstdError as exc:
+            raise InvalidRequest("the body is not zstd") from exc
+        complete = reader.eof and not reader.unused_data
+    else:
+        whole, complete = _libzstd_decompress(body, limit)
+    if len(whole) > limit:
+        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
+    if not complete:
+        raise InvalidRequest("the body is not one whole zstd frame")
+    return bytes(whole)
+
+
+def _libzstd_decompress(body: bytes, limit: int) -> tuple[bytes, bool]:
+    """Decompress with libzstd, a piece at a time; tell whether the frame ended with the body."""
+    library = libzstd()
+    if library is None:
+        raise UnsupportedEncoding("zstd is not at hand on the bridge's host: install libzstd there, or set "
+                                  "`enable_request_compression = false` in [features] of Codex's config.toml")
+    import ctypes
+
+    buffer = ctypes.c_size_t * 3  # libzstd's ZSTD_inBuffer and ZSTD_outBuffer: address, size, bytes used
+    stream = ctypes.c_void_p(library.ZSTD_createDStream())
+    source = ctypes.create_string_buffer(body, len(body))
+    target = ctypes.create_string_buffer(1 << 17)
+    pieces, size, left = [], 0, 1
+    read = buffer(ctypes.addressof(source), len(body), 0)
+    try:
+        while size <= limit:
+            written = buffer(ctypes.addressof(target), len(target), 0)
+            before = read[2]
+            left = library.ZSTD_decompressStream(stream, ctypes.byref(written), ctypes.byref(read))
+            if left > 1 << 63:  # an error is a size near 2^64
+                raise InvalidRequest("the body is not zstd")
+            pieces.append(target.raw[:written[2]])
+            size += written[2]
+            if left == 0 or (written[2] == 0 and read[2] == before):
+                break
+    finally:
+        library.ZSTD_freeDStream(stream)
+    return b"".join(pieces), left == 0 and read[2] == len(body)
+
+
+def decompress(body: bytes, coding: str, limit: int) -> bytes:
+    """Undo a content coding, within `limit` bytes.
+
+    Raises UnsupportedEncoding, BodyTooLarge, InvalidRequest.
+    """
+    coding = coding.strip().lower()
+    if coding in ("", "identity"):
+        return body
+    if coding == "zstd":
+        return zstd_decompress(body, limit)
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise UnsupportedEncoding(f"the content coding {coding!r} is not taken; gzip, deflate and zstd are")
+    reader = zlib.decompressobj(47 if coding != "deflate" or body[:1] == b"\x78" else -15)
+    try:
+        whole = reader.decompress(body, limit + 1)
+    except zlib.error as exc:
+        raise InvalidRequest(f"the body is not {coding}: {exc}") from exc
+    if len(whole) > limit:
+        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
+    if not reader.eof or reader.unused_data:
+        raise InvalidRequest(f"the body is not one whole {coding} stream")
+    return whole
+
+
+# -- which fields cross
+
+CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
+PASSED_UP = frozenset((
+    "originator", "session-id", "thread-id", "user-agent", "version", "x-client-request-id",
+    "x-openai-subagent",
+))  # and x-codex-*, the names of which change with Codex; all else stays here
+NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # set by the bridge
+PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # of clients that are not Codex, too
+PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # and x-*, openai-*
+NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy would obey the first two
+SESSION_FIELDS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
+
+
+def codex_version(headers: Mapping[str, str]) -> str:
+    """Return the version of the Codex that sent these fields; "" when the client is not a Codex."""
+    match = CODEX_AGENT.match(headers.get("user-agent", ""))
+    return match[1] if match else ""
+
+
+def is_codex(headers: Mapping[str, str]) -> bool:
+    """Tell whether the client is a Codex, whose own values pass upstream unchanged."""
+    return bool(codex_version(headers)) or headers.get("originator", "").lower().startswith("codex") \
+        or "x-codex-turn-metadata" in headers or "x-codex-window-id" in headers
+
+
+def client_session(headers: Mapping[str, str]) -> str:
+    """Return the client's own session id, under any of its names; "" when there is none."""
+    return next((headers[name] for name in SESSION_FIELDS if headers.get(name)), "")
+
+
+class Identity(NamedTuple):
+    """As whom requests are sent for clients that are not Codex."""
+
+    originator: str
+    version: str
+
+    def fields(self) -> dict[str, str]:
+        """Return the fields that say so, for requests that no client asked for."""
+        return {"version": self.version, "originator": self.originator, "user-agent": USER_AGENT}
+
+
+def upstream_fields(headers: Mapping[str, str], identity: Identity, session: str) -> dict[str, str]:
+    """Choose, from a client's fields, those that go upstream, and add what Codex adds for ChatGPT.
+
+    An allow-list: what is not named here stays here, the client's credentials and addresses above all.
+    Sign-in, routing and framing are added when the request is sent.
+    """
+    codex = is_codex(headers)
+    if codex:
+        passed = {name: value for name, value in headers.items()
+                  if name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)}
+    else:
+        passed = {name: headers[name] for name in PASSED_FOR_ALL if name in headers}
+    passed = {name: value for name, value in passed.items() if value}
+    if headers.get("thread_id"):
+        passed.setdefault("thread-id", headers["thread_id"])
+    passed.setdefault("session-id", session if WORD.fullmatch(session) else stable_id(session))
+    fields = {"version": codex_version(headers) or identity.version, **passed}
+    fields.setdefault("originator", identity.originator)
+    if not codex or not fields.get("user-agent"):
+        fields["user-agent"] = USER_AGENT
+    return fields
+
+
+def routing_hint(request: Mapping[str, Any]) -> str:
+    """Return Codex's x-codex-routing-hint: `model=<slug>[;tier=<tier>]` (WIRE 3)."""
+    tier = request.get("service_tier")
+    return f"model={request.get('model')}" + (f";tier={tier}" if isinstance(tier, str) else "")
+
+
+def downstream_fields(headers: Mapping[str, str]) -> dict[str, str]:
+    """Choose, from upstream's fields, those that the client gets."""
+    return {name: value for name, value in headers.items() if not name.startswith(NOT_PASSED_DOWN)
+            and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
+
+
+# == 7 sse ====================================================================
+# Bytes in, events out; the fold of events into one response. Bytes are cut at CR and LF only: str.splitlines
+# would split a text at U+2028.
+
+BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
+NOTABLE = re.compile(rb"response\.(?:output_item\.done|completed|failed|incomplete)")  # what matters here
+TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
+
+
+class Events:
+    """Cut a stream of bytes into whole events; what is not whole yet is kept back."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []  # of the event that is not whole yet
+        self._size = 0  # of those parts, in bytes
+        self._carriage = False  # a CR was seen: lines may end in other ways than LF
+
+    @property
+    def partial(self) -> bool:
+        """Tell whether an event has begun and not ended."""
+        return self._size > 0
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return the bytes of all events that are whole now, as they came.
+
+        Raises BadUpstream for an event above MAX_EVENT.
+        """
+        if self._carriage or b"\r" in payload:
+            return self._feed_any(payload)
+        cut = payload.rfind(b"\n\n") + 2
+        if cut == 1:  # none in it; but a blank line may have been cut in two
+            cut = int(bool(self._parts) and self._parts[-1][-1:] == b"\n" == payload[:1])
+        if cut == 0:
+            self._keep(payload)
+            return b""
+        return self._take(payload, cut)
+
+    def _feed_any(self, payload: bytes) -> bytes:
+        """Feed a stream whose lines end in CRLF or CR as well: rare, so simple rather than fast."""
+        self._carriage = True
+        joined = self._drain() + payload
+        cut = 0
+        for match in BLANK_LINE.finditer(joined):
+            if match.end() < len(joined) or not joined.endswith(b"\r\n\r"):  # else its LF is on the way
+                cut = match.end()
+        self._keep(joined[cut:])
+        return joined[:cut]
+
+    def _take(self, payload: bytes, cut: int) -> bytes:
+        """Return what was kept and `payload` up to `cut`; keep the rest."""
+        whole = payload if cut == len(payload) else payload[:cut]
+        if self._parts:
+            whole = self._drain() + whole
+        if cut < len(payload):
+            self._keep(payload[cut:])
+        return whole
+
+    def _drain(self) -> bytes:
+        kept = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return kept
+
+    def _keep(self, part: bytes) -> None:
+        if part:
+            self._parts.append(part)
+            self._size += len(part)
+        if self._size > MAX_EVENT:
+            raise BadUpstream(f"upstream sent an event of more than {MAX_EVENT} bytes")
+
+
+def split_events(whole: bytes) -> list[bytes]:
+    """Split whole events' bytes into one piece an event, with its blank line."""
+    if b"\r" not in whole:
+        return [piece + b"\n\n" for piece in whole.split(b"\n\n")[:-1]]
+    pieces, at = [], 0
+    for match in BLANK_LINE.finditer(whole):
+        pieces.append(whole[at:match.end()])
+        at = match.end()
+    return pieces
+
+
+def event_json(event: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that an event carries; None when it carries none."""
+    lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
+    parts = [line[5:] for line in lines if line.startswith(b"data:")]
+    parsed = read_json(b"\n".join(parts)) if parts else None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def event_type(parsed: Mapping[str, Any] | None) -> str:
+    """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
+    kind = parsed.get("type") if parsed else None
+    return kind if isinstance(kind, str) else ""
+
+
+def render_event(parsed: Mapping[str, Any]) -> bytes:
+    """Write an event as upstream writes them; a type that is no word does not get a line of its own."""
+    kind = event_type(parsed)
+    name = f"event: {kind}\n".encode() if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII) else b""
+    return b"%bdata: %b\n\n" % (name, dump_json(parsed))
+
+
+def dump_json(value: Any) -> bytes:
+    """Encode as JSON: UTF-8, or ASCII where a lone surrogate cannot be UTF-8.
+
+    Raises ValueError for NaN and Infinity.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
+KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients have timers on bytes; SDKs trip over an unknown event
+
+
+class Fold:
+    """Collect what a response's events carry, for the one object that they amount to.
+
+    Upstream's terminal event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5).
+    """
+
+    def __init__(self) -> None:
+        self.final: dict[str, Any] | None = None  # the terminal event
+        self.error: Any = None  # of a bare `error` event
+        self._items: dict[tuple[int, int], Any] = {}  # those without an index come last
+        self._pending: list[bytes] = []  # events that look like output_item.done; parsed only if needed
+        self._size = 0
+
+    def keep(self, event: bytes) -> None:
+        """Keep an event that looks like output_item.done, within MAX_EVENT bytes in all."""
+        self._size += len(event)
+        if self._size <= MAX_EVENT:
+            self._pending.append(event)
+
+    def add(self, parsed: Mapping[str, Any]) -> None:
+        """Add one event."""
+        kind = event_type(parsed)
+        if kind == "response.output_item.done" and parsed.get("item") is not None:
+            index = parsed.get("output_index")
+            place = (0, index) if type(index) is int else (1, len(self._items))
+            self._items[place] = parsed.get("item")
+        elif kind in TERMINAL_EVENTS:
+            self.final = dict(parsed)
+        elif kind == "error":
+            self.error = parsed.get("error") if isinstance(parsed.get("error"), dict) else dict(parsed)
+
+    def fill(self) -> bool:
+        """Fill the terminal event's empty `output` from the items seen; tell whether anything was filled."""
+        response = self.final.get("response") if self.final else None
+        if not isinstance(response, dict) or response.get("output"):
+            return False
+        for event in self._pending:
+            parsed = event_json(event)
+            if event_type(parsed) == "response.output_item.done":  # a text may only speak of it
+                self.add(parsed or {})
+        items = [self._items[index] for index in sorted(self._items)]
+        if not items or self.final is None:
+            return False
+        self.final["response"] = {**response, "output": items}
+        return True
+
+    def response(self) -> dict[str, Any]:
+        """Return the one response object.
+
+        Raises BadUpstream when upstream was cut, and the error that it reported (429, 503, 400, 502).
+        """
+        if self.final is None:
+            raise failure(self.error) if self.error else BadUpstream(
+                "upstream ended the answer without its terminal event")
+        self.fill()
+        response = self.final.get("response")
+        response = response if isinstance(response, dict) else {}
+        if event_type(self.final) == "response.failed":
+            raise failure(response.get("error"))
+        return response
+
+
+def usage_counts(response: Any) -> dict[str, int]:
+    """Return a response's token counts: input, cached, output, reasoning."""
+    usage = response.get("usage") if isinstance(response, dict) else None
+    if not isinstance(usage, dict):
+        return {}
+    inner = {"cached": ("input_tokens_details", "cached_tokens"),
+             "reasoning": ("output_tokens_details", "reasoning_tokens")}
+    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens")}
+    for name, (outer, key) in inner.items():
+        details = usage.get(outer)
+        found[name] = details.get(key) if isinstance(details, dict) else None
+    return {name: count for name, count in found.items() if type(count) is int}
+
+
+# == 8 websocket ==============================================================
+# Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
+# No extension is ever agreed on, so every reserved bit is an error.
+
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+WEBSOCKET_VERSION = "13"
+
+OP_CONTINUATION, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
+OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA  # control frames: never fragmented, 125 bytes at most
+OPCODES = frozenset((OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
+
+CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1000, 1001, 1002, 1003
+CLOSE_NO_STATUS = 1005  # stands for a close frame without a code; never on the wire
+CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_INTERNAL_ERROR, CLOSE_BAD_GATEWAY = 1007, 1009, 1011, 1014
+# What a close frame may say: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
+CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
+
+FIN_BIT, RESERVED_BITS, OPCODE_BITS = 0x80, 0x70, 0x0F  # of a frame's first byte
+MASK_BIT, LENGTH_BITS = 0x80, 0x7F  # of its second
+LENGTH_16, LENGTH_64 = 126, 127  # stand for a length that follows, in 16 or 64 bits
+SMALLEST_16, SMALLEST_64, LARGEST_64 = 126, 1 << 16, (1 << 63) - 1  # the shortest form is a must
+HEAD_BYTES, MASK_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES = 2, 4, 125, 123
+
+# One long integer masks faster below this size, table look-ups in four lanes above it. On 3.13: 150 MB/s
+# at 100 bytes, 750 at 10 kB, 500 to 900 at 1 MB, where the integer is out of the cache and down to 300.
+MASK_BY_TABLE_BYTES = 4096
+EVERY_BYTE = int.from_bytes(bytes(range(256)), "little")
+ONE_IN_EVERY_BYTE = int.from_bytes(b"\x01" * 256, "little")
+
+
+class FrameError(Exception):
+    """A breach of RFC 6455 by the peer; `code` is the close code that it is answered with."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Message(NamedTuple):
+    """One whole text or binary message, or one control frame."""
+
+    opcode: int
+    payload: bytes  # unmasked
+    frames: bytes  # as they came over the wire, to be passed on; empty if masked: a mask is for one use
+
+
+def is_upgrade(headers: Mapping[str, str]) -> bool:
+    """Tell whether headers, named in lower case, ask for a WebSocket, or agree to it."""
+    for name, token in (("connection", "upgrade"), ("upgrade", "websocket")):
+        if token not in (part.strip().lower() for part in headers.get(name, "").split(",")):
+            return False
+    return True
+
+
+def valid_key(key: str) -> bool:
+    """Tell whether a Sec-WebSocket-Key is 16 bytes in base64."""
+    return re.fullmatch("[A-Za-z0-9+/]{22}==", key) is not None
+
+
+def accept_key(key: str) -> str:
+    """Return the Sec-WebSocket-Accept that answers a valid key."""
+    digest = hashlib.sha1((key + WEBSOCKET_GUID).encode("ascii"), usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode("ascii")
+
+
+def apply_mask(payload: bytes, mask: bytes) -> bytes:
+    """Mask or unmask a payload with four bytes."""
+    size = len(payload)
+    if size < MASK_BY_TABLE_BYTES:
+        key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
+        return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
+    masked = bytearray(payload)
+    for lane, key in enumerate(mask):
+        table = (EVERY_BYTE ^ ONE_IN_EVERY_BYTE * key).to_bytes(256, "little")
+        masked[lane::MASK_BYTES] = masked[lane::MASK_BYTES].translate(table)
+    return bytes(masked)
+
+
+def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bool = True) -> bytes:
+    """Return one frame; a client's has a mask of four random bytes, new for each frame."""
+    first = opcode | (FIN_BIT if fin else 0)
+    mask_bit = 0 if mask is None else MASK_BIT
+    size = len(payload)
+    if size < SMALLEST_16:
+        head = bytes((first, mask_bit | size))
+    elif size < SMALLEST_64:
+        head = struct.pack("!BBH", first, mask_bit | LENGTH_16, size)
+    else:
+        head = struct.pack("!BBQ", first, mask_bit | LENGTH_64, size)
+    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
+
+
+def close_payload(code: int, reason: str = "") -> bytes:
+    """Return a close frame's payload, the reason cut to fit; CLOSE_NO_STATUS makes it empty."""
+    if code == CLOSE_NO_STATUS:
+        return b""
+    cut = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
+    return struct.pack("!H", code) + cut.decode("utf-8", "ignore").encode("utf-8")
+
+
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """Return the code and reason of a close frame; raises FrameError."""
+    if not payload:
+        return CLOSE_NO_STATUS, ""
+    code = int.from_bytes(payload[:2], "big")  # of a single byte: less than any code
+    if code not in CLOSE_CODES:
+        raise FrameError(CLOSE_PROTOCOL_ERROR, f"close frame begins with {payload[:2]!r}, no close code")
+    return code, _decode(payload[2:])
+
+
+def _decode(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise FrameError(CLOSE_INVALID_TEXT, f"text is not UTF-8 at byte {exc.start}") from exc
+
+
+class FrameReader:
+    """Cut the bytes of one side of a connection into messages.
+
+    `masked` says which side: a client must mask, a server must not. `max_message` bounds a message in bytes;
+    a frame's head is enough to refuse it. Look at `error` after each `feed`: what it returned came before the
+    error. Nothing is read after an error or a close frame.
+    """
+
+    def __init__(self, masked: bool, max_message: int) -> None:
+        self.error: FrameError | None = None
+        self._masked = masked
+        self._max_message = max_message
+        self._done = False
+        self._pending = bytearray()  # a frame that has begun
+        self._wanted_bytes = 0  # of it, until there is more to tell
+        self._opcode = OP_CONTINUATION  # of the message that has begun, once a fragment of it is here
+        self._payload, self._frames = bytearray(), bytearray()  # its fragments
+
+    def feed(self, received: bytes) -> list[Message]:
+        """Return the messages and control frames that these bytes complete, in their order."""
+        messages: list[Message] = []
+        if self._pending:
+            self._pending += received
+            if len(self._pending) < self._wanted_bytes:
+                return messages  # nothing is copied yet: a frame in small pieces takes linear time
+            received = bytes(self._pending)
+            self._pending = bytearray()
+        try:
+            self._cut(received, messages)
+        except FrameError as exc:
+            # A new one: the traceback of the one raised would hold the bytes, in a cycle.
+            self.error, self._done = FrameError(exc.code, str(exc)), True
+        return messages
+
+    def _cut(self, wire: bytes, messages: list[Message]) -> None:
+        """Append the messages that end in `wire`; keep the frame that only begins there."""
+        start = 0
+        while not self._done:
+            payload_start, end = self._span(wire, start)
+            if end > len(wire):
+                self._wanted_bytes = end - start
+                self._pending += wire[start:]
+                return
+            message = self._take(wire[start:end], payload_start - start)
+            start = end
+            if message is not None:
+                messages.append(message)
+                self._done = message.opcode == OP_CLOSE
+
+    def _span(self, wire: bytes, start: int) -> tuple[int, int]:
+        """Return where a frame's payload starts and ends: beyond `wire` while bytes are missing."""
+        payload_start = start + HEAD_BYTES
+        if payload_start > len(wire):
+            return payload_start, payload_start
+        first, second = wire[start], wire[start + 1]
+        self._check_head(first, second)
+        size = second & LENGTH_BITS
+        if size >= LENGTH_16:
+            width, smallest = (2, SMALLEST_16) if size == LENGTH_16 else (8, SMALLEST_64)
+            payload_start += width
+            if payload_start > len(wire):
+                return payload_start, payload_start
+            size = int.from_bytes(wire[payload_start - width : payload_start], "big")
+            if not smallest <= size <= LARGEST_64:
+                raise FrameError(CLOSE_PROTOCOL_ERROR, f"length {size} may not stand in {width} bytes")
+        # The heads of unmasked fragments count, or empty ones could fill the memory without end.
+        if first & OPCODE_BITS < OP_CLOSE and len(self._frames or self._payload) + size > self._max_message:
+            raise FrameError(CLOSE_TOO_BIG, f"message has more than {self._max_message} bytes")
+        payload_start += MASK_BYTES if self._masked else 0
+        return payload_start, payload_start + size
+
+    def _check_head(self, first: int, second: int) -> None:
+        """Raise FrameError unless these two bytes may begin the next frame."""
+        opcode = first & OPCODE_BITS
+        breach = None
+        if first & RESERVED_BITS or opcode not in OPCODES:
+            breach = "has a reserved bit or opcode"
+        elif (second & MASK_BIT != 0) != self._masked:
+            breach = "is not masked" if self._masked else "is masked"
+        elif opcode >= OP_CLOSE:
+            if not first & FIN_BIT or second & LENGTH_BITS > MAX_CONTROL_BYTES:
+                breach = "is a control frame that is fragmented or too long"
+        elif (opcode == OP_CONTINUATION) != (self._opcode != OP_CONTINUATION):
+            breach = "continues no message" if opcode == OP_CONTINUATION else "interrupts a message"
+        if breach:
+            raise FrameError(CLOSE_PROTOCOL_ERROR, f"frame {first:#04x} {second:#04x} {breach}")
+
+    def _take(self, frame: bytes, payload_start: int) -> Message | None:
+        """Return the message that this frame ends, or None if there is more to come."""
+        opcode, fin = frame[0] & OPCODE_BITS, frame[0] & FIN_BIT
+        payload = frame[payload_start:]
+        if self._masked:
+            payload = apply_mask(payload, frame[payload_start - MASK_BYTES : payload_start])
+            frame = b""
+        if not fin or opcode == OP_CONTINUATION:
+            self._opcode = self._opcode or opcode
+            self._payload += payload
+            self._frames += frame
+            if not fin:
+                return None
+            opcode, payload, frame = self._opcode, bytes(self._payload), bytes(self._frames)
+            self._opcode, self._payload, self._frames = OP_CONTINUATION, bytearray(), bytearray()
+        if opcode == OP_TEXT and not payload.isascii():
+            _decode(payload)
+        elif opcode == OP_CLOSE:
+            parse_close(payload)
+        return Message(opcode, payload, frame)
+
+
+# == 9 credentials ============================================================
+# The only reader and writer of auth.json. Refresh tokens are used once and rotate, and a Codex on this host
+# may refresh too: re-read first, hold auth.lock, compare before the write, lose nothing (WIRE 2).
+
+log = logging.getLogger("qoo_bridge")
+Fetch = Callable[..., "Answer"]  # (method, url, headers, body, timeout) -> Answer; section 10's, handed in
+
+
+class Answer(NamedTuple):
+    """One small reply, read whole."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> dict[str, Any]:
+        """Return the body's JSON object; {} when it is none."""
+        parsed = read_json(self.body)
+        return parsed if isinstance(parsed, dict) else {}
+
+
+class SignIn(NamedTuple):
+    """What auth.json says, checked; `expires` is a Unix time, 0 when it cannot be read."""
+
+    access_token: str
+    refresh_token: str
+    account: str
+    plan: str
+    fedramp: bool
+    expires: float
+
+    def __repr__(self) -> str:
+        return f"SignIn(account={self.account!r}, plan={self.plan!r}, expires={self.expires!r}, …)"
+
+    def fields(self) -> dict[str, str]:
+        """Return the request fields that carry the sign-in."""
+        fields = {"authorization": f"Bearer {self.access_token}"}
+        if self.account:
+            fields["chatgpt-account-id"] = self.account
+        if self.fedramp:
+            fields["x-openai-fedramp"] = "true"
+        return fields
+
+
+TOKEN = re.compile(r"[\x21-\x7e]+")
+
+
+def jwt_claims(token: Any) -> dict[str, Any]:
+    """Return a JWT's payload; {} when it is none. Nobody checks the signature here: upstream does."""
+    parts = token.split(".") if isinstance(token, str) else []
+    if len(parts) != 3:
+        return {}
+    try:
+        parsed = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+    except (ValueError, RecursionError, binascii.Error):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def unix_time(text: Any) -> float:
+    """Read an RFC 3339 time such as auth.json's last_refresh; 0 when it is none."""
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", text) if isinstance(text, str) else None
+    try:
+        return calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S")) if match else 0.0
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+def timestamp() -> str:
+    """Return the time now as auth.json's last_refresh has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
+
+
+def login_hint() -> str:
+    """Say what a person does about a missing or dead sign-in."""
+    return f"run `codex login` on {socket.gethostname()}, or `python3 qoo_bridge.py login`"
+
+
+def read_sign_in(content: Any, path: str) -> SignIn:
+    """Check what auth.json holds.
+
+    Raises NotSignedIn, which says what is wrong and what to do.
+    """
+    if not isinstance(content, dict):
+        raise NotSignedIn(f"{path} does not hold a JSON object; {login_hint()}")
+    mode, tokens = content.get("auth_mode"), content.get("tokens")
+    if mode is not None and not (isinstance(mode, str) and mode.lower().startswith("chatgpt")):
+        raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {login_hint()}")
+    access = tokens.get("access_token") if isinstance(tokens, dict) else None
+    if not isinstance(tokens, dict) or not isinstance(access, str) or not TOKEN.fullmatch(access):
+        raise NotSignedIn(f"{path} holds no ChatGPT access token; {login_hint()}")
+    refresh = tokens.get("refresh_token")
+    claims = jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM)
+    claims = claims if isinstance(claims, dict) else {}
+    accounts = [account for account in (tokens.get("account_id"), claims.get("chatgpt_account_id"))
+                if isinstance(account, str) and TOKEN.fullmatch(account)]
+    plan = claims.get("chatgpt_plan_type")
+    expires = jwt_claims(access).get("exp")
+    if not isinstance(expires, (int, float)) or isinstance(expires, bool) or not 0 < expires < 1e12:
+        written = unix_time(content.get("last_refresh"))
+        expires = written + TOKEN_AGE if written else 0
+    return SignIn(
+        access, refresh if isinstance(refresh, str) and TOKEN.fullmatch(refresh) else "",
+        accounts[0] if accounts else "", plan if isinstance(plan, str) else "",
+        claims.get("chatgpt_account_is_fedramp") is True, float(expires),
+    )
+
+
+@contextlib.contextmanager
+def file_lock(path: str) -> Iterator[bool]:
+    """Hold the BSD lock that Codex takes around a refresh, tried for LOCK_SECONDS; yield whether it is held.
+
+    Without fcntl, or in a folder that cannot be written, the work goes on without it: the re-read before and
+    the comparison after still stand.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if fcntl else -1
+    except OSError:
+        handle = -1
+    try:
+        yield handle >= 0 and _flock(handle)
+    finally:
+        if handle >= 0:
+            os.close(handle)  # and with it the lock
+
+
+def _flock(handle: int) -> bool:
+    """Take an exclusive lock within LOCK_SECONDS."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+
+
+def write_private(path: str, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step, mode 0600, its owner kept.
+
+    Raises OSError; the old file is whole then.
+    """
+    path = os.path.realpath(path)  # a link stays a link
+    temporary = os.path.join(os.path.dirname(path), f".auth-{os.urandom(8).hex()}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(OSError, AttributeError):  # not there yet; Windows
+            owner = os.stat(path)
+            if os.geteuid() == 0:
+                os.chown(temporary, owner.st_uid, owner.st_gid)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+class Credentials:
+    """This host's sign-in: read when the file changes, refreshed when it must be.
+
+    `_lock` guards every field and is never held over the network. `_refreshing` is held through a refresh:
+    threads that want a new token at once wait for the one that asks for it, and then find it.
+    """
+
+    def __init__(self, path: str, issuer: str, fetch: Fetch,
+                 on_refresh: Callable[[], None] = lambda: None) -> None:
+        self.path = path
+        self._issuer = issuer
+        self._fetch = fetch
+        self._on_refresh = on_refresh
+        self._lock = threading.RLock()
+        self._refreshing = threading.Lock()
+        self.seen: Any = "not yet"  # the file's signature when it was read
+        self._content: dict[str, Any] = {}  # of the file, unknown keys too
+        self._sign_in: SignIn | None = None
+        self._problem = ""  # of the file as it was read
+        self._torn = False  # and that is that it is empty or not whole
+        self._dead: dict[str, str] = {}  # refresh token -> why it was refused for good; one entry
+        self._retry_at = 0.0  # monotonic; a refresh that failed for now is not asked for before
+
+    def current(self) -> SignIn:
+        """Return the sign-in as the file has it now, without any refresh.
+
+        Raises NotSignedIn.
+        """
+        with self._lock:
+            self._read()
+            if self._problem or self._sign_in is None:
+                raise NotSignedIn(self._problem)
+            return self._sign_in
+
+    def bearer(self) -> SignIn:
+        """Return a sign-in to send, refreshed first when it expires within TOKEN_MARGIN.
+
+        A refresh ahead of time that fails leaves the old token, which may still be good. Raises NotSignedIn.
+        """
+        held = self.current()
+        left = held.expires - time.time()
+        if not held.expires or left > TOKEN_MARGIN or not held.refresh_token:
+            return held
+        if not self._refreshing.acquire(blocking=left < 30):
+            return held  # another thread is at it, and this token has time left
+        try:
+            return self._refresh(held, "proactive_expiry")
+        except BridgeError as exc:
+            log.warning("refresh ahead of time failed: %s", exc.message)
+            if left <= 0 and isinstance(exc, NotSignedIn):
+                raise
+            return held
+        finally:
+            self._refreshing.release()
+
+    def after_401(self, used: SignIn) -> SignIn:
+        """Return a newer sign-in than the one that upstream refused.
+
+        The file first, because another program may have refreshed; else one refresh, over all threads.
+        Raises NotSignedIn, and BadUpstream or UpstreamTimeout when the sign-in server cannot be asked.
+        """
+        with self._refreshing:
+            held = self.current()
+            if held.access_token != used.access_token:
+                return held
+            return self._refresh(held, "unauthorized_recovery")
+
+    def _read(self) -> None:
+        """Read the file if it changed; one that is torn or gone is read again for TORN_SECONDS."""
+        signature = self._signature()
+        if signature == self.seen:
+            return
+        until = time.monotonic() + TORN_SECONDS
+        problem = self._read_once(signature)
+        while problem and (signature or self._sign_in) and time.monotonic() < until:
+            time.sleep(0.005)
+            signature = self._signature()
+            problem = self._read_once(signature)
+        self.seen, self._problem = signature, problem
+
+    def _signature(self) -> Any:
+        """Return what changes when the file does; None when it is not there."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _read_once(self, signature: Any) -> str:
+        """Read the file into the fields; return what is wrong with it, "" when nothing is."""
+        self._torn = False
+        if signature is None:
+            return (f"not signed in: there is no {self.path}, or the system keyring holds the sign-in "
+                    f"(`cli_auth_credentials_store = \"file\"` in config.toml changes that); {login_hint()}")
+        try:
+            with open(self.path, "rb") as file:
+                content = json.loads(file.read(MAX_REPLY))
+            sign_in = read_sign_in(content, self.path)
+        except OSError as exc:
+            return f"{self.path} cannot be read: {exc.strerror}"
+        except (ValueError, RecursionError):
+            self._torn = True
+            return f"{self.path} is empty or not whole JSON; {login_hint()}"
+        except NotSignedIn as exc:
+            return exc.message
+        self._content, self._sign_in = content, sign_in
+        return ""
+
+    def _refresh(self, held: SignIn, reason: str) -> SignIn:
+        """Refresh once, under Codex's lock; return the newer sign-in. The caller holds `_refreshing`."""
+        now = self.current()
+        if now.access_token != held.access_token:
+            return now  # another thread was first
+        if held.refresh_token in self._dead or not held.refresh_token:
+            known = self._dead.get(held.refresh_token)
+            raise NotSignedIn(known or f"the sign-in has expired; {login_hint()}")
+        if time.monotonic() < self._retry_at:
+            raise BadUpstream("the sign-in server failed a moment ago; it is asked again in a second")
+        with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
+            now = self.current()
+            if now.access_token != held.access_token:
+                return now  # another program was first
+            return self._exchange(held, reason)
+
+    def _exchange(self, held: SignIn, reason: str) -> SignIn:
+        """Trade the refresh token for new ones, and keep them."""
+        request = {"client_id": CLIENT_ID, "grant_type": "refresh_token", "refresh_token": held.refresh_token,
+                   "refresh_reason": reason}
+        try:
+            fields = {"content-type": "application/json", "user-agent": USER_AGENT}
+            answer = self._fetch("POST", f"{self._issuer}/oauth/token", fields, dump_json(request), 30)
+        except BridgeError:
+            self._retry_at = time.monotonic() + REFRESH_PAUSE
+            raise
+        self._on_refresh()
+        given = answer.json()
+        tokens = {key: given[key] for key in ("id_token", "access_token", "refresh_token")
+                  if isinstance(given.get(key), str) and given[key]}
+        if answer.status == 200 and tokens:
+            with self._lock:
+                return self._store(held, tokens)
+        raise self._refused(held, answer)
+
+    def _refused(self, held: SignIn, answer: Answer) -> BridgeError:
+        """Return what a refused refresh means: for good, or for now."""
+        parsed = answer.json()
+        error = parsed.get("error")
+        code = error.get("code") if isinstance(error, dict) else error or parsed.get("code")
+        final = answer.status == 401 or (answer.status == 400 and code == "invalid_grant") or code in (
+            "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated")
+        if final:
+            message = f"the sign-in was refused ({code or answer.status}): {login_hint()}"
+            self._dead = {held.refresh_token: message}
+            return NotSignedIn(message)
+        self._retry_at = time.monotonic() + REFRESH_PAUSE
+        return BadUpstream(f"the sign-in server answered {answer.status}")
+
+    def _store(self, held: SignIn, tokens: dict[str, str]) -> SignIn:
+        """Write new tokens over those they replace, unless another program wrote meanwhile."""
+        self._read()
+        if self._problem and not self._torn:
+            raise NotSignedIn(self._problem)  # signed out, or in by other means, meanwhile: that stands
+        if not self._problem and self._sign_in and self._sign_in.refresh_token != held.refresh_token:
+            return self._sign_in  # a newer sign-in than ours
+        stamp = timestamp()
+        content = {**self._content, "tokens": {**self._content["tokens"], **tokens}, "last_refresh": stamp}
+        sign_in = read_sign_in(content, self.path)
+        try:
+            write_private(self.path, content)
+        except OSError as exc:
+            # The old refresh token is used up: the new one must not be lost, so it is kept here.
+            log.error("the new sign-in cannot be written to %s (%s): it is kept until this bridge ends",
+                      self.path, exc.strerror)
+        self._content, self._sign_in, self._problem = content, sign_in, ""
+        self.seen = self._signature()
+        return sign_in
+
+
+class Routing:
+    """Where the account's requests go: asked at the upstream's origin, at the start and hourly (WIRE 2).
+
+    `_lock` guards the answers. Failing to ask never stops a request: the configured upstream is used.
+    """
+
+    def __init__(self, upstream: str, fetch: Fetch, fields: Mapping[str, str]) -> None:
+        self.upstream = upstream
+        self._fetch = fetch
+        self._fields = fields  # as whom it is asked
+        self._lock = threading.Lock()
+        self._answers: dict[str, tuple[float, str, str]] = {}  # account -> (asked at, upstream, override)
+        self._asking: set[str] = set()
+
+    def of(self, sign_in: SignIn) -> tuple[str, dict[str, str]]:
+        """Return the account's upstream address and the field to add; ask in the background when due."""
+        asked, upstream, override = self._answers.get(sign_in.account, (-1e9, self.upstream, ""))
+        if time.monotonic() - asked > ROUTING_AGE:
+            self.ask_soon(sign_in)
+        return upstream, {"x-openai-account-routing-override": override} if override else {}
+
+    def ask_soon(self, sign_in: SignIn) -> None:
+        """Ask in a thread of its own, one at a time for an account."""
+        with self._lock:
+            if sign_in.account in self._asking:
+                return
+            self._asking.add(sign_in.account)
+        threading.Thread(target=self._ask, args=(sign_in,), name="routing", daemon=True).start()
+
+    def _ask(self, sign_in: SignIn) -> None:
+        asked, upstream, override = time.monotonic(), self.upstream, ""
+        try:
+            parts = urllib.parse.urlsplit(self.upstream)
+            answer = self._fetch("GET", f"{parts.scheme}://{parts.netloc}/backend-api/wham/accounts/check",
+                                 {**self._fields, **sign_in.fields()}, b"", 10)
+            accounts = answer.json().get("accounts")
+            for account in accounts if isinstance(accounts, list) else []:
+                if isinstance(account, dict) and account.get("id") == sign_in.account:
+                    upstream, override = self._checked(account)
+            if answer.status != 200:
+                asked += 60 - ROUTING_AGE  # again in a minute
+        except BridgeError as exc:
+            log.debug("account routing is not known: %s", exc.message)
+            asked += 60 - ROUTING_AGE
+        with self._lock:
+            self._answers[sign_in.account] = (asked, upstream, override)
+            self._asking.discard(sign_in.account)
+
+    def _checked(self, account: Mapping[str, Any]) -> tuple[str, str]:
+        """Take an answered origin only if it is https at or below the configured host: tokens go there."""
+        configured, upstream = urllib.parse.urlsplit(self.upstream), self.upstream
+        origin = account.get("workspace_backend_origin")
+        try:
+            parts = urllib.parse.urlsplit(origin if isinstance(origin, str) else "")
+            host, _ = parts.hostname or "", parts.port
+        except ValueError:
+            host, parts = "", configured
+        named = re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", host, re.ASCII) is not None
+        inside = named and (host == configured.hostname or host.endswith(f".{configured.hostname}"))
+        bare = not parts.username and not parts.query and parts.path in ("", "/")
+        if parts.scheme == "https" and inside and bare:
+            upstream = f"https://{parts.netloc}{configured.path}"
+        elif origin:
+            log.warning("account routing names an origin outside %s: it is not taken", configured.hostname)
+        override = account.get("account_routing_override")
+        known = isinstance(override, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override)
+        return upstream, "" if not known or override == "NO_CONSTRAINT" else str(override)
+
+
+# == 10 upstream ==============================================================
+# The only opener of sockets: pool, TLS, proxy, retry on a stale connection. Exceptions of socket, ssl and
+# http.client become section 2's here. http.client connects (TLS, proxy tunnel); reading is section 6's.
+
+HAS_POLL = hasattr(select, "poll")  # not on Windows
+NOT_NOW = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
+
+
+class Peer:
+    """A connected socket, never blocking, with the bytes that were read ahead of need. One thread uses it."""
+
+    __slots__ = ("_poller", "_receive", "_tls", "_watched", "ahead", "number", "sock")
+
+    def __init__(self, sock: Any) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.number = sock.fileno()
+        self.ahead = b""
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._receive = sock.read if self._tls else sock.recv  # SSLSocket.recv only calls its read
+        self._watched: Peer | None = None
+        self._poller: Any = None
+
+    def read(self) -> bytes | None:
+        """Read what is there, READ_SIZE at most: None for nothing yet, b"" for the end.
+
+        Raises OSError when the connection is broken.
+        """
+        if self.ahead:
+            raw, self.ahead = self.ahead, b""
+            return raw
+        try:
+            received: bytes = self._receive(READ_SIZE)
+        except NOT_NOW:
+            return None
+        except ssl.SSLEOFError:
+            return b""  # the other side ended without close_notify, as many do; framing tells a cut
+        return received if len(received) < LARGE_READ or not self._tls else self._read_on(received)
+
+    def _read_on(self, first: bytes) -> bytes:
+        """Read what more is there behind a large TLS record: large pieces cost less a byte."""
+        pieces, size = [first], len(first)
+        with contextlib.suppress(OSError):  # nothing more yet, or what the next read will meet again
+            while size < READ_SIZE and len(pieces[-1]) >= LARGE_READ:
+                pieces.append(self._receive(READ_SIZE - size))
+                size += len(pieces[-1])
+        return b"".join(pieces)
+
+    def buffered(self) -> bool:
+        """Tell whether bytes are at hand that the system does not know of."""
+        return bool(self.ahead) or (self._tls and self.sock.pending() > 0)
+
+    def forget(self) -> None:
+        """Let go of the client that was watched."""
+        self._poller = self._watched = None
+
+    def wait(self, seconds: float, client: Peer | None = None) -> bool:
+        """Wait until something can be read; False when `seconds` pass.
+
+        While waiting for upstream, `client` is watched: what it sends is read ahead, and when it leaves,
+        ClientLeft is raised. A client's FIN counts as leaving.
+        """
+        if self.buffered():
+            return True
+        until = time.monotonic() + seconds
+        while True:
+            mine, its = self.poll(max(0.0, seconds), client)
+            if mine:
+                return True
+            if its and client is not None:
+                client.look_ahead()
+            seconds = until - time.monotonic()
+            if seconds <= 0 and not its:
+                return False
+
+    def poll(self, seconds: float, client: Peer | None) -> tuple[bool, bool]:
+        """Wait for either socket; tell which of the two can be read."""
+        if client is not None and len(client.ahead) >= READ_SIZE:
+            client = None  # it pipelines: what more it sends waits in the system's buffer
+        if not HAS_POLL:
+            socks = [self.sock] if client is None else [self.sock, client.sock]
+            readable = select.select(socks, [], [], seconds)[0]
+            return self.sock in readable, len(readable) > (self.sock in readable)
+        if self._poller is None or self._watched is not client:
+            self._poller, self._watched = select.poll(), client
+            self._poller.register(self.number, select.POLLIN)
+            if client is not None:
+                self._poller.register(client.number, select.POLLIN)
+        ready = self._poller.poll(seconds * 1000)
+        if len(ready) == 1:
+            mine = ready[0][0] == self.number
+            return mine, not mine
+        return bool(ready), bool(ready)
+
+    def check(self) -> None:
+        """Raise ClientLeft if this client has gone; what it sent is read ahead."""
+        if len(self.ahead) < READ_SIZE and self.poll(0, None)[0]:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Read what a client sends while it waits for its answer; raise ClientLeft when it is gone."""
+        try:
+            raw = self.sock.recv(READ_SIZE)
+        except (ssl.SSLWantReadError, BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            raise ClientLeft("reset") from exc
+        if not raw:
+            raise ClientLeft("closed")
+        self.ahead += raw
+
+    def read_head(self, until: float, client: Peer | None = None) -> bytes | None:
+        """Read up to an empty line, by a monotonic time; return the head without it, None for an early end.
+
+        Raises TimeoutError, MalformedHttp, OSError before the first byte, and EOFError when the connection
+        ends or breaks within the head.
+        """
+        head = b""
+        while True:
+            if not self.wait(until - time.monotonic(), client):
+                raise TimeoutError
+            try:
+                raw = self.read()
+            except OSError as exc:
+                if head:
+                    raise EOFError(describe(exc)) from exc
+                raise
+            if raw == b"":
+                if head:
+                    raise EOFError("the connection ended within the head")
+                return None
+            if raw:
+                head += raw
+                end = find_head_end(head, max(0, len(head) - len(raw) - 3))
+                if end >= 0:
+                    self.ahead = head[end + 4:]
+                    return head[:end]
+
+    def send(self, payload: bytes | memoryview, seconds: float) -> None:
+        """Send all, waiting at most `seconds` for each piece to be taken.
+
+        Raises OSError; TimeoutError, which is one, when nothing is taken for so long.
+        """
+        try:
+            sent = self.sock.send(payload)
+        except NOT_NOW:
+            sent = 0
+        if sent < len(payload):
+            self._send_rest(memoryview(payload)[sent:], seconds)
+
+    def _send_rest(self, rest: memoryview, seconds: float) -> None:
+        """Send what did not fit at once; wait for room when nothing does."""
+        until = time.monotonic() + seconds
+        while rest:
+            try:
+                rest = rest[self.sock.send(rest):]
+                until = 0.0
+            except NOT_NOW:
+                until = until or time.monotonic() + seconds
+                if not wait_writable(self.sock, until - time.monotonic()):
+                    raise TimeoutError("nothing was taken in time") from None
+
+    def close(self) -> None:
+        """Close the socket; what is on its way out is still sent."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+def find_head_end(head: bytes, start: int) -> int:
+    """Return where a head ends, looked for from `start` on; -1 before it does. Raises MalformedHttp."""
+    end = head.find(b"\r\n\r\n", start)
+    if (end if end >= 0 else len(head)) > MAX_HEAD:
+        raise HeadTooLarge(f"the head is above {MAX_HEAD} bytes")
+    if end < 0 and head.count(b"\n") != head.count(b"\r\n"):
+        raise MalformedHttp("a line ends in a bare LF")
+    return end
+
+
+def wait_writable(sock: Any, seconds: float) -> bool:
+    """Wait until a socket takes more bytes; False when `seconds` pass."""
+    seconds = max(0.0, seconds)
+    if not HAS_POLL:
+        return bool(select.select([], [sock], [], seconds)[1])
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    return bool(poller.poll(seconds * 1000))
+
+
+class Target(NamedTuple):
+    """An upstream address, taken apart; the key of its pooled connections."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: str) -> tuple[Target, str]:
+        """Split an address into its target and its path."""
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.scheme, parts.hostname or "", port), path or "/"
+
+    @property
+    def name(self) -> str:
+        """Return the Host field's value."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+
+class Sent(NamedTuple):
+    """A request on its way upstream."""
+
+    method: str
+    target: Target
+    head: bytes
+    body: bytes
+    seconds: float  # of silence, after which it is given up
+
+
+class Reply:
+    """Upstream's answer: its head, and its body piece by piece."""
+
+    def __init__(self, peer: Peer, target: Target, head: ReplyHead, method: str,
+                 release: Callable[..., None]) -> None:
+        self.peer = peer
+        self.status = head.status
+        self.headers = head.headers
+        self.body = reply_body(head, method)
+        self._target = target
+        self._release = release
+        self._reusable = keeps_alive(head.minor, head.headers) and head.status != 101
+        self._closed = False
+
+    def read(self, seconds: float, client: Peer | None = None) -> bytes | None:
+        """Return the next piece of the body: b"" at its end, None when there is none within `seconds`.
+
+        Raises ClientLeft, and BadUpstream when the body is cut or malformed.
+        """
+        while not self.body.done:
+            if not self.peer.wait(seconds, client):
+                return None
+            try:
+                raw = self.peer.read()
+                if raw is None:
+                    continue  # a part of a TLS record, or a session ticket
+                payload = self.body.feed(raw)
+            except (OSError, MalformedHttp) as exc:
+                self.close()
+                raise BadUpstream(f"upstream broke off within its answer: {describe(exc)}") from exc
+            if not raw:
+                ended = self.body.ended()
+                self.close()
+                if ended:
+                    self.body.done = True
+                    return b""
+                raise BadUpstream("upstream broke off within its answer")
+            if payload:
+                return payload
+        return b""
+
+    def read_all(self, limit: int, seconds: float, client: Peer | None = None) -> bytes:
+        """Return the whole body, cut at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
+        pieces, size, until = [], 0, time.monotonic() + seconds
+        while size < limit:
+            piece = self.read(max(0.0, until - time.monotonic()), client)
+            if piece is None:
+                self.close()
+                raise UpstreamTimeout(f"upstream did not end its answer within {seconds:g} s")
+            if not piece:
+                break
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)[:limit]
+
+    def finish(self) -> None:
+        """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
+        if self._closed:
+            return
+        until = time.monotonic() + AFTER_TERMINAL
+        with contextlib.suppress(BadUpstream):
+            while not self.body.done and time.monotonic() < until:
+                if self.read(until - time.monotonic()) in (None, b""):
+                    break
+        if self.body.done and self._reusable and not self.body.rest and not self._closed:
+            self._closed = True
+            self._release(self._target, self.peer)
+        else:
+            self.close()
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
+        """Leave no connection behind: one whose answer was read to its end is kept."""
+        if kind is None or (self.body.done and issubclass(kind, BridgeError)):
+            self.finish()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection: upstream stops working for us."""
+        if not self._closed:
+            self._closed = True
+            self.peer.close()
+
+
+def describe(exc: BaseException) -> str:
+    """Say in a few words what went wrong, for a person."""
+    if isinstance(exc, BridgeError):
+        return exc.message
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {exc.verify_message}"
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror.lower() if exc.errno != errno.ECONNRESET else "connection reset"
+    return str(exc) or type(exc).__name__
+
+
+class Upstream:
+    """Opens connections to upstream, keeps and reuses them.
+
+    `_lock` guards the pool. Any thread may call any method.
+    """
+
+    def __init__(self, connect_timeout: float, idle_timeout: float,
+                 count: Callable[[str], None] = lambda name: None) -> None:
+        self._connect_timeout = connect_timeout
+        self._idle_timeout = idle_timeout
+        self._count = count
+        self._lock = threading.Lock()
+        self._idle: list[tuple[float, Target, Peer]] = []  # newest last
+        self._context: ssl.SSLContext | None = None
+        self._opening: set[Target] = set()  # connections being opened ahead
+        self._closed = False
+
+    def open(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
+             client: Peer | None = None, timeout: float = 0) -> Reply:
+        """Send one request and return the reply, its body unread; `timeout` in seconds, else --idle-timeout.
+
+        A kept connection that turns out closed before a reply's first byte is replaced once by a new one.
+        Raises BadUpstream, UpstreamTimeout, and ClientLeft when `client` goes while waiting.
+        """
+        target, path = Target.of(url)
+        head = render_head(f"{method} {path} HTTP/1.1", [
+            *fields.items(), ("accept-encoding", "identity"), ("host", target.name),
+            *([("content-length", str(len(body)))] if body or method == "POST" else [])])
+        sent = Sent(method, target, head, body, timeout or self._idle_timeout)
+        peer = self._take(target)
+        if peer is not None:
+            self._count("upstream_reused")
+            reply = self._exchange(peer, sent, client, kept=True)
+            if reply is not None:
+                return reply
+        reply = self._exchange(self._connect(target), sent, client, kept=False)
+        if reply is None:
+            raise BadUpstream(f"{target.host} closed the connection without an answer")
+        return reply
+
+    def fetch(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
+              timeout: float = 10) -> Answer:
+        """Make one small exchange, the answer read whole. Raises BadUpstream and UpstreamTimeout."""
+        reply = self.open(method, url, {"accept": "application/json", **fields}, body, timeout=timeout)
+        whole = reply.read_all(MAX_REPLY, timeout)
+        reply.finish()
+        return Answer(reply.status, reply.headers, whole)
+
+    def open_ahead(self, url: str) -> None:
+        """Open a connection in the background, so that the next request finds one; one at a time."""
+        target, _ = Target.of(url)
+        with self._lock:
+            if target in self._opening or any(kept == target for _, kept, _ in self._idle):
+                return
+            self._opening.add(target)
+        threading.Thread(target=self._open_ahead, args=(target,), name="open-ahead", daemon=True).start()
+
+    def close(self) -> None:
+        """Close the kept connections; later ones are not kept."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for _, _, peer in idle:
+            peer.close()
+
+    def _open_ahead(self, target: Target) -> None:
+        try:
+            self._release(target, self._connect(target))
+        except BridgeError as exc:
+            log.debug("no connection ahead: %s", exc.message)
+        finally:
+            with self._lock:
+                self._opening.discard(target)
+
+    def _take(self, target: Target) -> Peer | None:
+        """Take the newest kept connection that is still alive."""
+        oldest = time.monotonic() - POOL_IDLE
+        while True:
+            with self._lock:
+                places = [place for place, (_, kept, _) in enumerate(self._idle) if kept == target]
+                if not places:
+                    return None
+                since, _, peer = self._idle.pop(places[-1])
+            if since > oldest and still_open(peer):
+                return peer
+            peer.close()
+
+    def _release(self, target: Target, peer: Peer) -> None:
+        """Keep a connection for the next request; the oldest goes when there are too many."""
+        peer.forget()
+        oldest = time.monotonic() - POOL_IDLE
+        with self._lock:
+            self._idle.append((time.monotonic(), target, peer))
+            kept = [] if self._closed else [entry for entry in self._idle if entry[0] > oldest][-POOL_SIZE:]
+            gone = [entry for entry in self._idle if entry not in kept]
+            self._idle = kept
+        for _, _, old in gone:
+            old.close()
+
+    def _connect(self, target: Target) -> Peer:
+        """Open a connection, through HTTPS_PROXY where the environment says so."""
+        self._count("upstream_opened")
+        proxy = find_proxy(target)
+        host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
+        connection: http.client.HTTPConnection
+        if target.scheme == "https":
+            connection = http.client.HTTPSConnection(host, port, timeout=self._connect_timeout,
+                                                     context=self._tls())
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
+        try:
+            if proxy:
+                connection.set_tunnel(target.host, target.port, proxy_fields(proxy))
+            connection.connect()
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            connection.close()
+            if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
+                raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
+            raise BadUpstream(f"{host} cannot be reached: {describe(exc)}") from exc
+        return Peer(connection.sock)
+
+    def _tls(self) -> ssl.SSLContext:
+        """Return the verifying TLS context; SSL_CERT_FILE is honoured by OpenSSL itself."""
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+                self._context.set_alpn_protocols(["http/1.1"])
+            return self._context
+
+    def _exchange(self, peer: Peer, sent: Sent, client: Peer | None, kept: bool) -> Reply | None:
+        """Send a request and read the reply's head; None when a kept connection was closed before it."""
+        target, begun = sent.target, False
+        try:
+            self._send(peer, sent, kept)
+            until = time.monotonic() + sent.seconds
+            raw = peer.read_head(until, client)
+            while raw is not None:
+                begun = True
+                reply = Reply(peer, target, parse_reply(raw), sent.method, self._release)
+                if reply.status >= 200 or reply.status == 101:
+                    return reply
+                if time.monotonic() > until:
+                    raise TimeoutError
+                raw = peer.read_head(until, client)  # 1xx: not yet the answer
+        except TimeoutError as exc:
+            peer.close()
+            raise UpstreamTimeout(f"{target.host} did not answer within {sent.seconds:g} s") from exc
+        except (OSError, EOFError, MalformedHttp) as exc:
+            peer.close()
+            if kept and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
+                return None
+            raise BadUpstream(f"{target.host} broke off before an answer: {describe(exc)}") from exc
+        except BaseException:
+            peer.close()
+            raise
+        peer.close()
+        if begun:
+            raise BadUpstream(f"{target.host} closed the connection without a final answer")
+        return None
+
+    @staticmethod
+    def _send(peer: Peer, sent: Sent, kept: bool) -> None:
+        """Send head and body. An upstream that stops reading may have an early answer: go on to that."""
+        try:
+            if len(sent.body) < READ_SIZE:
+                peer.send(sent.head + sent.body, sent.seconds)
+            else:
+                peer.send(sent.head, sent.seconds)
+                peer.send(sent.body, sent.seconds)
+        except (BrokenPipeError, ConnectionResetError):
+            if kept:
+                raise
+
+
+def still_open(peer: Peer) -> bool:
+    """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
+
+    A TLS session ticket makes the socket readable without being either: reading tells.
+    """
+    try:
+        return not peer.wait(0) or peer.read() is None
+    except OSError:
+        return False
+
+
+def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
+    """Return the proxy that the environment names for an https target (HTTPS_PROXY, NO_PROXY), if any.
+
+    Raises BadUpstream for one that is not http://host:port.
+    """
+    named = any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ)
+    if target.scheme != "https" or not named:
+        return None
+    import urllib.request  # late: it costs 20 ms, and few need it
+
+    proxies = urllib.request.getproxies_environment()
+    address = proxies.get("https") or proxies.get("all")
+    if not address or urllib.request.proxy_bypass_environment(target.host):  # type: ignore[attr-defined]
+        return None
+    try:
+        proxy = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+        usable = proxy.scheme == "http" and proxy.hostname and proxy.port != 0
+    except ValueError:
+        usable = None
+    if not usable:
+        raise BadUpstream("HTTPS_PROXY must be http://host:port")
+    return proxy
+
+
+def proxy_fields(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """Return the fields for the proxy itself: its user and password, where its address has them."""
+    if proxy.username is None:
+        return {}
+    user = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode("ascii")}
+
+
+# == 11 catalog ===============================================================
+# The live model list and the aliases. Nothing is bundled: without a list, requests pass without its rules.
+
+class Listing(NamedTuple):
+    """One model list, as upstream gave it."""
+
+    whole: dict[str, Any]
+    entries: dict[str, dict[str, Any]]  # by slug
+    etag: str
+    created: int  # Unix time at which this bridge first had a list
+
+
+def read_listing(answer: Answer, created: int) -> Listing:
+    """Read upstream's `{"models": [...]}`. Raises BadUpstream when it is something else."""
+    if answer.status != 200:
+        raise refusal(answer.status, answer.headers.get("content-type", ""), answer.body)
+    whole = answer.json()
+    models = whole.get("models")
+    if not isinstance(models, list):
+        raise BadUpstream("upstream's model list is not a model list")
+    entries = {entry["slug"]: entry for entry in models if isinstance(entry, dict)
+               and isinstance(entry.get("slug"), str) and WORD.fullmatch(entry["slug"])}
+    return Listing(whole, entries, answer.headers.get("etag", ""), created)
+
+
+def rank(entry: Mapping[str, Any]) -> float:
+    """Return an entry's `priority`; the lowest is the catalogue's first."""
+    priority = entry.get("priority")
+    return priority if isinstance(priority, (int, float)) and not isinstance(priority, bool) else 1e9
+
+
+def visible(listing: Listing) -> list[dict[str, Any]]:
+    """Return the entries that are meant to be shown, best first."""
+    shown = [entry for entry in listing.entries.values() if entry.get("visibility", "list") == "list"]
+    return sorted(shown, key=rank)
+
+
+def read_model(entry: Mapping[str, Any]) -> Model:
+    """Return what the rules need of a catalogue entry."""
+    levels, tiers = entry.get("supported_reasoning_levels"), entry.get("service_tiers")
+    listed = levels if isinstance(levels, list) else []
+    efforts = tuple(str(level.get("effort")) for level in listed if isinstance(level, dict))
+    known = None
+    if isinstance(tiers, list):
+        known = tuple(str(tier.get("id")) for tier in tiers if isinstance(tier, dict))
+    return Model(str(entry.get("slug")), entry.get("use_responses_lite") is True, efforts, known)
+
+
+def alias_target(listing: Listing, target: str) -> str:
+    """Return what an alias's target means: that slug, else the best that begins with it, else the best."""
+    if target in listing.entries:
+        return target
+    shown = visible(listing)
+    best = next((entry for entry in shown if entry["slug"].startswith(target)), shown[0] if shown else None)
+    return best["slug"] if best else target
+
+
+class Catalog:
+    """The model lists, one a client version, fetched in the background and kept while upstream fails.
+
+    `_changed` (a condition) guards the fields; one fetch a version runs at a time.
+    """
+
+    VERSIONS = 8  # lists kept: Codex clients of so many versions
+
+    def __init__(self, fetch: Callable[[str, str], Answer], aliases: Mapping[str, str], version: str) -> None:
+        self._fetch = fetch  # (client version, etag) -> Answer
+        self._aliases = dict(aliases)
+        self.version = version
+        self._changed = threading.Condition()
+        self._listings: dict[str, Listing] = {}
+        self._asked: dict[str, float] = {}  # version -> monotonic time of the last fetch that ended
+        self._problem: dict[str, BridgeError] = {}  # version -> why the last fetch failed
+        self._fetching: set[str] = set()
+        self._noted = ""  # the last ETag of a response for which the list was fetched anew
+        self.refused: dict[str, str] = {}  # alias -> why it is not used
+
+    def listing(self, version: str = "", wait: float = 0) -> Listing | None:
+        """Return a version's list; ask for it in the background when it is old.
+
+        Without one, wait `wait` seconds for the first fetch, but not once that has failed.
+        """
+        version = version or self.version
+        pause = CATALOG_AGE if version in self._listings else REFRESH_PAUSE
+        if time.monotonic() - self._asked.get(version, -1e9) > pause:
+            self.fetch_soon(version)
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: version in self._listings or version in self._problem, wait)
+            return self._listings.get(version)
+
+    def known(self, version: str) -> Listing | None:
+        """Return a version's list if it is at hand, kept fresh by `listing`."""
+        return self.listing(version) if version in self._listings else None
+
+    def problem(self, version: str = "") -> BridgeError:
+        """Return why there is no list."""
+        known = self._problem.get(version or self.version)
+        return known or UpstreamTimeout("upstream has not sent its model list yet")
+
+    def fetch_soon(self, version: str = "") -> None:
+        """Fetch in a thread of its own, unless one is at it."""
+        version = version or self.version
+        if self._claim(version):
+            threading.Thread(target=self._run, args=(version,), name="catalog", daemon=True).start()
+
+    def fetch_now(self) -> None:
+        """Fetch the list anew, or wait for the fetch that is running; CATALOG_WAIT at most."""
+        if self._claim(self.version):
+            self._run(self.version)
+        else:
+            with self._changed:
+                self._changed.wait_for(lambda: self.version not in self._fetching, CATALOG_WAIT)
+
+    def note_etag(self, etag: str) -> None:
+        """Fetch anew when a response names another list than ours (`x-models-etag`)."""
+        held = self._listings.get(self.version)
+        if etag and held and held.etag and etag not in (held.etag, self._noted):
+            self._noted = etag  # asked for once: the list's own ETag may be written in another way
+            self.fetch_soon()
+
+    def _claim(self, version: str) -> bool:
+        with self._changed:
+            if version in self._fetching:
+                return False
+            self._fetching.add(version)
+            return True
+
+    def _run(self, version: str) -> None:
+        held = self._listings.get(version)
+        listing: Listing | None = held
+        problem: BridgeError | None = BadUpstream("the model list could not be asked for")
+        try:
+            answer = self._fetch(version, held.etag if held else "")
+            if answer.status != 304 or held is None:
+                listing = read_listing(answer, held.created if held else int(time.time()))
+            problem = None
+        except BridgeError as exc:
+            log.info("the model list cannot be had: %s", exc.message)
+            problem = exc
+        finally:
+            self._settle(version, listing, problem)
+
+    def _settle(self, version: str, listing: Listing | None, problem: BridgeError | None) -> None:
+        """Keep what a fetch brought, and forget the versions that were asked for longest ago."""
+        with self._changed:
+            self._fetching.discard(version)
+            self._asked.pop(version, None)
+            self._asked[version] = time.monotonic()
+            self._problem.pop(version, None)
+            if problem is not None:
+                self._problem[version] = problem
+            elif listing is not None:
+                self._listings[version] = listing
+            for stale in [known for known in self._asked if known != self.version][:-self.VERSIONS]:
+                del self._asked[stale]
+                self._problem.pop(stale, None)
+                self._listings.pop(stale, None)
+            self._refuse_shadows(listing)
+            self._changed.notify_all()
+
+    def _refuse_shadows(self, listing: Listing | None) -> None:
+        """Do without an alias that has a real model's name: that model could not be reached any more."""
+        shadows = [name for name in self._aliases if listing and name in listing.entries]
+        for alias in shadows:
+            self.refused[alias] = f"the alias {alias} is not used: the catalogue has a model of that name"
+            log.error("%s", self.refused[alias])
+        # A new one, because others may be going through the old.
+        self._aliases = {name: target for name, target in self._aliases.items() if name not in shadows}
+
+    def is_alias(self, name: Any) -> bool:
+        """Tell whether a model's name is an alias."""
+        return isinstance(name, str) and name in self._aliases
+
+    def resolve(self, name: str, listing: Listing | None) -> tuple[str, Model | None]:
+        """Return the slug that a model's name means, and what the catalogue knows of it.
+
+        Without a list, an alias means its target literally; an unknown model is passed on as it is.
+        """
+        slug = self._aliases.get(name, name)
+        if listing is None:
+            return slug, None
+        if name in self._aliases:
+            slug = alias_target(listing, slug)
+        entry = listing.entries.get(slug)
+        return slug, read_model(entry) if entry else None
+
+    def aliases(self, listing: Listing | None) -> dict[str, str]:
+        """Return each alias and the slug that it means now."""
+        return {name: self.resolve(name, listing)[0] for name in self._aliases}
+
+    def openai_list(self, listing: Listing) -> list[dict[str, Any]]:
+        """Return the OpenAI shape: the visible models and the aliases."""
+        names = [entry["slug"] for entry in visible(listing)] + list(self._aliases)
+        shared = {"object": "model", "created": listing.created, "owned_by": "openai"}
+        return [{"id": name, **shared} for name in names]
+
+    def codex_list(self, listing: Listing) -> dict[str, Any]:
+        """Return the Codex shape: upstream's own, plus its target's entry under each alias's name."""
+        extra = [{**listing.entries[slug], "slug": name, "display_name": name}
+                 for name, slug in self.aliases(listing).items() if slug in listing.entries]
+        return {**listing.whole, "models": [*listing.whole["models"], *extra]}
+
+
+# == 12 access ================================================================
+# Who may come in. Pure: the handler asks, and answers with what is raised here.
+
+LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # under which no web page is served
+
+
+class Policy(NamedTuple):
+    """What the options say of who may come in."""
+
+    networks: tuple[Any, ...]
+    origins: tuple[str, ...]
+    hosts: tuple[str, ...]  # in lower case; this host's own names are among them
+
+
+@functools.lru_cache(maxsize=1024)
+def network_allows(address: str, networks: tuple[Any, ...]) -> bool:
+    """Tell whether an address may come in; loopback always may. IPv4 in IPv6 counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    inner = getattr(parsed, "ipv4_mapped", None)
+    parsed = inner or parsed
+    return parsed.is_loopback or any(parsed.version == net.version and parsed in net for net in networks)
+
+
+@functools.lru_cache(maxsize=1024)
+def host_allowed(value: str, names: tuple[str, ...]) -> bool:
+    """Tell whether a Host field names this bridge: an address, a single label, a local or known name.
+
+    A web page's own name that was made to resolve to this host (DNS rebinding) is none of these.
+    """
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", value)
+    if match is None:
+        return False
+    name = match[1].strip("[]").rstrip(".").lower()
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return bool(name) and ("." not in name or name.endswith(LOCAL_NAMES) or name in names)
+
+
+def check_browser(method: str, headers: Mapping[str, str], policy: Policy) -> None:
+    """Refuse what a web page sends, unless its origin is allowed. Raises Forbidden.
+
+    One with an allowed origin, or with none, passes; a browser's POST must be JSON: that was preflighted.
+    """
+    origin = headers.get("origin")
+    if origin is not None and origin not in policy.origins:
+        raise Forbidden("web pages may not call this bridge; --allow-origin names those that may")
+    if not host_allowed(headers.get("host", "localhost"), policy.hosts):
+        raise Forbidden(f"this bridge is not reached as {headers.get('host')!r}; --allow-host adds a name")
+    by_browser = origin is not None or any(name.startswith("sec-fetch-") for name in headers)
+    if method == "POST" and by_browser and not is_json(headers):
+        raise Forbidden("a browser's POST must be application/json")
+
+
+def is_json(headers: Mapping[str, str]) -> bool:
+    """Tell whether the content type is JSON."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+
+
+def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
+    """Return the name of the client's key. Raises InvalidKey.
+
+    Every key is compared, each in constant time, so that the time taken tells nothing.
+    """
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    if not any(given):
+        raise InvalidKey("this bridge wants a key: `Authorization: Bearer …` or `x-api-key: …`")
+    found = ""
+    for key in keys:
+        for text in given:  # an SDK sends a Bearer whatever else it is told to send
+            if hmac.compare_digest(text.encode("utf-8", "replace"), key.secret.encode("utf-8")):
+                found = key.name
+    if not found:
+        raise InvalidKey("this bridge does not know that key")
+    return found
+
+
+def cors_fields(headers: Mapping[str, str], policy: Policy, preflight: bool) -> dict[str, str]:
+    """Return the CORS answer to an allowed origin; nothing for any other."""
+    origin = headers.get("origin")
+    if origin is None or origin not in policy.origins:
+        return {}
+    fields = {"access-control-allow-origin": origin, "vary": "origin"}
+    if not preflight:
+        return {**fields, "access-control-expose-headers": "*"}
+    return {**fields, "access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600",
+            "access-control-allow-headers": "authorization, content-type, x-api-key, session-id, thread-id"}
+
+
+def read_key_file(text: str) -> tuple[NamedSecret, ...]:
+    """Read lines of NAME=SECRET; # begins a comment. Raises ValueError, naming the line's number only."""
+    keys = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                keys.append(read_key(line.strip()))
+            except ValueError as exc:
+                raise ValueError(f"line {number}: {exc}") from exc
+    return tuple(keys)
+
+
+# == 13 telemetry =============================================================
+# What the bridge tells about itself: the log line, /status, /metrics, the page.
+# Called when a request begins and when it ends, never for an event.
+
+LABEL_VALUES = 32  # distinct values one label of /metrics may take; the rest are counted as "other"
+TEXT_CHARS = 80  # kept of a text that a peer chose: model, path, error code
+RECENT_REQUESTS = 50
+HOUR_MINUTES = 60
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
+TOKEN_KINDS = ("input", "cached", "output", "reasoning")  # cached is part of input, reasoning of output
+TOKEN_LIMIT = 2**53  # from here on a browser cannot hold the number: not a count, an upstream's mistake
+CLIENT_SUMS = ("requests", "failed_requests", "events", "sent_bytes", *TOKEN_KINDS)
+TEXTS = ("id", "client", "key", "method", "path", "user_agent_kind", "model", "slug", "end", "error_by",
+         "error_code")
+FAILED_ENDS = ("failed", "cut", "error")
+LIMIT_GAUGES = {  # column of a window: metric, factor to the metric's unit
+    "used_percent": ("rate_limit_used_ratio", 0.01),
+    "window_minutes": ("rate_limit_window_seconds", 60),
+    "reset_at": ("rate_limit_reset_timestamp_seconds", 1),
+}
+METRIC_HELP = {  # of the metrics whose name does not say it
+    "failed_requests_total": "Requests that ended with an error, whoever made it.",
+    "responses_total": "Requests by the status that was sent and the way the reply ended.",
+    "errors_total": "Errors by who made them and their code.",
+    "tokens_total": "Tokens that upstream reported; cached is part of input, reasoning of output.",
+    "first_byte_seconds": "Time from a request to the first byte of its reply's body.",
+    "request_seconds": "Time from a request to the end of its reply.",
+    "rate_limit_used_ratio": "Share of the plan's window that is used.",
+}
+QUIET = frozenset({"", "healthz", "metrics", "status"})  # last part of the paths that ask about the bridge
+
+Labels = tuple[tuple[str, str], ...]
+Sample = tuple[str, Mapping[str, str], float]  # what follows the metric's name, labels, value
+
+
+class Record:
+    """Hold what is told about one request. Only the request's own thread writes to it.
+
+    No dataclass: that module's imports would cost a tenth of the start.
+    """
+
+    def __init__(self, id: str, client: str, key: str, method: str, path: str, **known: Any) -> None:
+        self.id = id
+        self.client = client
+        self.key = key  # the key's name
+        self.method = method
+        self.path = path
+        self.user_agent_kind = ""  # "codex" or "other"
+        self.model = ""  # as the client named it
+        self.slug = ""  # as it went upstream
+        self.rules: tuple[str, ...] = ()
+        self.repairs: tuple[str, ...] = ()
+        self.status = 0
+        self.started = 0.0  # time.monotonic() seconds
+        self.first_byte: float | None = None  # seconds from the start
+        self.total = 0.0  # seconds
+        self.events = 0
+        self.bytes = 0
+        self.usage: dict[str, int] = {}  # by TOKEN_KINDS
+        self.end = ""  # completed, failed, incomplete, cut, error, client …
+        self.error_by = ""  # "", "bridge" or "upstream"
+        self.error_code = ""
+        vars(self).update(known)
+
+    @property
+    def error(self) -> tuple[str, str]:
+        """Name who made the error and its code; two empty texts where there is none.
+
+        The bridge signs its own errors, so the rest is upstream's. A client that leaves and an
+        incomplete answer are no errors.
+        """
+        if not (self.error_by or self.status >= 400 or self.end in FAILED_ENDS):
+            return "", ""
+        code = self.error_code or (f"http_{self.status}" if self.status >= 400 else self.end)
+        return self.error_by or "upstream", code
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Give what of the usage is a count."""
+        counts = ((kind, self.usage.get(kind)) for kind in TOKEN_KINDS)
+        return {kind: n for kind, n in counts if type(n) is int and 0 <= n < TOKEN_LIMIT}
+
+
+def _clipped(text: object) -> str:
+    return text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
+
+
+def _printable(text: object) -> str:
+    """Replace what JSON in UTF-8 or a line of /metrics cannot carry: lone surrogates, control characters."""
+    text = _clipped(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _word(*texts: object) -> str:
+    """Write a value of the log line: ASCII, no spaces, several joined by commas, none as a dash."""
+    words = [_clipped(text).encode("unicode_escape").decode("ascii").replace(" ", "\\x20") for text in texts]
+    return ",".join(words) or "-"
+
+
+def log_line(record: Record) -> str:
+    """Describe a finished request in one line. Nothing of its header or body is in it but the model."""
+    first_byte = "-" if record.first_byte is None else f"{record.first_byte * 1000:.0f}ms"
+    client = _word(record.client) + (f"/{_word(record.key)}" if record.key else "")
+    tokens = [f"{kind}:{n}" for kind, n in record.tokens.items()]
+    error = f" error={':'.join(map(_word, record.error))}" if record.error[0] else ""
+    return (
+        f"{_word(record.id)} {client} {_word(record.method)} {_word(record.path)}"
+        f" {_word(record.model)}->{_word(record.slug)}"
+        f" rules={_word(*record.rules)} repairs={_word(*record.repairs)} status={record.status}"
+        f" first_byte={first_byte} total={record.total * 1000:.0f}ms events={record.events}"
+        f" bytes={record.bytes} tokens={_word(*tokens)} end={_word(record.end)}{error}"
+    )
+
+
+def _row(record: Record) -> dict[str, Any]:
+    """Turn a record into JSON values: texts printable, the usage checked, the error named."""
+    row = vars(record).copy()
+    del row["started"]  # means nothing outside of this process
+    row["error_by"], row["error_code"] = record.error
+    for name in TEXTS:
+        row[name] = _printable(row[name])
+    for name in ("rules", "repairs"):
+        row[name] = [_printable(value) for value in row[name]]
+    row["usage"] = record.tokens
+    return row
+
+
+def _header_number(text: object) -> float | None:
+    """Read a plain decimal number; float() would take nan, inf and 1_0 as well."""
+    plain = isinstance(text, str) and re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text.strip())
+    return float(plain[0]) if plain else None
+
+
+def parse_rate_limits(headers: Mapping[str, str]) -> dict[str, Any]:
+    """Read the plan's limits from a reply's header (WIRE 5). A value of the wrong form is left out."""
+    found = {name.lower(): value for name, value in headers.items()}
+    limits: dict[str, Any] = {}
+    for window in ("primary", "secondary"):
+        columns = {
+            column: _header_number(found.get(f"x-codex-{window}-{column.replace('_', '-')}"))
+            for column in LIMIT_GAUGES
+        }
+        if columns["used_percent"] is not None:
+            limits[window] = columns
+    credit_names = ("has_credits", "unlimited", "balance")
+    credits = {name: found.get(f"x-codex-credits-{name.replace('_', '-')}") for name in credit_names}
+    if any(credits.values()):
+        limits["credits"] = {name: _printable(text) for name, text in credits.items() if text}
+    if found.get("x-codex-plan-type"):
+        limits["plan_type"] = _printable(found["x-codex-plan-type"])
+    return limits
+
+
+def is_quiet(path: str) -> bool:
+    """Tell whether a request only asks about the bridge: an open page would crowd out all else."""
+    return path.rstrip("/").rpartition("/")[2] in QUIET
+
+
+class Telemetry:
+    """Keep counters, open streams, recent requests and the last rate limits, all of bounded size."""
+
+    def __init__(self) -> None:
+        self._born = time.monotonic()
+        self._lock = threading.Lock()  # guards every field below; nothing under it blocks or calls out
+        self._open: dict[str, Record] = {}
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_REQUESTS)
+        self._minutes: dict[int, dict[str, int]] = {}  # by unix time // 60
+        self._counters: dict[tuple[str, Labels], int] = {}
+        self._label_values: dict[str, set[str]] = {}
+        self._durations: dict[tuple[str, str], list[float]] = {}  # by name and path: counts, then the sum
+        self._limits: dict[str, Any] = {}
+        self._told: list[str] = []  # by the last reply, of the limits
+
+    def begin(self, record: Record) -> None:
+        """Show a request as running."""
+        if not is_quiet(_printable(record.path)):
+            with self._lock:
+                self._open[record.id] = record
+
+    def finish(self, record: Record, now: float) -> None:
+        """Count a request that has ended at the unix time `now`. The record is not kept."""
+        row = {**_row(record), "time": now}
+        if is_quiet(row["path"]) and not row["error_by"]:
+            return
+        with self._lock:
+            self._open.pop(record.id, None)
+            self._recent.append(row)
+            self._add_minute(row)
+            self._add_totals(row)
+
+    def forget(self, record: Record) -> None:
+        """Take back `begin`, for what turned out to be no request."""
+        with self._lock:
+            self._open.pop(record.id, None)
+
+    def count(self, name: str, n: int = 1, **labels: str) -> None:
+        """Add to the counter that /metrics calls qoo_bridge_{name}_total."""
+        printable = sorted((label, _printable(value)) for label, value in labels.items())
+        with self._lock:
+            self._add(name, n, *((label, self._known(label, value)) for label, value in printable))
+
+    def rate_limits(self, headers: Mapping[str, str], now: float) -> None:
+        """Take over the plan's limits where a reply tells them."""
+        told = [headers[name] for name in headers if name.startswith("x-codex-")]
+        if told == self._told:
+            return  # nothing new, as in most replies
+        self._told = told
+        limits = parse_rate_limits(headers)
+        if limits:
+            with self._lock:
+                self._limits = {**self._limits, **limits, "seen": now}
+
+    def snapshot(self, now: float) -> dict[str, Any]:
+        """Give everything at the unix time `now` as JSON values; the dict is the caller's to add to."""
+        clock = time.monotonic()
+        with self._lock:
+            running = list(self._open.values())
+            recent = list(self._recent)
+            minutes = {minute: dict(sums) for minute, sums in self._minutes.items()}
+            counters = sorted(self._counters.items())
+            limits = dict(self._limits)
+            durations = [(key, list(counts)) for key, counts in sorted(self._durations.items())]
+        last = int(now // 60)
+        hour = range(last - HOUR_MINUTES + 1, last + 1)
+        empty = {"requests": 0, "errors": 0, "tokens": 0}
+        clients = _client_sums(counters)
+        return {
+            "version": __version__,
+            "now": now,
+            "uptime": clock - self._born,
+            "open": [{**_row(record), "age": clock - record.started} for record in running],
+            "recent": recent[::-1],  # newest first
+            "hour": [{"time": minute * 60, **minutes.get(minute, empty)} for minute in hour],
+            "clients": clients,
+            "totals": {name: sum(row[name] for row in clients) for name in CLIENT_SUMS},
+            "errors": [{**dict(labels), "count": n} for (name, labels), n in counters if name == "errors"],
+            "rate_limits": limits,
+            "counters": [{"name": key[0], "labels": dict(key[1]), "value": n} for key, n in counters],
+            "histograms": [
+                {"name": name, "path": path, "counts": counts, "sum": seconds}
+                for (name, path), (*counts, seconds) in durations
+            ],
+        }
+
+    # The methods below want the lock held.
+
+    def _known(self, label: str, value: str, admit: bool = True) -> str:
+        """Return the value if it is among the label's first LABEL_VALUES, else "other"."""
+        values = self._label_values.setdefault(label, set())
+        if admit and len(values) < LABEL_VALUES:
+            values.add(value)
+        return value if value in values else "other"
+
+    def _add(self, name: str, n: int, *labels: tuple[str, str]) -> None:
+        self._counters[name, labels] = self._counters.get((name, labels), 0) + n
+
+    def _observe(self, name: str, path: str, seconds: float) -> None:
+        counts = self._durations.setdefault((name, path), [0] * (len(BUCKETS) + 2))
+        counts[bisect_left(BUCKETS, seconds)] += 1
+        counts[-1] += seconds
+
+    def _add_minute(self, row: Mapping[str, Any]) -> None:
+        minute = int(row["time"] // 60)
+        if minute not in self._minutes:  # a clock set back leaves minutes of the future: they go as well
+            hour = range(minute - HOUR_MINUTES + 1, minute)
+            self._minutes = {m: sums for m, sums in self._minutes.items() if m in hour}
+            self._minutes[minute] = {"requests": 0, "errors": 0, "tokens": 0}
+        sums = self._minutes[minute]
+        sums["requests"] += 1
+        sums["errors"] += bool(row["error_by"])
+        sums["tokens"] += row["usage"].get("input", 0) + row["usage"].get("output", 0)
+
+    def _add_totals(self, row: Mapping[str, Any]) -> None:
+        # What the bridge itself refused may not claim a label's value: a stranger who tries
+        # paths, models and addresses would use them up.
+        admit = row["error_by"] != "bridge"
+        client = ("client", self._known("client", row["key"] or row["client"], admit))
+        model = ("model", self._known("model", row["slug"] or row["model"], admit))
+        path = self._known("path", row["path"], admit)
+        self._add("requests", 1, client, model)
+        self._add("failed_requests", int(bool(row["error_by"])), client, model)
+        self._add("events", row["events"], client, model)
+        self._add("sent_bytes", row["bytes"], client, model)
+        for kind, n in row["usage"].items():
+            self._add("tokens", n, client, ("kind", kind), model)
+        self._add("responses", 1, ("end", self._known("end", row["end"])), ("status", str(row["status"])))
+        if row["error_by"]:
+            self._add("errors", 1, ("by", row["error_by"]), ("code", self._known("code", row["error_code"])))
+        self._observe("request_seconds", path, row["total"])
+        if row["first_byte"] is not None:
+            self._observe("first_byte_seconds", path, row["first_byte"])
+
+
+def _client_sums(counters: Iterable[tuple[tuple[str, Labels], int]]) -> list[dict[str, Any]]:
+    """Add the counters up by client, the busiest first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for (name, labels), n in counters:
+        named = dict(labels)
+        column = named.get("kind", name)
+        if "client" in named and column in CLIENT_SUMS:
+            client = named["client"]
+            row = rows.setdefault(client, {"client": client, **dict.fromkeys(CLIENT_SUMS, 0)})
+            row[column] += n
+    return sorted(rows.values(), key=lambda row: -row["requests"])
+
+
+def _label_pairs(labels: Mapping[str, str]) -> str:
+    """Write labels as `{a="b"}`. Backslash, quote and line end are escaped (exposition format 0.0.4)."""
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+    pairs = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in labels.items())
+    return f"{{{pairs}}}" if pairs else ""
+
+
+def _histogram_samples(histogram: Mapping[str, Any]) -> Iterable[Sample]:
+    path = {"path": histogram["path"]}
+    below = 0
+    for bound, n in zip((*BUCKETS, "+Inf"), histogram["counts"]):
+        below += n
+        yield "_bucket", {**path, "le": str(bound)}, below
+    yield "_sum", path, histogram["sum"]
+    yield "_count", path, below
+
+
+def metrics_text(snapshot: Mapping[str, Any]) -> str:
+    """Write a snapshot in Prometheus' text exposition format 0.0.4."""
+    families: dict[str, dict[str, list[Sample]]] = {"gauge": {}, "counter": {}, "histogram": {}}
+    gauges = families["gauge"]
+    gauges["info"] = [("", {"version": snapshot["version"]}, 1)]
+    gauges["uptime_seconds"] = [("", {}, snapshot["uptime"])]
+    gauges["open_streams"] = [("", {}, len(snapshot["open"]))]
+    for window in ("primary", "secondary"):
+        for column, (name, factor) in LIMIT_GAUGES.items():
+            value = snapshot["rate_limits"].get(window, {}).get(column)
+            if value is not None:
+                gauges.setdefault(name, []).append(("", {"window": window}, round(value * factor, 6)))
+    for counter in snapshot["counters"]:
+        samples = families["counter"].setdefault(counter["name"] + "_total", [])
+        samples.append(("", counter["labels"], counter["value"]))
+    for histogram in snapshot["histograms"]:
+        families["histogram"].setdefault(histogram["name"], []).extend(_histogram_samples(histogram))
+    lines = []
+    for kind, members in families.items():
+        for name, samples in members.items():
+            lines.append(f"# HELP qoo_bridge_{name} {METRIC_HELP.get(name, name.replace('_', ' '))}")
+            lines.append(f"# TYPE qoo_bridge_{name} {kind}")
+            lines += [f"qoo_bridge_{name}{end}{_label_pairs(labels)} {n}" for end, labels, n in samples]
+    return "\n".join(lines) + "\n"
+
+
+# The page holds no value: its script asks for `status` every 2 s and makes text nodes of what it gets.
+PAGE_STYLE = """
+:root { color-scheme: light dark; --back: #f7f7f5; --card: #fff; --line: #e4e3de; --text: #21211f;
+  --soft: #6b6a65; --fill: #2f6f8f; --warn: #a86400; --bad: #b3362b; --good: #3b7d4f }
+@media (prefers-color-scheme: dark) { :root { --back: #161617; --card: #1e1e20; --line: #343437;
+  --text: #e6e5e1; --soft: #9f9e98; --fill: #6fb1cf; --warn: #dda14a; --bad: #ea8076; --good: #7dbd8f } }
+* { box-sizing: border-box } [hidden] { display: none !important } p { margin: 0 }
+body { margin: 0 auto; padding: 24px 20px 48px; max-width: 1120px; background: var(--back);
+  color: var(--text); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  font-variant-numeric: tabular-nums }
+header { display: flex; flex-wrap: wrap; gap: 2px 14px; align-items: baseline; margin-bottom: 18px }
+h1 { font-size: 20px; font-weight: 600; margin: 0 } h2 { font-size: 14px; font-weight: 600; margin: 0 0 10px }
+#state { margin-left: auto } .soft, th { color: var(--soft) }
+.bad { color: var(--bad) } .good { color: var(--good) }
+main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px }
+main.stale { opacity: .55 } .all { grid-column: 1 / -1 }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 14px 16px }
+#tiles { display: grid; grid-template-columns: 1.6fr repeat(4, 1fr); gap: 12px 20px }
+#tiles b { display: block; font-size: 21px; font-weight: 600; line-height: 1.35; overflow-wrap: anywhere }
+#tiles p, th, small { font-size: 13px } .pair { display: flex; justify-content: space-between; gap: 12px }
+.bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; margin: 4px 0 2px }
+.bar div { height: 100%; background: var(--fill) } .bar .warn { background: var(--warn) }
+.bar .bad { background: var(--bad) } .gap { margin-bottom: 12px }
+table { width: 100%; border-collapse: collapse; font-size: 14px }
+th { text-align: left; font-weight: 400 } th, td { padding: 4px 14px 4px 0; vertical-align: top }
+th:last-child, td:last-child { padding-right: 0 } tbody tr { border-top: 1px solid var(--line) }
+.n { text-align: right; white-space: nowrap } .t { white-space: nowrap } .any { overflow-wrap: anywhere }
+#recent { max-height: 480px; overflow-y: auto; padding-right: 8px }
+svg { display: block; width: 100%; height: 56px; border-bottom: 1px solid var(--line); margin: 4px 0 }
+rect { fill: var(--fill) } .err { fill: var(--bad) } .hit { fill: transparent } .hit:hover { fill: #8884 }
+pre { margin: 0; overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace }
+button, input { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line);
+  border-radius: 6px; padding: 4px 12px } input { min-width: 0; flex: 1 } button { cursor: pointer }
+form { display: flex; gap: 8px; max-width: 480px }
+@media (max-width: 700px) { body { padding: 16px 12px 32px } main { grid-template-columns: minmax(0, 1fr) }
+  #tiles { grid-template-columns: 1fr 1fr } #tiles > :first-child { grid-column: 1 / -1 }
+  .wide, #recent thead { display: none }
+  #recent tr { display: grid; gap: 0 10px; padding: 5px 0;
+    grid-template-columns: auto minmax(0, auto) 1fr auto }
+  #recent td { padding: 0; color: var(--soft) } #recent .n { order: -1; color: inherit }
+  #recent .model { grid-column: 1 / 4; order: -2; color: inherit }
+  #recent td:last-child { grid-column: 3 / 5; text-align: right } }
+"""
+PAGE_SCRIPT = r"""
+"use strict";
+const $ = id => document.getElementById(id), STORED = "qoo-bridge-key";
+const whole = new Intl.NumberFormat("en");
+const short = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
+const brief = (text, most = 36) => text.length > most ? text.slice(0, most - 1) + "…" : text;
+const percent = (part, all) => all ? (100 * part / all).toFixed(1) + " %" : "";
+const near = seconds => Math.abs(seconds) < 64800;
+let key = "", asking = false, timer;
+try { key = sessionStorage.getItem(STORED) || ""; } catch { /* no storage: the page alone keeps it */ }
+
+function el(tag, look, ...children) {  // a string among the children becomes text, never markup
+  const node = document.createElement(tag);
+  if (look) node.className = look;
+  node.append(...children);
+  return node;
+}
+function put(id, ...children) {  // leaves what has not changed, so that a selection stays
+  const fresh = $(id).cloneNode(false);
+  fresh.append(...children);
+  if (!fresh.isEqualNode($(id))) $(id).replaceChildren(...fresh.childNodes);
+}
+function table(id, none, rows, ...columns) {  // a column: title, class, row => child
+  const line = (tag, cell) => el("tr", "", ...columns.map(column => el(tag, column[1], cell(column))));
+  const body = rows.map(row => line("td", column => column[2](row)));
+  const head = el("thead", "", line("th", column => column[0]));
+  put(id, rows.length ? el("table", "", head, el("tbody", "", ...body)) : el("p", "soft", none));
+}
+function span(seconds) {
+  const minutes = Math.floor(seconds / 60), hours = Math.floor(minutes / 60);
+  if (seconds < 1) return Math.round(seconds * 1000) + " ms";
+  if (seconds < 60) return seconds.toFixed(1) + " s";
+  if (hours < 1) return minutes + " min " + Math.floor(seconds % 60) + " s";
+  if (hours < 48) return hours + " h " + minutes % 60 + " min";
+  return Math.floor(hours / 24) + " d " + hours % 24 + " h";
+}
+function clock(unix, today) {
+  const day = today ? {} : {weekday: "short", day: "numeric", month: "short"};
+  return new Date(unix * 1000).toLocaleString([], {hour: "2-digit", minute: "2-digit", ...day});
+}
+function model(row) {
+  const name = row.slug || row.model || row.path;
+  return (row.model && row.model !== name ? brief(row.model) + " → " : "") + brief(name);
+}
+function result(row) {
+  const by = row.error_by ? " (" + row.error_by + ")" : "", what = brief(row.error_code || row.end) + by;
+  return el("span", row.error_by ? "bad" : "", row.status ? row.status + " " + what : what);
+}
+
+function tiles(s) {
+  const tile = (title, value, note, look) =>
+    el("p", "", el("span", "soft", title), el("b", look, value), el("span", "soft", note));
+  const sum = s.totals, sign = s.sign_in || {}, hour = s.hour.reduce((n, minute) => n + minute.requests, 0);
+  const left = typeof sign.expires_in !== "number" ? "" :
+    sign.expires_in > 0 ? "token good for " + span(sign.expires_in) : "token expired";
+  const good = sign.state === "ok", state = good ? "signed in" : sign.state || "unknown";
+  const notes = [sign.plan, sign.account, left, sign.message].filter(Boolean).join(" · ");
+  put("tiles", tile("Sign-in", state, notes, good ? "good" : sign.state ? "bad" : ""),
+    tile("Running", s.open.length, "now"),
+    tile("Requests", whole.format(sum.requests), whole.format(hour) + " in the last hour"),
+    tile("Errors", whole.format(sum.failed_requests), percent(sum.failed_requests, sum.requests)),
+    tile("Tokens", short.format(sum.input + sum.output),
+      sum.input ? percent(sum.cached, sum.input) + " of input cached" : ""));
+}
+function limit(w, now) {
+  const left = w.reset_at - now, over = w.reset_at && left <= 0, used = over ? 0 : w.used_percent;
+  const minutes = w.window_minutes || 0, fill = el("div", used >= 90 ? "bad" : used >= 75 ? "warn" : "");
+  fill.style.width = Math.min(used, 100) + "%";
+  const title = !minutes ? "window" : minutes % 1440 ? span(minutes * 60).replace(" 0 min", "") :
+    minutes / 1440 + " d";
+  const when = w.reset_at && clock(w.reset_at, near(left));
+  const reset = !when ? "" : over ? "was reset at " + when : "resets " + when + ", in " + span(left);
+  return el("div", "gap", el("div", "pair", title, el("b", "", Math.round(used) + " %")),
+    el("div", "bar", fill), el("small", "soft", reset));
+}
+function plan(s) {
+  const limits = s.rate_limits, balance = limits.credits && limits.credits.balance;
+  const parts = [limits.primary, limits.secondary].filter(Boolean).map(w => limit(w, s.now));
+  const notes = [limits.plan_type && "plan " + limits.plan_type, balance && "credits " + balance,
+    limits.seen && "seen " + span(Math.max(0, s.now - limits.seen)) + " ago"];
+  if (!parts.length) parts.push(el("p", "soft", "Upstream tells the limits with its first reply."));
+  put("plan", ...parts, el("small", "soft", notes.filter(Boolean).join(" · ")));
+}
+function shape(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in attributes) node.setAttribute(name, attributes[name]);
+  node.append(...children);
+  return node;
+}
+function plot(title, minutes, column, errors) {
+  const values = minutes.map(minute => minute[column]), top = Math.max(...values), scale = 100 / (top || 1);
+  const bar = (i, height, look, ...tip) =>
+    shape("rect", {x: i * 10, y: 100 - height, width: 8, height, "class": look}, ...tip);
+  const bars = minutes.flatMap((minute, i) => {
+    const failed = errors ? minute.errors : 0, note = failed ? ", errors " + failed : "";
+    const tip = shape("title", {}, clock(minute.time, true) + ": " + short.format(values[i]) + note);
+    return [bar(i, values[i] * scale, ""), bar(i, failed * scale, "err"), bar(i, 100, "hit", tip)];
+  });
+  const all = short.format(values.reduce((a, b) => a + b, 0)), note = ", at most " + short.format(top);
+  return el("div", "gap", el("div", "pair", title, el("small", "soft", all + note + " a minute")),
+    shape("svg", {viewBox: "0 0 600 100", preserveAspectRatio: "none"}, ...bars));
+}
+function catalog(c) {
+  const names = Array.isArray(c.models) ? c.models.map(m => m.slug || m) : [];
+  const aliases = Object.entries(c.aliases || {}).map(([name, slug]) => name + " → " + slug);
+  const age = typeof c.age === "number" ? "fetched " + span(c.age) + " ago" : "";
+  put("catalog", el("p", "", names.join(", ")), el("p", "", aliases.join(", ")), el("small", "soft", age));
+}
+function render(s) {
+  const count = name => row => whole.format(row[name]), tokens = name => row => short.format(row[name]);
+  const who = row => brief(row.key || row.client || "–", 26);
+  const used = row => row.usage.input === undefined ? "" :
+    short.format(row.usage.input) + " → " + short.format(row.usage.output || 0);
+  put("version", s.version + ", up " + span(s.uptime));
+  tiles(s);
+  plan(s);
+  put("hour", plot("Requests", s.hour, "requests", true), plot("Tokens", s.hour, "tokens", false),
+    el("small", "pair soft", el("span", "", clock(s.hour[0].time, true)), el("span", "", "now")));
+  table("open", "Nothing is running.", s.open, ["Model", "any", model], ["Client", "", who],
+    ["Age", "n", row => span(row.age)], ["Events", "n", count("events")]);
+  table("clients", "No client yet.", s.clients, ["Client", "any", who], ["Requests", "n", count("requests")],
+    ["Errors", "n", count("failed_requests")], ["In", "n", tokens("input")],
+    ["Cached", "n wide", tokens("cached")], ["Out", "n", tokens("output")]);
+  table("recent", "No request yet.", s.recent, ["Time", "t", row => clock(row.time, near(s.now - row.time))],
+    ["Client", "any", who], ["Model", "model any", model], ["Path", "wide any", row => brief(row.path)],
+    ["First byte", "n wide", row => row.first_byte === null ? "" : span(row.first_byte)],
+    ["Total", "n", row => span(row.total)], ["Tokens", "n wide", used], ["Result", "", result]);
+  table("errors", "No errors.", s.errors, ["By", "", row => row.by], ["Code", "any", row => row.code],
+    ["Count", "n", count("count")]);
+  $("models").hidden = !s.catalog;
+  if (s.catalog) catalog(s.catalog);
+  $("config").hidden = !s.client_config;
+  put("client_config", s.client_config || "");
+}
+
+function ask(why) {
+  asking = Boolean(why);
+  put("why", why);
+  $("ask").hidden = !asking;
+  if (asking) $("key").focus();
+}
+async function refresh() {
+  const headers = key ? {authorization: "Bearer " + key} : {};
+  const reply = await fetch("status", {headers, cache: "no-store", signal: AbortSignal.timeout(10000)});
+  if (reply.status === 401) return ask(key ? "This key was refused." : "This bridge asks for a key.");
+  if (!reply.ok) throw new Error("status " + reply.status);
+  render(await reply.json());
+  $("main").hidden = false;
+}
+async function tick() {
+  let trouble = "";
+  clearTimeout(timer);
+  if (!asking && !document.hidden) {
+    await refresh().catch(error => { trouble = "no answer: " + error.message; });
+  }
+  put("state", trouble || (asking ? "waiting for the key" : "live"));
+  $("state").className = trouble ? "bad" : "soft";
+  $("main").className = trouble || asking ? "stale" : "";
+  timer = setTimeout(tick, 2000);
+}
+$("door").addEventListener("submit", event => {
+  event.preventDefault();
+  key = $("key").value.trim();
+  if (!/^[!-~]+$/.test(key)) return ask("A key is made of ASCII letters, digits and signs.");
+  try { sessionStorage.setItem(STORED, key); } catch { /* as above */ }
+  ask("");
+  tick();
+});
+$("copy").addEventListener("click", () => {  // not navigator.clipboard: a browser has it on https only
+  getSelection().selectAllChildren($("client_config"));
+  document.execCommand("copy");
+});
+tick();
+"""
+PAGE = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>qoo-bridge</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{PAGE_STYLE}</style></head><body>
+<header><h1>qoo-bridge</h1><span id="version" class="soft"></span><span id="state"></span></header>
+<noscript>This page shows what /status answers, by a script.</noscript>
+<section id="ask" hidden><h2 id="why"></h2><form id="door">
+<input id="key" type="password" aria-labelledby="why" autocomplete="off"><button>Show</button>
+</form></section>
+<main id="main" hidden>
+<section id="tiles" class="all"></section>
+<section><h2>Plan</h2><div id="plan"></div></section>
+<section><h2>Last hour</h2><div id="hour"></div></section>
+<section><h2>Running</h2><div id="open"></div></section>
+<section><h2>Clients</h2><div id="clients"></div></section>
+<section class="all"><h2>Recent requests</h2><div id="recent"></div></section>
+<section><h2>Errors</h2><div id="errors"></div></section>
+<section id="models"><h2>Models</h2><div id="catalog"></div></section>
+<section id="config" class="all"><h2 class="pair">For a new client <button id="copy">Copy</button></h2>
+<pre id="client_config"></pre></section>
+</main><script>{PAGE_SCRIPT}</script></body></html>
+"""
+
+
+def status_page() -> bytes:
+    """Return the page. It is the same for everybody, so it can be sent before a key is asked for."""
+    return PAGE.encode()
+
+
+@functools.lru_cache(maxsize=1)
+def page_csp() -> str:
+    """Return the page's Content-Security-Policy: its own style and script by hash, /status, nothing else."""
+    digests = (hashlib.sha256(text.encode()).digest() for text in (PAGE_STYLE, PAGE_SCRIPT))
+    style, script = (base64.b64encode(digest).decode() for digest in digests)
+    return (
+        f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+    )
+
+
+# == 14 relay =================================================================
+# Copies a reply to the client as it comes: what is whole is sent at once, silence is filled between events,
+# the terminal event ends it, a cut stays a cut, and a client that leaves closes upstream.
+
+class EventCopy:
+    """Copy Responses events as they are, but for the terminal event's empty `output`, which is filled."""
+
+    def __init__(self, codex: bool,
+                 on_final: Callable[[dict[str, Any]], None] = lambda response: None) -> None:
+        self.fold = Fold()
+        self._on_final = on_final  # called with the whole response, before the client can know of its end
+        self.count = 0  # of events
+        self.done = False  # the terminal event was seen: nothing may follow it
+        self.silence = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
+        self._events = Events()
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what the client gets of upstream's next bytes: whole events only."""
+        whole = self._events.feed(payload)
+        if NOTABLE.search(whole):
+            return self._look(whole)
+        self.count += whole.count(b"\ndata:") + whole.startswith(b"data:")
+        return whole
+
+    def _look(self, whole: bytes) -> bytes:
+        """Take the events apart: at least one of them looks like one that matters."""
+        pieces = []
+        for piece in split_events(whole):
+            self.count += 1
+            pieces.append(self._see(piece) if NOTABLE.search(piece) else piece)
+            if self.done:
+                break
+        return b"".join(pieces)
+
+    def _see(self, piece: bytes) -> bytes:
+        """Look into one event; return what the client gets in its place."""
+        if TERMINAL_MARK.search(piece) is None:
+            self.fold.keep(piece)  # parsed only if the terminal event's output is empty
+            return piece
+        parsed = event_json(piece) or {}
+        if event_type(parsed) not in TERMINAL_EVENTS:
+            return piece
+        self.fold.add(parsed)
+        filled = self.fold.fill()
+        self._finish()
+        return render_event(self.fold.final or parsed) if filled else piece
+
+    def _finish(self) -> None:
+        """Note that the terminal event was seen."""
+        self.done = True
+        response = (self.fold.final or {}).get("response")
+        if isinstance(response, dict):
+            self._on_final(response)
+
+    def cut(self, error: BridgeError) -> bytes:
+        """Return what a client is sent when upstream breaks off: nothing, its missing end says so."""
+        return b""
+
+
+class ChatCopy(EventCopy):
+    """Turn Responses events into Chat Completions chunks (or legacy completion chunks)."""
+
+    def __init__(self, stream: ChatStream, on_final: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(False, on_final)
+        self.stream = stream
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return the chunks of upstream's next bytes.
+
+        Raises what upstream reports as a failure: an HTTP error if nothing was sent yet, see `cut`.
+        """
+        pieces = []
+        for piece in split_events(self._events.feed(payload)):
+            parsed = event_json(piece)
+            self.count += 1
+            if parsed is None or self.done:
+                continue
+            self.fold.add(parsed)
+            pieces += [b"data: %b\n\n" % dump_json(chunk) for chunk in self.stream.feed(parsed)]
+            if self.stream.failure is not None:
+                raise failure(self.stream.failure)
+            if self.stream.done:
+                self.fold.fill()
+                self._finish()
+        if self.done:
+            pieces.append(b"data: [DONE]\n\n")
+        return b"".join(pieces)
+
+    def cut(self, error: BridgeError) -> bytes:
+        """Return the error object that SDKs raise from within a stream."""
+        return b"data: %b\n\n" % dump_json(error.body())
+
+
+class FoldCopy(EventCopy):
+    """Collect the events for one JSON answer; the client gets nothing until then."""
+
+    def feed(self, payload: bytes) -> bytes:
+        """Collect upstream's next bytes."""
+        for piece in split_events(self._events.feed(payload)):
+            self.count += 1
+            if not self.done and (b'"error"' in piece or NOTABLE.search(piece)):
+                parsed = event_json(piece) or {}
+                self.fold.add(parsed)
+                if event_type(parsed) in TERMINAL_EVENTS:
+                    self.fold.fill()
+                    self._finish()
+        return b""
+
+
+def relay(reply: Reply, exchange: Exchange, copy: EventCopy, keepalive: float, idle_timeout: float) -> None:
+    """Copy a reply to the client until its terminal event.
+
+    Raises ClientLeft, BadUpstream when upstream ends without the terminal event, UpstreamTimeout when it is
+    silent for `idle_timeout`. Upstream's connection is closed then.
+    """
+    heard = spoken = time.monotonic()
+    patience = HEAD_WAITS if exchange.eager else min(keepalive, idle_timeout)
+    try:
+        while not copy.done:
+            payload = reply.read(patience, exchange.peer)
+            now, patience = time.monotonic(), min(keepalive, idle_timeout)
+            if payload:
+                heard = now
+                ready = copy.feed(payload)
+                if ready:
+                    exchange.write(ready, last=copy.done)
+                    spoken = now
+            elif payload is not None:
+                raise failure(copy.fold.error) if copy.fold.error else BadUpstream(
+                    "upstream ended the answer without its terminal event")
+            elif now - heard >= idle_timeout:
+                raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
+            else:
+                exchange.begin()
+            if now - spoken >= keepalive:  # silence, or an event that comes in drops
+                exchange.write_silence(copy.silence)
+                spoken = now
+    except BaseException as exc:
+        reply.close()
+        if isinstance(exc, BridgeError) and exchange.started:
+            exchange.write(copy.cut(exc))
+        raise
+
+
+# == 15 handler ===============================================================
+# One HTTP exchange: read, check, call down, answer. From the first byte to the client the status is fixed.
+
+class Budget:
+    """A bound on the request bodies held at once, in bytes. `_lock` guards the sum."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Take room. Raises Overloaded when there is none."""
+        with self._lock:
+            if self._held + size > self._limit:
+                raise Overloaded("this bridge holds as many request bodies as it may", retry_after=5)
+            self._held += size
+
+    def give(self, size: int) -> None:
+        """Give room back."""
+        with self._lock:
+            self._held -= size
+
+
+class KeyRing:
+    """The keys of the options and of --api-key-file, which is read anew when it changes.
+
+    `_lock` guards what was read.
+    """
+
+    def __init__(self, given: tuple[NamedSecret, ...], path: str) -> None:
+        self._given = given
+        self._path = path
+        self._lock = threading.Lock()
+        self.seen: Any = None  # the file's signature when it was read
+        self._from_file: tuple[NamedSecret, ...] = ()
+        self.locked = bool(given or path)  # a key is asked for; a file without keys opens nothing
+
+    def keys(self) -> tuple[NamedSecret, ...]:
+        """Return the keys that open the door now.
+
+        Raises BridgeError when the file cannot be read and no keys of it are known, see `locked`.
+        """
+        if not self._path:
+            return self._given
+        with self._lock:
+            try:
+                found = os.stat(self._path)
+                signature = found.st_mtime_ns, found.st_size, found.st_ino
+                if signature != self.seen:
+                    self._read(found.st_mode)
+                    self.seen = signature
+            except (OSError, ValueError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+                if not self._from_file:
+                    log.error("the key file %s cannot be read: %s", self._path, reason)
+                    raise BridgeError("the bridge's key file cannot be read; its log says why") from exc
+                log.error("%s cannot be read (%s): the keys read before stay", self._path, reason)
+            return self._given + self._from_file
+
+    def _read(self, mode: int) -> None:
+        with open(self._path, encoding="utf-8") as file:
+            self._from_file = read_key_file(file.read())
+        if os.name == "posix" and mode & 0o077:
+            log.warning("others on this host can read %s: chmod 600 it", self._path)
+
+
+class Limits:
+    """How many requests of a key run at once; more wait their turn, first come, first served.
+
+    `_lock` guards the counts and the queues.
+    """
+
+    QUEUE = 64  # requests of one key that wait, at most
+    WAIT = 120  # seconds that a request waits, at most
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._running: dict[str, int] = {}
+        self._queues: dict[str, deque[threading.Event]] = {}
+
+    @contextlib.contextmanager
+    def turn(self, name: str, client: Peer, wait: bool = True) -> Iterator[None]:
+        """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
+        if name not in self._limits:
+            yield
+            return
+        self._enter(name, client, self.QUEUE if wait else 0)
+        try:
+            yield
+        finally:
+            self._leave(name)
+
+    def _enter(self, name: str, client: Peer, longest: int) -> None:
+        with self._lock:
+            queue = self._queues.setdefault(name, deque())
+            if self._running.get(name, 0) < self._limits[name]:
+                self._running[name] = self._running.get(name, 0) + 1
+                return
+            if len(queue) >= longest:
+                raise TooManyRequests(f"the queue of key {name!r} is full", retry_after=10)
+            ticket = threading.Event()
+            queue.append(ticket)
+        until = time.monotonic() + self.WAIT
+        try:
+            while not ticket.wait(0.2):
+                client.check()
+                if time.monotonic() > until:
+                    running = self._limits[name]
+                    raise TooManyRequests(f"key {name!r} has {running} requests running", retry_after=10)
+        except BaseException:
+            with self._lock:
+                given = ticket not in queue
+                if not given:
+                    queue.remove(ticket)
+            if given:  # its place came in the same moment
+                self._leave(name)
+            raise
+
+    def _leave(self, name: str) -> None:
+        """Hand the place to the one that has waited longest."""
+        with self._lock:
+            queue = self._queues[name]
+            if queue:
+                queue.popleft().set()
+            else:
+                self._running[name] -= 1
+
+
+class Store:
+    """What the backend does not store, for clients that count on it: the conversations of the last responses.
+
+    Bounded in bytes, least recently used out first; a client's key is part of every name, so that nobody
+    reads another's. `_lock` guards the entries and their sum.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[str, str, str], tuple[int, Any]] = OrderedDict()
+        self._held = 0
+
+    def put(self, owner: str, kind: str, name: str, value: Any, size: int) -> None:
+        """Keep a value of about `size` bytes under its owner, kind and name."""
+        size += 500  # what an entry costs beside its text
+        with self._lock:
+            self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
+            self._entries[owner, kind, name] = (size, value)
+            self._held += size
+            while self._held > self._limit:
+                _, (gone, _) = self._entries.popitem(last=False)
+                self._held -= gone
+
+    def get(self, owner: str, kind: str, name: Any) -> Any:
+        """Return a kept value; None when there is none (any more)."""
+        return self.sized(owner, kind, name)[1]
+
+    def sized(self, owner: str, kind: str, name: Any) -> tuple[int, Any]:
+        """Return a kept value's size in bytes, and the value; 0 and None when there is none (any more)."""
+        if not isinstance(name, str):
+            return 0, None
+        with self._lock:
+            if (owner, kind, name) in self._entries:
+                self._entries.move_to_end((owner, kind, name))
+            return self._entries.get((owner, kind, name), (0, None))
+
+    def keep_response(self, owner: str, response: Mapping[str, Any], asked: Asked) -> None:
+        """Keep a response and its turn, for previous_response_id and item_reference.
+
+        Call before the client can know of the response's end.
+        """
+        output, name = response.get("output"), response.get("id")
+        if not isinstance(output, list) or not isinstance(name, str):
+            return
+        sizes = [len(json.dumps(item)) for item in output]
+        self.put(owner, "response", name, dict(response), sum(sizes))
+        # Turns are linked, not copied: else the tenth would hold the first nine once more.
+        turn = (asked.previous, [*asked.items, *output])
+        self.put(owner, "turn", name, turn, asked.size + sum(sizes))
+        for item, length in zip(output, sizes):
+            if isinstance(item, dict) and isinstance(item.get("id"), str):
+                self.put(owner, "item", item["id"], item, length)
+
+    def keep_reasoning(self, owner: str, output: Any) -> None:
+        """Keep the reasoning items of an answer under the calls and texts that they belong to."""
+        pending: list[Any] = []
+        for item in output if isinstance(output, list) else []:
+            if not isinstance(item, dict):
+                continue
+            if item.get("type") == "reasoning":
+                pending.append(item)
+            elif pending and anchor(item):
+                self.put(owner, "reasoning", anchor(item), pending, len(json.dumps(pending)))
+                pending = []
+
+    def resolve(self, owner: str, request: dict[str, Any], limit: int) -> dict[str, Any]:
+        """Replay the conversation that `previous_response_id` names; put items in the place of references.
+
+        Raises InvalidRequest for an unknown response id, BodyTooLarge when it makes more than `limit` bytes.
+        """
+        total = 0
+        if request.get("previous_response_id") is not None:
+            total, earlier = self._replay(owner, request["previous_response_id"])
+            items = request.get("input", [])
+            items = [message_item("user", items)] if isinstance(items, str) else items
+            request = {**{key: kept for key, kept in request.items() if key != "previous_response_id"},
+                       "input": [*earlier, *items]}
+        placed: dict[str, int] = {}  # by item id, its size: each is put in place once
+
+        def dereference(item: Any) -> Any:
+            if not isinstance(item, dict) or item.get("type") != "item_reference":
+                return item
+            size, known = self.sized(owner, "item", item.get("id"))
+            if known is None:
+                return item
+            if item["id"] in placed:
+                return REMOVED
+            placed[item["id"]] = size
+            return known
+
+        resolved = map_items(request, dereference)
+        if total + sum(placed.values()) > limit:
+            raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
+        return resolved
+
+    def _replay(self, owner: str, name: Any) -> tuple[int, list[Any]]:
+        """Walk back from a response to where it began; return the conversation's size in bytes, its items."""
+        total = 0
+        turns: list[list[Any]] = []
+        seen: set[str] = set()
+        while name != "" or not turns:
+            size, turn = self.sized(owner, "turn", name)
+            if turn is None or name in seen:
+                raise InvalidRequest("previous_response_id is not known (any more) to this bridge, which "
+                                     "keeps the last conversations in memory only", "previous_response_id")
+            seen.add(name)
+            name, items = turn
+            total += size
+            turns.append(items)
+        return total, [item for items in reversed(turns) for item in items]
+
+    def with_reasoning(self, owner: str, items: list[Any]) -> list[Any]:
+        """Put kept reasoning back in front of the calls and texts of a chat history, each once."""
+        whole: list[Any] = []
+        seen: set[str] = set()
+        for item in items:
+            for kept in self.get(owner, "reasoning", anchor(item)) or []:
+                if str(kept.get("id")) not in seen:
+                    seen.add(str(kept.get("id")))
+                    whole.append(kept)
+            whole.append(item)
+        return whole
+
+
+class Asked(NamedTuple):
+    """What the store keeps of a request."""
+
+    previous: str  # the response that it continues; "" for none
+    items: list[Any]
+    size: int  # of the request, in bytes
+
+
+def anchor(item: Any) -> str:
+    """Return by what a chat client's echo of an item is known: its call id, or its text; else ""."""
+    if not isinstance(item, dict):
+        return ""
+    if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
+        return f"call {item['call_id']}"
+    content = item.get("content")
+    if item.get("role") != "assistant" or not isinstance(content, list):
+        return ""
+    text = "".join(str(part.get("text")) for part in content if isinstance(part, dict) and part.get("text"))
+    return f"text {stable_id(text)}" if text else ""
+
+
+class Exchange:
+    """One request of a client, and the answer to it."""
+
+    def __init__(self, peer: Peer, head: RequestHead, record: Record,
+                 idle: Callable[[bool], None], finish: Callable[[Record], None]) -> None:
+        self.peer = peer
+        self.head = head
+        self.record = record
+        self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
+        self.finish = finish  # takes the record of a request that has ended
+        self.path, _, self.query = head.target.partition("?")
+        self.keep = keeps_alive(head.minor, head.headers)
+        self.started = False  # the answer's first byte is out
+        self.extra: dict[str, str] = {}  # fields for whatever answer comes
+        self.eager = False  # a prepared head is to go out without waiting for a piece
+        self._prepared: tuple[int, Mapping[str, str]] | None = None  # a stream's head
+        self._ended = False  # the stream's end is out
+        self._bare = head.method == "HEAD"  # the answer has a head only
+        self._length = body_length(head.headers)
+        if self._length == -1 and not head.minor:
+            raise MalformedHttp("HTTP/1.0 knows no Transfer-Encoding")
+        self._unread = bool(self._length)
+        self._held = 0  # bytes of the body that count against the budget
+        self._chunked = False
+
+    # -- the request's body
+
+    def read_body(self, limit: int, budget: Budget) -> bytes:
+        """Read the whole body, decompressed.
+
+        Raises BodyTooLarge, SlowRequest, Overloaded, and what `decompress` raises.
+        """
+        length = self._length or 0
+        if length > limit:
+            raise BodyTooLarge(f"the body is {length} bytes, the limit is {limit}")
+        if not self._unread:
+            return b""
+        if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = ChunkedBody() if length < 0 else LengthBody(length)
+        pieces: list[bytes] = []
+        until = time.monotonic() + BODY_STALL
+        while not body.done:
+            piece = body.feed(self._read_some(until))
+            self._hold(budget, len(piece))
+            if self._held > limit:
+                raise BodyTooLarge(f"the body is above the limit of {limit} bytes")
+            pieces.append(piece)
+            until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
+        self._unread = False
+        self.peer.ahead = body.rest
+        whole = decompress(b"".join(pieces), self.head.headers.get("content-encoding", ""), limit)
+        self._hold(budget, len(whole) - self._held)
+        return whole
+
+    def _hold(self, budget: Budget, size: int) -> None:
+        """Take room for a part of the body. Raises Overloaded."""
+        budget.take(size)
+        self._held += size
+
+    def let_go(self, budget: Budget) -> None:
+        """Give the body's room back, when it is no longer held."""
+        budget.give(self._held)
+        self._held = 0
+
+    def _read_some(self, until: float) -> bytes:
+        """Read what comes next of the body. Raises ClientLeft and SlowRequest."""
+        while True:
+            try:
+                raw = self.peer.read()
+            except OSError as exc:
+                raise ClientLeft("reset within its request") from exc
+            if raw:
+                return raw
+            if raw is not None:
+                raise ClientLeft("closed within its request")
+            if not self.peer.wait(until - time.monotonic()):
+                raise SlowRequest("the request's body came too slowly")
+
+    def end_of_request(self) -> None:
+        """Make sure that an unread body is never parsed as the next request: the connection ends."""
+        if self._unread:
+            self.keep = False
+
+    # -- the answer
+
+    def answer(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
+        """Send a whole answer."""
+        self.end_of_request()
+        bare = self._bare or status in (204, 304)
+        length = {} if status in (204, 304) else {"content-length": str(len(body))}
+        self._send(self._head(status, {**fields, **length}) + (b"" if bare else body))
+        self.record.bytes += 0 if bare else len(body)
+
+    def answer_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
+        """Send a whole answer in JSON."""
+        self.answer(status, {**(fields or {}), "content-type": "application/json"}, dump_json(value) + b"\n")
+
+    def answer_error(self, error: BridgeError) -> None:
+        """Send an error in the OpenAI shape."""
+        if isinstance(error, MalformedHttp):
+            self.keep = False
+        self.record.error_by, self.record.error_code = error.by, error.code
+        self.answer_json(error.status, error.body(), {"x-qoo-bridge-error": error.by, **error.headers})
+
+    def prepare(self, status: int, fields: Mapping[str, str], at_once: bool = False) -> None:
+        """Have a stream's head ready, to be sent with its first piece: until then the status can change.
+
+        `at_once`: it is not to wait for the first piece, but goes out with it where that is there already.
+        """
+        self._prepared = (status, fields)
+        self.eager = at_once
+
+    def begin(self) -> None:
+        """Send the head of a stream that is not to wait for its first piece, if it is not out yet."""
+        if self.eager and not self.started:
+            self._send(self._stream_head())
+
+    def write(self, payload: bytes, last: bool = False) -> None:
+        """Send a piece of a prepared stream; with the last one its end."""
+        if self._bare:
+            self.end()
+        if not payload or self._bare:
+            return
+        self.record.bytes += len(payload)
+        head = b""
+        if self.record.first_byte is None:
+            self.record.first_byte = time.monotonic() - self.record.started
+            head = b"" if self.started else self._stream_head()
+        if self._chunked:
+            self._ended = last
+            payload = b"%x\r\n%b\r\n%b" % (len(payload), payload, LAST_CHUNK if last else b"")
+        self._send(head + payload if head else payload)
+
+    def write_silence(self, filler: bytes) -> None:
+        """Send what keeps a waiting client waiting, if it gets a stream."""
+        self.eager = self._prepared is not None
+        self.begin()
+        if self.started and not self._bare:
+            self._send(chunk(filler) if self._chunked else filler)
+
+    def end(self) -> None:
+        """Send the end of a stream, if it is not out yet."""
+        self.eager = True
+        self.begin()
+        if self._chunked and not self._ended and not self._bare:
+            self._send(LAST_CHUNK)
+
+    def start_websocket(self, accept: str, fields: Mapping[str, str]) -> None:
+        """Accept a client's WebSocket handshake."""
+        self.keep = True  # until here: the head below is no place for `connection: close`
+        self._send(self._head(101, {**fields, "connection": "Upgrade", "upgrade": "websocket",
+                                    "sec-websocket-accept": accept}))
+        self.keep = False
+
+    def _stream_head(self) -> bytes:
+        """Write the head of a stream: chunked to 1.1, ended by the connection's end to 1.0."""
+        self.end_of_request()
+        self._chunked = self.head.minor == 1
+        self.keep = self.keep and self._chunked
+        status, fields = self._prepared or (200, {})
+        return self._head(status, {**fields, **({"transfer-encoding": "chunked"} if self._chunked else {})})
+
+    def _head(self, status: int, fields: Mapping[str, str]) -> bytes:
+        self.record.status = status
+        self.started = True
+        reason = http.client.responses.get(status, "Unknown")
+        connection = {"connection": "keep-alive" if self.keep else "close"}
+        if self.keep and self.head.minor:
+            connection = {}  # 1.1's default
+        return render_head(f"HTTP/1.1 {status} {reason}", {
+            **fields, **self.extra, "x-qoo-bridge-id": self.record.id, **connection}.items())
+
+    def _send(self, payload: bytes) -> None:
+        try:
+            self.peer.send(payload, WRITE_TIMEOUT)
+        except OSError as exc:
+            raise ClientLeft("stopped reading" if isinstance(exc, TimeoutError) else "left") from exc
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a request's body: strict UTF-8 JSON. Raises InvalidRequest."""
+    try:
+        parsed = DECODER.decode(body.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest("the body is not UTF-8") from exc
+    except RecursionError as exc:
+        raise InvalidRequest("the body is nested too deeply") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"the body is not JSON: {exc}"[:300]) from exc
+    return parsed
+
+
+
+
+
+# -- what to paste on another machine
+
+CODEX_CONFIG = """\
+# 1. Add to ~/.codex/config.toml (for a ~/.qoo home: ~/.qoo/config.toml)
+[model_providers.lan]
+name = "LAN ChatGPT Bridge"
+base_url = "{url}"
+wire_api = "responses"
+requires_openai_auth = false
+stream_idle_timeout_ms = 20000
+supports_websockets = true
+model_catalog_url = "{url}/models"
+{auth}
+
+# 2. Save as ~/.codex/local_lan.config.toml (for a ~/.qoo home: ~/.qoo/local_lan.config.toml)
+model = "{model}"
+model_provider = "lan"
+approval_policy = "never"
+
+# 3. Try:  codex exec --profile local_lan "say hello to me then run 1 shell cmd"
+"""
+OPENAI_CONFIG = """\
+export OPENAI_BASE_URL="{url}"
+export OPENAI_API_KEY="{key}"
+# model: {model}
+"""
+LITELLM_CONFIG = """\
+model_list:
+  - model_name: "{model}"
+    litellm_params:
+      model: "openai/{model}"
+      api_base: "{url}"
+      api_key: "{key}"
+"""
+CURL_CONFIG = """\
+curl {url}/responses -H 'content-type: application/json' \\
+  {header}-d '{{"model": "{model}", "input": "say hello", "stream": false}}'
+"""
+CLIENT_CONFIGS = {
+    "codex": CODEX_CONFIG, "openai": OPENAI_CONFIG, "litellm": LITELLM_CONFIG, "curl": CURL_CONFIG,
+}
+
+
+def client_config(kind: str, url: str, locked: bool, model: str) -> str:
+    """Return what to paste on another machine for one kind of client.
+
+    Any word serves as Codex's token while the bridge is open; a variable not set would be an error (WIRE 7).
+    """
+    auth = 'env_key = "QOO_BRIDGE_KEY"  # export it: the key you were given' if locked else \
+        'experimental_bearer_token = "lan"'
+    key = "os.environ/QOO_BRIDGE_KEY" if kind == "litellm" else "$QOO_BRIDGE_KEY"
+    return CLIENT_CONFIGS[kind].format(
+        url=url, model=model, auth=auth, key=key if locked else "lan",
+        header='-H "authorization: Bearer $QOO_BRIDGE_KEY" ' if locked else "")
+
+
+def default_model(config: Config) -> str:
+    """Return the model that a client is offered: the first alias."""
+    return next(iter(config.alias))
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+class Bridge:
+    """The parts of one running bridge, put together; `respond` is the path of one request."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.telemetry = Telemetry()
+        self.upstream = Upstream(config.connect_timeout, config.idle_timeout, self.telemetry.count)
+        self.credentials = Credentials(config.auth_file, config.issuer, self.upstream.fetch,
+                                       lambda: self.telemetry.count("refreshes"))
+        self.identity = Identity(config.originator, config.client_version)
+        self.routing = Routing(config.upstream, self.upstream.fetch, self.identity.fields())
+        self.catalog = Catalog(self._fetch_models, config.alias, config.client_version)
+        self.budget = Budget(MAX_BODIES)
+        self.store = Store(STORE_SIZE)
+        self.policy = Policy(config.allow, config.allow_origin, own_names(config.allow_host))
+        self.key_ring = KeyRing(config.api_key, config.api_key_file)
+        self.limits = Limits(config.limit)
+        self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
+        near = Target.of(config.upstream)[0].host in LOOPBACK  # no line that compression would relieve
+        self._compresses = config.compress == "on" or (config.compress == "auto" and not near)
+        self.routes = self._routes()
+        self.routes_by_id = {"/models/": self.get_model, "/responses/": self.get_response}
+
+    def _routes(self) -> dict[str, dict[str, Callable[[Exchange], None]]]:
+        """Return the routes: path -> method -> what answers it. HEAD is GET, OPTIONS is answered for all."""
+        return {
+            "/responses": {"POST": self.post_responses, "GET": self.get_responses},
+            "/chat/completions": {"POST": self.post_chat},
+            "/completions": {"POST": self.post_completions},
+            "/models": {"GET": self.get_models},
+            "/healthz": {"GET": self.get_health},
+            "/status": {"GET": self.get_status},
+            "/metrics": {"GET": self.get_metrics},
+            "/": {"GET": self.get_page},
+            **{f"/client-config/{kind}": {"GET": self.get_client_config} for kind in CLIENT_CONFIGS},
+            **{path: {method: self.pass_on} for path, (method, _) in SIDE_ROUTES.items()},
+        }
+
+    # -- the path of one request
+
+    def respond(self, exchange: Exchange) -> None:
+        """Answer one request; every failure becomes an answer, if one can still be given."""
+        record = exchange.record
+        try:
+            action = self._route(exchange)
+            with self.limits.turn(record.key if exchange.head.method == "POST" else "", exchange.peer):
+                action(exchange)
+            record.end = record.end or "completed"
+        except ClientLeft as exc:
+            record.end, exchange.keep = f"client-{exc}".replace(" ", "-"), False
+        except BridgeError as exc:
+            self._fail(exchange, exc)
+        except Exception as exc:  # whatever it is, the client gets an answer and the server lives
+            log.exception("a request met a fault in the bridge")
+            self._fail(exchange, BridgeError(f"the bridge met a fault of its own: {type(exc).__name__}"))
+            if self.on_fault is not None:
+                self.on_fault(exc)
+        finally:
+            exchange.let_go(self.budget)
+
+    on_fault: Callable[[BaseException], None] | None = None  # tests collect what no handler may raise
+
+    def _fail(self, exchange: Exchange, error: BridgeError) -> None:
+        """Answer with an error; a stream that has begun is left without its end, so that the cut is seen."""
+        record = exchange.record
+        record.end = "error"
+        if exchange.started:
+            record.end, exchange.keep = "cut", False
+            record.error_by, record.error_code = error.by, error.code
+            return
+        try:
+            exchange.answer_error(error)
+        except ClientLeft:
+            exchange.keep = False
+
+    def _route(self, exchange: Exchange) -> Callable[[Exchange], None]:
+        """Check who asks for what. Raises Forbidden, InvalidKey, NotFound, MethodNotAllowed."""
+        headers, method = exchange.head.headers, exchange.head.method
+        preflight = method == "OPTIONS" and "access-control-request-method" in headers
+        check_browser(method, headers, self.policy)
+        exchange.extra.update(cors_fields(headers, self.policy, preflight))
+        path = plain_path(exchange.path)
+        methods = self._methods(path)
+        if self.key_ring.locked and not preflight and path not in PUBLIC:
+            exchange.record.key = check_key(headers, self.key_ring.keys())
+        if methods is None:
+            raise NotFound(f"there is nothing at {exchange.path!r}")
+        if method == "OPTIONS":
+            return self.options
+        action = methods.get("GET" if method == "HEAD" else method)
+        if action is None:
+            error = MethodNotAllowed(f"{path} takes {', '.join(methods)}, not {method}")
+            error.headers["allow"] = allowed_methods(methods)
+            raise error
+        return action
+
+    def _methods(self, path: str) -> dict[str, Callable[[Exchange], None]] | None:
+        """Return what answers a path, by method; None when nothing does."""
+        for prefix, action in self.routes_by_id.items():
+            if path.startswith(prefix):
+                return self.routes.get(path) or {"GET": action}
+        return self.routes.get(path)
+
+    def options(self, exchange: Exchange) -> None:
+        """Answer OPTIONS, a browser's preflight among them."""
+        methods = self._methods(plain_path(exchange.path)) or {}
+        exchange.answer(204, {"allow": allowed_methods(methods)}, b"")
+
+    # -- /responses
+
+    def post_responses(self, exchange: Exchange) -> None:
+        """Answer a Responses request: as a stream, or folded into one JSON object."""
+        owner = exchange.record.key
+        limit = self.config.max_body
+        turn = self.open_turn(exchange, lambda request: self.store.resolve(owner, request, limit))
+
+        def keep(response: dict[str, Any]) -> None:
+            if turn.asked is not None:
+                self.store.keep_response(owner, response, turn.asked)
+
+        copy = EventCopy(is_codex(exchange.head.headers), keep) if turn.streamed else FoldCopy(False, keep)
+        fields = downstream_fields(turn.reply.headers)
+        with turn.reply:
+            if turn.streamed:
+                exchange.prepare(200, {**fields, **STREAM_FIELDS}, at_once=True)
+            self._relay(turn.reply, exchange, copy)
+            if turn.streamed:
+                exchange.end()
+            else:
+                exchange.answer_json(200, copy.fold.response(), fields)
+
+    def get_response(self, exchange: Exchange) -> None:
+        """Answer a response that is still in the store."""
+        name = plain_path(exchange.path)[len("/responses/"):]
+        response = self.store.get(exchange.record.key, "response", name)
+        if response is None:
+            raise NotFound(f"there is no response {name!r} (any more): the last ones are kept in memory only")
+        exchange.answer_json(200, response)
+
+    # -- /chat/completions, /completions
+
+    def post_chat(self, exchange: Exchange) -> None:
+        """Answer a Chat Completions request, streaming or not."""
+        self._chat(exchange, chat_request, ChatStream, chat_completion, "chatcmpl-")
+
+    def post_completions(self, exchange: Exchange) -> None:
+        """Answer a legacy completion request, streaming or not."""
+        self._chat(exchange, completion_request, CompletionStream, text_completion, "cmpl-")
+
+    def _chat(self, exchange: Exchange, convert: Callable[[Any], Any], stream: type[ChatStream],
+              complete: Callable[..., Any], prefix: str) -> None:
+        """Answer a request of another API: converted, sent as a turn, its events folded into that shape."""
+        asked: dict[str, Any] = {}
+        owner = exchange.record.key
+
+        def to_responses(request: dict[str, Any]) -> dict[str, Any]:
+            asked.update({key: request[key] for key in ("stream_options", "functions") if key in request})
+            converted = convert(request)
+            return {**converted, "input": self.store.with_reasoning(owner, converted["input"])}
+
+        turn = self.open_turn(exchange, to_responses)
+        name, created, model = prefix + exchange.record.id, int(time.time()), exchange.record.model
+        legacy = {"legacy_functions": True} if "functions" in asked and stream is ChatStream else {}
+
+        def keep(response: dict[str, Any]) -> None:
+            self.store.keep_reasoning(owner, response.get("output"))
+
+        copy: EventCopy = FoldCopy(False, keep)
+        fields = downstream_fields(turn.reply.headers)
+        with turn.reply:
+            if turn.streamed:
+                chunks = stream(name, created, model, include_usage=wants_usage(asked), **legacy)
+                copy = ChatCopy(chunks, keep)
+                exchange.prepare(200, {**fields, **STREAM_FIELDS})
+            self._relay(turn.reply, exchange, copy)
+            if turn.streamed:
+                exchange.end()
+            else:
+                whole = complete(copy.fold.response(), name, created, model, **legacy)
+                exchange.answer_json(200, whole, fields)
+
+    def _relay(self, reply: Reply, exchange: Exchange, copy: EventCopy) -> None:
+        """Copy the reply, and note what the record wants to know of it."""
+        record = exchange.record
+        try:
+            relay(reply, exchange, copy, self.config.keepalive, self.config.idle_timeout)
+        finally:
+            self.note_reply(reply)
+            record.events = copy.count
+            final = copy.fold.final or {}
+            record.usage = usage_counts(final.get("response"))
+            if final:
+                record.end = event_type(final).rpartition(".")[2]
+
+    def open_turn(self, exchange: Exchange, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> Turn:
+        """Read a request, have it prepared, and open its turn upstream.
+
+        Nothing of the request is held when this returns, but what a client that counts on the store may name.
+        """
+        raw = exchange.read_body(self.config.max_body, self.budget)
+        request = parse_json(raw)
+        check_request(request)
+        prepared = prepare(request)
+        context = self.context(exchange, prepared, exchange.record)
+        asked = None
+        if not context.codex and request.get("store") is not False and "messages" not in request:
+            items = input_to_list(request, context).get("input", [])
+            asked = Asked(request.get("previous_response_id") or "", items, len(raw))
+        reply = self.send_turn(exchange, prepared, raw if prepared is request else None, context)
+        exchange.let_go(self.budget)
+        return Turn(reply, request.get("stream") is True, asked)
+
+    def context(self, exchange: Exchange, request: Mapping[str, Any], record: Record,
+                websocket: bool = False) -> Context:
+        """Gather what the rules may know; note the model in the record."""
+        headers, metadata, name = exchange.head.headers, request.get("client_metadata"), request["model"]
+        codex = is_codex(headers)
+        session = client_session(headers) or (stable_id(exchange.record.id) if websocket else "")
+        lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
+        needed = self.catalog.is_alias(name) or not lite_header
+        own = codex_version(headers)  # a Codex knows the models of its own list, if it has asked for that
+        listing = (self.catalog.known(own) if own else None) or \
+            self.catalog.listing(wait=CATALOG_WAIT if needed else 0)
+        slug, model = self.catalog.resolve(name, listing)
+        record.model, record.slug = name, slug
+        return Context(
+            slug=slug, model=model, codex=codex, websocket=websocket, session=session,
+            client=record.key or record.client,
+            lite_header=lite_header, strict=self.config.continuity == "strict",
+            dropped=self._learned.get(slug, frozenset()))
+
+    def send_turn(self, exchange: Exchange, request: dict[str, Any], raw: bytes | None,
+                  context: Context) -> Reply:
+        """Send a turn upstream until it is taken: one refresh after a 401, and known repairs of refusals.
+
+        `raw` is the client's own bytes of the request, which go upstream when no rule fires.
+
+        Raises UpstreamRefusal and other BridgeErrors.
+        """
+        record = exchange.record
+        while True:
+            normalized, record.rules = normalize(request, context)
+            payload = raw if raw is not None and normalized is request else encode(normalized)
+            reply = self._send(exchange, normalized, payload, context)
+            if is_stream(reply):
+                self.upstream.open_ahead(self.config.upstream)
+                return reply
+            self.note_reply(reply)
+            error = self.read_refusal(reply, exchange)
+            repaired = self.find_repair(error, context, record)
+            if repaired is None:
+                raise error
+            context = repaired
+            exchange.extra["x-qoo-bridge-repaired"] = ", ".join(record.repairs)
+
+    def _send(self, exchange: Exchange, request: Mapping[str, Any], payload: bytes,
+              context: Context) -> Reply:
+        """Send a normalized turn."""
+        session = context.session or str(request.get("prompt_cache_key"))
+        fields = upstream_fields(exchange.head.headers, self.identity, session)
+        if context.model.lite if context.model else context.lite_header:
+            fields[LITE_HEADER] = "true"
+        fields.update({"x-codex-routing-hint": routing_hint(request), "accept": "text/event-stream",
+                       "content-type": "application/json"})
+        if len(payload) >= COMPRESS_FROM and self._compresses:
+            packed = zstd_compress(payload)
+            if packed is not None:
+                fields["content-encoding"], payload = "zstd", packed
+        return self.signed("POST", "/responses", fields, payload, exchange.peer)
+
+    def note_reply(self, reply: Reply) -> None:
+        """Note what a reply's head says of the plan's limits and of the model list."""
+        self.telemetry.rate_limits(reply.headers, time.time())
+        self.catalog.note_etag(reply.headers.get("x-models-etag", ""))
+
+    def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
+        """Read a reply that is no stream, as the error that it is."""
+        with reply:
+            body = reply.read_all(MAX_ERROR_BODY, self.config.connect_timeout, exchange.peer)
+        headers = reply.headers
+        coding = headers.get("content-encoding", "identity")
+        if coding != "identity":
+            body = f"in the content coding {coding[:40]!r}, which was not asked for".encode()
+        error = refusal(reply.status, headers.get("content-type", ""), body, headers.get("retry-after"))
+        resets_at = error.error.get("resets_at")
+        if reply.status == 429 and isinstance(resets_at, (int, float)):
+            error.headers.setdefault("retry-after", whole_seconds(resets_at - time.time()) or "1")
+        if reply.status == 401:
+            error.error["message"] = error.message = f"{error.message} ({login_hint()})"
+        handed_on = downstream_fields(headers)
+        error.headers.update({name: value for name, value in handed_on.items()
+                              if name not in ("content-type", "etag", "retry-after")})
+        return error
+
+    def find_repair(self, error: UpstreamRefusal, context: Context, record: Record) -> Context | None:
+        """Return the context under which a refused request may be taken; None when there is none."""
+        told = f"{error.message} {error.code}"
+        found = match_repair(told) if error.status in (400, 404, 422) else None
+        if found is None or len(record.repairs) >= MAX_REPAIRS:
+            return None
+        repair, match = found
+        repaired = repair.apply(context, match)
+        if repair.name == FORM_REPAIR:
+            repaired = self._repair_form(context, record)
+        if repaired is None:
+            return None
+        if repaired.dropped != context.dropped:
+            self._learn(context.slug, repaired.dropped)
+        record.repairs = (*record.repairs, repair.name)
+        self.telemetry.count("repairs", repair=repair.name)
+        return repaired
+
+    def _repair_form(self, context: Context, record: Record) -> Context | None:
+        """Fetch the model list anew; a repair only if it says something else of the model than before."""
+        if FORM_REPAIR in record.repairs:
+            return None
+        self.catalog.fetch_now()
+        slug, model = self.catalog.resolve(record.model, self.catalog.listing())
+        record.slug = slug
+        repaired = context._replace(slug=slug, model=model)
+        return repaired if repaired != context else None
+
+    def _learn(self, slug: str, dropped: frozenset[str]) -> None:
+        """Remember what upstream refused for a model, for so many models as there can be."""
+        if len(self._learned) < 64 and len(dropped) <= 64:
+            self._learned[slug] = dropped
+
+    # -- GET /responses with Upgrade
+
+    def get_responses(self, exchange: Exchange) -> None:
+        """Answer a WebSocket handshake, once the backend has accepted one too; then pass frames on."""
+        headers = exchange.head.headers
+        if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
+            error = MethodNotAllowed("GET /responses is for WebSockets; POST is for requests")
+            error.headers["allow"] = "POST"
+            raise error
+        if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
+            raise UpgradeRequired("only version 13 of the WebSocket protocol is spoken here")
+        if not valid_key(headers.get("sec-websocket-key", "")):
+            raise InvalidRequest("sec-websocket-key is not 16 bytes in base64")
+        with self._open_websocket(exchange) as reply:
+            accept = accept_key(headers["sec-websocket-key"])
+            exchange.start_websocket(accept, downstream_fields(reply.headers))
+            self.telemetry.forget(exchange.record)  # each response.create on it has its own record
+            Socket(self, exchange, reply).run()
+
+    def _open_websocket(self, exchange: Exchange) -> Reply:
+        """Do the handshake with the backend. Raises its refusal; 426 makes Codex go on over HTTP at once."""
+        headers = exchange.head.headers
+        key = base64.b64encode(os.urandom(16)).decode("ascii")
+        session = client_session(headers) or stable_id(exchange.record.id)
+        fields = upstream_fields(headers, self.identity, session)
+        fields.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
+                       "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
+        reply = self.signed("GET", "/responses", fields, b"", exchange.peer)
+        self.note_reply(reply)
+        if reply.status in (404, 405, 501):  # no WebSocket: 426 makes Codex use HTTP at once (WIRE 6)
+            reply.close()
+            raise UpgradeRequired("upstream speaks no WebSocket; use POST")
+        if reply.status != 101:
+            raise self.read_refusal(reply, exchange)
+        accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
+        if not accepted or "sec-websocket-extensions" in reply.headers:
+            reply.close()
+            raise BadUpstream("upstream's WebSocket handshake is not an answer to ours")
+        return reply
+
+    # -- models, health
+
+    def _fetch_models(self, version: str, etag: str) -> Answer:
+        """Ask upstream for the model list, as a Codex of that version would."""
+        known = {"if-none-match": etag} if etag else {}
+        return self.call("GET", f"/models?client_version={urllib.parse.quote(version, safe='')}",
+                         {**known, "version": version})
+
+    def call(self, method: str, path: str, fields: Mapping[str, str], body: bytes = b"") -> Answer:
+        """Make one small call with this host's sign-in, the answer read whole."""
+        fields = {"accept": "application/json", **self.identity.fields(), **fields}
+        with self.signed(method, path, fields, body, timeout=10) as reply:
+            return Answer(reply.status, reply.headers, reply.read_all(MAX_REPLY, 10))
+
+    def signed(self, method: str, path: str, fields: Mapping[str, str], body: bytes,
+               client: Peer | None = None, timeout: float = 0) -> Reply:
+        """Send a request with this host's sign-in, and once more with a newer one after a 401."""
+        sign_in = self.credentials.bearer()
+        for last in (False, True):
+            base, routed = self.routing.of(sign_in)
+            whole = {**fields, **routed, **sign_in.fields()}
+            reply = self.upstream.open(method, side_url(base, path), whole, body, client, timeout)
+            if reply.status != 401 or last:
+                break
+            reply.finish()
+            sign_in = self.credentials.after_401(sign_in)
+        return reply
+
+    def get_models(self, exchange: Exchange) -> None:
+        """Answer the model list: the Codex shape with `client_version`, else the OpenAI shape."""
+        query = urllib.parse.parse_qs(exchange.query)
+        version = query.get("client_version", [""])[0]
+        if version and not re.fullmatch(r"[0-9A-Za-z.-]{1,40}", version):
+            raise InvalidRequest("client_version is not a version", "client_version")
+        listing = self.catalog.listing(version, wait=CATALOG_WAIT)
+        if listing is None:
+            raise self.catalog.problem(version)
+        value = self.catalog.codex_list(listing) if version else {
+            "object": "list", "data": self.catalog.openai_list(listing)}
+        body = dump_json(value)
+        etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        if exchange.head.headers.get("if-none-match") == etag:
+            exchange.answer(304, {"etag": etag}, b"")
+        else:
+            exchange.answer(200, {"content-type": "application/json", "etag": etag}, body)
+
+    def get_health(self, exchange: Exchange) -> None:
+        """Say that the bridge lives; nothing else, because no key is asked for here."""
+        exchange.answer_json(200, {"status": "ok", "version": __version__})
+
+    def get_model(self, exchange: Exchange) -> None:
+        """Answer one model or alias in the OpenAI shape."""
+        name = plain_path(exchange.path)[len("/models/"):]
+        listing = self.catalog.listing(wait=CATALOG_WAIT)
+        if listing is None:
+            raise self.catalog.problem()
+        for model in self.catalog.openai_list(listing):
+            if model["id"] == urllib.parse.unquote(name):
+                return exchange.answer_json(200, model)
+        raise NotFound(f"there is no model {name!r}")
+
+    def get_client_config(self, exchange: Exchange) -> None:
+        """Answer what to paste on another machine, as text."""
+        kind = plain_path(exchange.path).rpartition("/")[2]
+        text = self._client_config(kind, exchange)
+        exchange.answer(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
+
+    def _client_config(self, kind: str, exchange: Exchange) -> str:
+        """Write a client's block; the address under which it reached us is the one that works for it."""
+        address = exchange.peer.sock.getsockname()
+        own = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+        host = exchange.head.headers.get("host") or own  # HTTP/1.0 names none
+        url = f"{'https' if self.config.tls_cert else 'http'}://{host}/v1"
+        return client_config(kind, url, self.key_ring.locked, default_model(self.config))
+
+    def status(self) -> dict[str, Any]:
+        """Return everything that the status page shows; nothing secret is in it."""
+        now = time.time()
+        snapshot = self.telemetry.snapshot(now)
+        try:
+            held = self.credentials.current()
+            left = int(held.expires - now) if held.expires else None
+            snapshot["sign_in"] = {"state": "ok", "plan": held.plan, "expires_in": left}
+        except NotSignedIn as exc:
+            snapshot["sign_in"] = {"state": "not signed in", "message": exc.message}
+        listing = self.catalog.listing()
+        snapshot["catalog"] = {
+            "models": [entry["slug"] for entry in visible(listing)] if listing else [],
+            "aliases": self.catalog.aliases(listing), "refused_aliases": self.catalog.refused,
+        }
+        return snapshot
+
+    def get_status(self, exchange: Exchange) -> None:
+        """Answer the status for programs, and for the page."""
+        status = {**self.status(), "client_config": self._client_config("codex", exchange)}
+        exchange.answer_json(200, status, {"cache-control": "no-store"})
+
+    def get_metrics(self, exchange: Exchange) -> None:
+        """Answer the counters in Prometheus' text format."""
+        text = metrics_text(self.telemetry.snapshot(time.time())).encode("utf-8")
+        exchange.answer(200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, text)
+
+    def get_page(self, exchange: Exchange) -> None:
+        """Answer the status page."""
+        exchange.answer(200, {
+            "content-type": "text/html; charset=utf-8", "content-security-policy": page_csp(),
+            "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+            "cache-control": "no-store",
+        }, status_page())
+
+    def pass_on(self, exchange: Exchange) -> None:
+        """Pass a side request on with this host's sign-in, and its answer back as it comes."""
+        method, path = SIDE_ROUTES[plain_path(exchange.path)]
+        body = exchange.read_body(self.config.max_body, self.budget) if method == "POST" else b""
+        headers = exchange.head.headers
+        session = client_session(headers) or stable_id(exchange.record.client)
+        fields = upstream_fields(headers, self.identity, session)
+        if method == "POST":
+            fields["content-type"] = headers.get("content-type", "application/json")
+            body = self._without_alias(body)
+        if LITE_HEADER in headers:
+            fields[LITE_HEADER] = headers[LITE_HEADER]
+        reply = self.signed(method, path, {"accept": "application/json", **fields}, body, exchange.peer)
+        if not 200 <= reply.status < 300:
+            raise self.read_refusal(reply, exchange)
+        exchange.let_go(self.budget)
+        with reply:
+            exchange.prepare(reply.status, downstream_fields(reply.headers))
+            self._copy_bytes(reply, exchange)
+            exchange.end()
+
+    def _without_alias(self, body: bytes) -> bytes:
+        """Put the model in the place of an alias; all else of a side request is passed on as it is."""
+        request = read_json(body)
+        if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
+            return body
+        slug, _ = self.catalog.resolve(request["model"], self.catalog.listing(wait=CATALOG_WAIT))
+        return encode({**request, "model": slug})
+
+    def _copy_bytes(self, reply: Reply, exchange: Exchange) -> None:
+        """Copy a body that is not looked into."""
+        while True:
+            piece = reply.read(self.config.idle_timeout, exchange.peer)
+            if piece is None:
+                raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
+            if not piece:
+                return
+            exchange.write(piece)
+
+    # -- beside the requests
+
+    def reread(self) -> None:
+        """Have the key file and the sign-in read anew at their next use, whatever their dates say."""
+        self.key_ring.seen = self.credentials.seen = "to be read anew"
+
+    def warm_up(self, stop: threading.Event) -> None:
+        """Wait for a sign-in; then open a connection, ask for routing and model list, all ahead of need."""
+        while True:
+            try:
+                sign_in = self.credentials.current()
+            except NotSignedIn:
+                if stop.wait(1):
+                    return
+                continue
+            self.upstream.open_ahead(self.routing.of(sign_in)[0])
+            self.catalog.fetch_soon()
+            return
+
+
+class Turn(NamedTuple):
+    """An opened turn: upstream's reply, and what of the request is still wanted."""
+
+    reply: Reply
+    streamed: bool  # the client wants a stream
+    asked: Asked | None  # for the store, where the client counts on one
+
+
+STREAM_FIELDS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+
+
+def encode(request: Mapping[str, Any]) -> bytes:
+    """Encode a request that rules have changed. Raises InvalidRequest for numbers that JSON does not have."""
+    try:
+        return dump_json(request)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest("a number is out of range, or the nesting too deep") from exc
+
+
+def is_stream(reply: Reply) -> bool:
+    """Tell whether a reply is what was asked for: 200 and server-sent events, not compressed."""
+    kind = reply.headers.get("content-type", "text/event-stream")
+    return reply.status == 200 and "event-stream" in kind and \
+        reply.headers.get("content-encoding", "identity") == "identity"
+
+
+def side_url(base: str, path: str) -> str:
+    """Return an upstream address: below the base, or at its origin for a path from `/backend-api/` on."""
+    parts = urllib.parse.urlsplit(base)
+    return f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/backend-api/") else base + path
+
+
+def plain_path(path: str) -> str:
+    """Return a path without `/v1` (once or twice) and without a slash at its end."""
+    for _ in range(2):
+        if path == "/v1" or path.startswith("/v1/"):
+            path = path[3:]
+    return path.removesuffix("/") or "/"
+
+
+def allowed_methods(methods: Iterable[str]) -> str:
+    """Return the Allow field of a route."""
+    listed = list(methods)
+    return ", ".join([*listed, *(["HEAD"] if "GET" in listed else []), "OPTIONS"])
+
+
+def own_names(further: Iterable[str]) -> tuple[str, ...]:
+    """Return the Host names of this bridge: this host's, and those given."""
+    return (socket.gethostname().lower(), *(name.lower() for name in further))
+
+
+class Pending:
+    """One response.create that is being answered."""
+
+    def __init__(self, record: Record, frame: dict[str, Any], context: Context) -> None:
+        self.record = record
+        self.frame: dict[str, Any] | None = frame  # the client's, for a repair; None once it is answered
+        self.context = context
+        self.fold = Fold()
+        self.place = contextlib.ExitStack()  # the key's place among its running requests
+        self.given: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
+
+
+class Socket:
+    """One WebSocket: the client on one side, the backend on the other; the connection's thread uses it."""
+
+    CHAINS = 64  # responses whose chain is known, the newest
+    PENDING = 32  # requests that run at once
+
+    def __init__(self, bridge: Bridge, exchange: Exchange, reply: Reply) -> None:
+        self._bridge = bridge
+        self._exchange = exchange
+        self._client, self._upstream = exchange.peer, reply.peer
+        self._finish = exchange.finish
+        self._pending: deque[Pending] = deque()  # oldest first: answers come in the order of the requests
+        # response id -> what its chain was given of tools and instructions
+        self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
+        self._from_client = FrameReader(masked=True, max_message=bridge.config.max_body)
+        self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
+        self._open = True
+        self._left = "cut"  # how what is pending ends, when the connection does
+
+    def run(self) -> None:
+        """Pass frames on, both ways, until either side goes; then the other is closed."""
+        heard = pinged = time.monotonic()
+        try:
+            self._exchange.idle(True)
+            while self._open:
+                ours, theirs = self._wait(self._bridge.config.keepalive)
+                now = time.monotonic()
+                if theirs:
+                    heard = now
+                    self._take(self._upstream, self._from_upstream, self._upstream_message)
+                elif now - heard > self._bridge.config.idle_timeout:
+                    self._end(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
+                elif now - max(heard, pinged) >= self._bridge.config.keepalive:
+                    pinged = now  # whatever the client does: its own frames tell nothing of upstream
+                    self._to_client(encode_frame(OP_PING, b""))
+                    self._to_upstream(OP_PING, b"")
+                if ours and self._open:
+                    self._take(self._client, self._from_client, self._client_message)
+        except ClientLeft as exc:
+            self._left = "client-left"
+            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
+        except OSError as exc:
+            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, describe(exc))
+        finally:
+            while self._pending:
+                self._settle(self._left)
+            linger(self._upstream)  # a close over unread frames would be a reset, and lose the close frame
+            self._upstream.close()
+
+    def _wait(self, seconds: float) -> tuple[bool, bool]:
+        """Wait for either side; tell whether the client's, whether upstream's bytes are there."""
+        ours, theirs = self._client.buffered(), self._upstream.buffered()
+        if ours or theirs:
+            return ours, theirs
+        theirs, ours = self._upstream.poll(seconds, self._client)
+        return ours, theirs
+
+    def _take(self, peer: Peer, reader: FrameReader, handle: Callable[[Message], None]) -> None:
+        """Read what is there and handle the messages in it; a breach of the protocol ends the connection."""
+        at_client = peer is self._client
+        try:
+            raw = peer.read()
+        except OSError:
+            raw = b""
+        if raw is None:
+            return
+        if not raw:
+            self._left = "client-left" if at_client else "cut"
+            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, "")
+            return
+        for message in reader.feed(raw):
+            if self._open:
+                handle(message)
+        if reader.error is not None and self._open:
+            log.info("a WebSocket peer broke the protocol: %s", reader.error)
+            code, told = reader.error.code, CLOSE_GOING_AWAY if at_client else CLOSE_BAD_GATEWAY
+            self._end(code if at_client else told, told if at_client else code, str(reader.error))
+
+    # -- client -> upstream
+
+    def _client_message(self, message: Message) -> None:
+        if message.opcode == OP_TEXT:
+            self._client_text(message.payload)
+        elif message.opcode == OP_PING:
+            self._to_client(encode_frame(OP_PONG, message.payload))
+        elif message.opcode == OP_CLOSE:
+            self._left = "client-left"
+            code, reason = parse_close(message.payload)
+            self._end(code, code, reason)
+        elif message.opcode == OP_BINARY:
+            self._end(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "text frames are wanted")
+
+    def _client_text(self, raw: bytes) -> None:
+        """Pass a client's frame on; a response.create is normalized like a request."""
+        handshake = self._exchange.record
+        record = Record(next_id(), handshake.client, handshake.key, "WS", handshake.path, status=200,
+                        user_agent_kind=handshake.user_agent_kind, started=time.monotonic())
+        try:
+            frame = parse_json(raw)
+            if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
+                self._to_upstream(OP_TEXT, raw)
+                return
+            check_request(frame)
+            if len(self._pending) >= self.PENDING:
+                raise TooManyRequests("too many requests are running on this connection", retry_after=5)
+            context = self._bridge.context(self._exchange, frame, record, websocket=True)
+            pending = Pending(record, frame, context)
+            place = self._bridge.limits.turn(record.key, self._client, wait=not self._pending)
+            pending.place.enter_context(place)
+        except BridgeError as exc:
+            self._refuse(record, exc)
+            return
+        self._bridge.telemetry.begin(record)
+        self._exchange.idle(False)
+        self._pending.append(pending)
+        self._send_create(pending, raw)
+
+    def _send_create(self, pending: Pending, raw: bytes | None) -> None:
+        """Normalize a response.create and send it: its own bytes if no rule fires."""
+        normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
+        unchanged = raw is not None and normalized is pending.frame
+        try:
+            self._to_upstream(OP_TEXT, raw if unchanged and raw is not None else encode(normalized))
+        except BridgeError as exc:
+            self._pending.remove(pending)
+            pending.place.close()
+            self._refuse(pending.record, exc)
+            self._exchange.idle(not self._pending)
+
+    def _without_given(self, pending: Pending) -> dict[str, Any]:
+        """Leave out the tools and instructions that a frame repeats, where the bridge makes its lite form.
+
+        They belong to the connection's chain, which a `previous_response_id` continues (WIRE 6).
+        """
+        frame = pending.frame or {}
+        if not (pending.context.model and pending.context.model.lite):
+            return frame
+        given = {key: json.dumps(frame[key], sort_keys=True) for key in ("tools", "instructions")
+                 if frame.get(key)}
+        earlier = self._chains.get(str(frame.get("previous_response_id")), {})
+        pending.given = {**earlier, **given}
+        known = {key for key in given if earlier.get(key) == given[key]}
+        return {key: kept for key, kept in frame.items() if key not in known} if known else frame
+
+    def _refuse(self, record: Record, error: BridgeError) -> None:
+        """Answer a frame that is not sent on with an `error` frame."""
+        record.status, record.end = error.status, "error"
+        record.error_by, record.error_code = error.by, error.code
+        record.total = time.monotonic() - record.started
+        event = {"type": "error", "status": error.status, **error.body()}
+        self._to_client(encode_frame(OP_TEXT, dump_json(event)))
+        self._finish(record)
+
+    # -- upstream -> client
+
+    def _upstream_message(self, message: Message) -> None:
+        if message.opcode == OP_TEXT:
+            self._upstream_text(message)
+        elif message.opcode == OP_PING:
+            self._to_upstream(OP_PONG, message.payload)
+        elif message.opcode == OP_CLOSE:
+            code, reason = parse_close(message.payload)
+            self._end(code, code, reason)
+        elif message.opcode == OP_BINARY:
+            self._to_client(message.frames)
+
+    def _upstream_text(self, message: Message) -> None:
+        """Pass an event on as it came; look into those that matter."""
+        pending = self._pending[0] if self._pending else None
+        if pending is None:
+            self._to_client(message.frames)
+            return
+        pending.record.events += 1
+        if not NOTABLE_FRAME.search(message.payload):
+            self._pass(pending, message.frames)
+            return
+        parsed = read_json(message.payload)
+        parsed = parsed if isinstance(parsed, dict) else {}
+        kind = event_type(parsed)
+        if kind == "error" and pending.frame is not None and self._repair(pending, parsed):
+            return
+        pending.fold.add(parsed)
+        filled = kind in TERMINAL_EVENTS and pending.fold.fill()
+        frames = encode_frame(OP_TEXT, dump_json(pending.fold.final)) if filled else message.frames
+        self._pass(pending, frames)
+        if kind in TERMINAL_EVENTS or kind == "error":
+            self._settle(kind.rpartition(".")[2], parsed)
+
+    def _pass(self, pending: Pending, frames: bytes) -> None:
+        record = pending.record
+        if record.first_byte is None:
+            record.first_byte = time.monotonic() - record.started
+            pending.frame = None
+        record.bytes += len(frames)
+        self._to_client(frames)
+
+    def _repair(self, pending: Pending, event: dict[str, Any]) -> bool:
+        """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
+        status, error = event.get("status"), event.get("error")
+        refused = UpstreamRefusal(status if type(status) is int else 400,
+                                  dict(error) if isinstance(error, dict) else dict(event))
+        context = self._bridge.find_repair(refused, pending.context, pending.record)
+        if context is None:
+            return False
+        pending.context = context
+        self._pending.rotate(-1)  # its answer comes after those that were asked for meanwhile
+        self._send_create(pending, None)
+        return True
+
+    def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
+        """Note that the oldest response.create has its answer."""
+        pending = self._pending.popleft()
+        pending.place.close()
+        record, event = pending.record, event or {}
+        record.end = end
+        record.total = time.monotonic() - record.started
+        response = event.get("response")
+        record.usage = usage_counts(response)
+        inner = response if isinstance(response, dict) else event
+        if isinstance(inner.get("id"), str):
+            self._chains[inner["id"]] = pending.given
+            if len(self._chains) > self.CHAINS:
+                self._chains.popitem(last=False)
+        if end in ("error", "failed"):
+            error = inner.get("error")
+            record.error_by = "upstream"
+            record.error_code = str(error.get("code") or "") if isinstance(error, dict) else ""
+            if type(event.get("status")) is int:
+                record.status = event["status"]
+        elif end == "cut":
+            record.error_by, record.error_code = "upstream", "upstream_error"
+        self._finish(record)
+        if not self._pending:
+            self._exchange.idle(True)
+
+    # -- both ways
+
+    def _to_client(self, frames: bytes) -> None:
+        try:
+            self._client.send(frames, WRITE_TIMEOUT)
+        except OSError as exc:
+            raise ClientLeft("left") from exc
+
+    def _to_upstream(self, opcode: int, payload: bytes) -> None:
+        self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
+
+    def _end(self, to_client: int, to_upstream: int, reason: str) -> None:
+        """Close both sides with a close frame each; this answers a close frame too."""
+        self._open = False
+        with contextlib.suppress(OSError):
+            self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
+        with contextlib.suppress(ClientLeft):
+            self._to_client(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
+
+
+NOTABLE_FRAME = re.compile(NOTABLE.pattern + rb'|"type" ?: ?"error"')
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One client connection, in a thread of its own: exchange after exchange until either side ends it."""
+
+    server: Server
+    client_address: tuple[Any, ...]
+    _unnoted: Record | None = None  # the last request, of which the log does not know yet
+
+    def handle(self) -> None:
+        """Serve the connection."""
+        address = str(self.client_address[0])
+        self.accepted = self.request
+        with contextlib.suppress(OSError):
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.server.tls is not None and not self._handshake(self.server.tls):
+            return
+        peer = Peer(self.request)
+        try:
+            while self._one_exchange(peer, address) and not self.server.stopping.is_set():
+                pass
+        except (ClientLeft, OSError, EOFError):
+            pass  # between requests there is nobody to tell
+        finally:
+            self._note()
+            peer.close()
+
+    def _handshake(self, context: ssl.SSLContext) -> bool:
+        """Do the TLS handshake, here in the connection's own thread; False when there is none to be had."""
+        self.request.settimeout(HEAD_TIMEOUT)
+        try:
+            self.request = context.wrap_socket(self.request, server_side=True)
+        except (OSError, ValueError) as exc:
+            log.debug("no TLS with %s: %s", self.client_address[0], describe(exc))
+            return False
+        return True
+
+    def _one_exchange(self, peer: Peer, address: str) -> bool:
+        """Read and answer one request; tell whether the connection goes on."""
+        self._idle(True)
+        # A request that follows at once goes before the last one's log line, not behind it.
+        hurried = peer.wait(0.001)
+        if not hurried:
+            self._note()
+            if not peer.wait(IDLE_CLIENT):
+                return False
+        self._idle(False)
+        record = Record(next_id(), address, "", "-", "-", started=time.monotonic())
+        try:
+            exchange = self._read_request(peer, record)
+        except MalformedHttp as exc:
+            refused = Exchange(peer, RequestHead("GET", "-", 1, {}), record, self._idle, self.server.note)
+            refused.answer_error(exc)
+            record.end = "error"
+            self.server.note(record)
+            linger(peer)
+            return False
+        if exchange is None:
+            return False
+        self.server.bridge.telemetry.begin(record)
+        self.server.bridge.respond(exchange)
+        record.total = time.monotonic() - record.started
+        if record.status == 101:
+            linger(peer)
+            return False
+        self._note()
+        self._unnoted = record
+        if not exchange.keep and not record.end.startswith("client"):
+            linger(peer)
+        return exchange.keep
+
+    def _note(self) -> None:
+        """Note the last request, if that is still to be done."""
+        if self._unnoted is not None:
+            record, self._unnoted = self._unnoted, None
+            self.server.note(record)
+
+    def _idle(self, waiting: bool) -> None:
+        self.server.idle(self, waiting)
+
+    def _read_request(self, peer: Peer, record: Record) -> Exchange | None:
+        """Read a request's head; None when the client has ended the connection. Raises MalformedHttp."""
+        try:
+            head = peer.read_head(time.monotonic() + HEAD_TIMEOUT)
+        except TimeoutError as exc:
+            raise SlowRequest(f"the request's head did not come within {HEAD_TIMEOUT} s") from exc
+        if head is None:
+            return None
+        parsed = parse_request(head)
+        record.method, record.path = parsed.method, parsed.target.partition("?")[0]
+        record.user_agent_kind = "codex" if is_codex(parsed.headers) else "other"
+        return Exchange(peer, parsed, record, self._idle, self.server.note)
+
+
+def linger(peer: Peer) -> None:
+    """End a connection so that the client gets the answer: what it still sends is read for a moment."""
+    try:
+        socket.socket.shutdown(peer.sock, socket.SHUT_WR)  # see hang_up
+        until = time.monotonic() + 1
+        while (left := until - time.monotonic()) > 0 and peer.wait(left):
+            if peer.read() == b"":
+                break
+    except OSError:
+        pass
+
+
+def next_id() -> str:
+    """Return a short id for the log."""
+    return os.urandom(4).hex()
+
+
+# == 16 server ================================================================
+# Threads, a bound on them, and an end that lets running streams end.
+
+def server_tls(config: Config) -> ssl.SSLContext | None:
+    """Return the context that serves https; None without a certificate. Raises UsageError."""
+    if not config.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except OSError as exc:
+        raise UsageError(f"--tls-cert, --tls-key: {describe(exc)}") from exc
+    return context
+
+
+def hang_up(sock: Any) -> None:
+    """End a connection that another thread is reading: that thread sees the end and goes."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would pull TLS from under the thread
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections, a thread each, up to --max-connections.
+
+    `_lock` guards the connections; the idle ones are kept connections between two requests, oldest first.
+    """
+
+    daemon_threads = True
+    block_on_close = False  # our own drain is bounded
+    request_queue_size = 1024  # connections that wait to be accepted
+    allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
+
+    def __init__(self, config: Config) -> None:
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        self.bridge = Bridge(config)
+        self.stopping = threading.Event()
+        self._limit = config.max_connections
+        self._lock = threading.Condition()
+        self._open: dict[Any, Any] = {}  # accepted socket -> the one in use (TLS wraps it); all connections
+        self.tls = server_tls(config)
+        self._waiting: dict[Any, Any] = {}  # handler -> its socket; those between two requests, oldest first
+        super().__init__((config.host, config.port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind; `::` takes IPv4 as well. HTTPServer's own would ask the name service for this host's name."""
+        if self.address_family == socket.AF_INET6 and hasattr(socket, "IPV6_V6ONLY"):
+            with contextlib.suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Refuse whom the networks do not allow, and a connection too many, before a thread is spent."""
+        if not network_allows(str(client_address[0]), self.bridge.policy.networks):
+            return self._turn_away(request, Forbidden("this bridge does not serve your network; see --allow"))
+        with self._lock:
+            if len(self._open) >= self._limit:
+                self._close_idle()
+            if len(self._open) < self._limit:
+                self._open[request] = request
+                return True
+        return self._turn_away(request, Overloaded("all connections are in use", retry_after=2))
+
+    def _turn_away(self, request: Any, error: BridgeError) -> bool:
+        """Answer with an error without reading anything, and without waiting."""
+        body = dump_json(error.body())
+        head = render_head(f"HTTP/1.1 {error.status} {http.client.responses[error.status]}", [
+            ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close"),
+            ("x-qoo-bridge-error", "bridge"), *error.headers.items()])
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            request.send(head + body)
+            request.shutdown(socket.SHUT_WR)
+            request.recv(READ_SIZE)  # what has come already must not turn the close into a reset
+        return False
+
+    def _close_idle(self) -> None:
+        """Close the kept connection that has been idle longest. The caller holds `_lock`."""
+        for handler, request in list(self._waiting.items())[:1]:
+            del self._waiting[handler]
+            del self._open[handler.accepted]  # it no longer counts, though its thread has yet to end
+            hang_up(request)
+
+    def idle(self, handler: Handler, waiting: bool) -> None:
+        """Note that a connection is, or is no longer, between two requests."""
+        with self._lock:
+            if not waiting:
+                self._waiting.pop(handler, None)
+            elif self.stopping.is_set():
+                hang_up(handler.request)
+            elif handler.accepted in self._open:
+                self._waiting[handler] = self._open[handler.accepted] = handler.request
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection that has ended, and close it."""
+        with self._lock:
+            self._open.pop(request, None)
+            for handler in [known for known in self._waiting if known.accepted is request]:
+                del self._waiting[handler]
+            self._lock.notify_all()
+        self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a fault that no answer could be made of."""
+        log.exception("a connection's thread met a fault")
+        fault = sys.exc_info()[1]
+        if self.bridge.on_fault is not None and fault is not None:
+            self.bridge.on_fault(fault)
+
+    def note(self, record: Record) -> None:
+        """Note a finished request: one log line, the counters."""
+        self.bridge.telemetry.finish(record, time.time())
+        level = logging.DEBUG if is_quiet(record.path) and record.status < 400 else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(level, "%s", log_line(record))
+
+    def drain(self, seconds: float) -> bool:
+        """Stop accepting, let running requests end for so long; tell whether all of them did."""
+        with self._lock:
+            self.stopping.set()
+        self.shutdown()
+        self.socket.close()
+        with self._lock:
+            for request in self._waiting.values():
+                hang_up(request)
+            ended = self._lock.wait_for(lambda: not self._open, seconds)
+            for request in self._open.values():
+                hang_up(request)
+        self.bridge.upstream.close()
+        return ended
+
+
+# == 17 commands ==============================================================
+
+def lan_address() -> str:
+    """Return this host's address on its LAN. Nothing is sent: to connect a UDP socket finds a route only."""
+    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((probe, 9))
+            return str(sock.getsockname()[0])
+    return "127.0.0.1"
+
+
+def base_url(config: Config, port: int) -> str:
+    """Return the address that clients use."""
+    host = lan_address() if config.host in ("0.0.0.0", "::", "") else config.host
+    return f"{'https' if config.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+class Log(logging.Handler):
+    """Writes a line to standard error and to bridge.log: mode 0600, rotated at LOG_SIZE, one old file kept.
+
+    The two handlers of the standard library would format every line twice.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path  # "" for standard error only
+        self._file = -1
+        self._size = 0
+        self.problem = ""
+        self._second = (0, "")  # a second and its text, which costs as much as the rest of a line
+        if path:
+            self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.chmod(self._path, 0o600)  # also one that was there
+            self._size = os.fstat(self._file).st_size
+        except OSError as exc:
+            self._file = -1
+            self.problem = f"{self._path} cannot be written ({exc.strerror}): nothing is logged but here"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; a log that cannot be written stops nothing."""
+        if self._second[0] != int(record.created):
+            now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+            self._second = (int(record.created), now)
+        text = f"{self._second[1]} {record.levelname} {self.format(record)}\n"
+        line = text.encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no standard error at all
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+        if self._file < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._size += os.write(self._file, line)
+        if self._size > LOG_SIZE:
+            os.close(self._file)
+            with contextlib.suppress(OSError):
+                os.replace(self._path, f"{self._path}.1")
+            self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        super().close()
+
+
+def set_up_log(config: Config) -> None:
+    """Log to standard error, and to the log file unless it is `-` or cannot be written."""
+    handler = Log("" if config.log_file == "-" else config.log_file)
+    log.addHandler(handler)
+    log.setLevel(config.log_level.upper())
+    log.propagate = False
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # in no line of ours
+    if handler.problem:
+        log.warning("%s", handler.problem)
+
+
+def greeting(server: Server, config: Config) -> str:
+    """Say, in one line, where clients connect, whose plan they use, and who may."""
+    try:
+        plan = server.bridge.credentials.current().plan
+        account = f"signed in to ChatGPT{f' ({plan})' if plan else ''}"
+    except NotSignedIn:
+        account = f"not signed in yet: {login_hint()}"
+    door = "a key is asked for" if server.bridge.key_ring.locked else "open to the LAN: no key is set"
+    return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {door}"
+
+
+def serve(config: Config, started: Callable[[Server], None] = lambda server: None) -> int:
+    """Serve until SIGTERM or Ctrl-C; running streams get DRAIN_SECONDS to end."""
+    set_up_log(config)
+    try:
+        server = Server(config)
+    except OSError as exc:
+        print(f"cannot listen on {config.host} port {config.port}: {exc.strerror or exc}"
+              + ("; is a bridge running already?" if exc.errno == errno.EADDRINUSE else ""), file=sys.stderr)
+        return 1
+    stop = threading.Event()
+    signals: list[int] = []  # a handler that took a lock could meet itself
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: signals.append(got))
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, lambda *_: server.bridge.reread())
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    threading.Thread(target=server.bridge.warm_up, args=(stop,), name="warm-up", daemon=True).start()
+    log.info("%s", greeting(server, config))
+    started(server)
+    while not signals:
+        time.sleep(0.25)
+    stop.set()
+    log.info("stopping; running streams have %d s to end", DRAIN_SECONDS)
+    server.drain(DRAIN_SECONDS)
+    return 0
+
+
+class Command(NamedTuple):
+    """One word of the command line."""
+
+    name: str
+    run: Callable[[Config, argparse.Namespace], int]
+    help: str
+
+
+def print_client_config(config: Config, words: argparse.Namespace) -> int:
+    """Print what to paste on another machine."""
+    kind = words.words[0] if words.words else "codex"
+    if kind not in CLIENT_CONFIGS:
+        raise UsageError(f"client-config: one of {', '.join(CLIENT_CONFIGS)}, not {kind!r}")
+    locked = KeyRing(config.api_key, config.api_key_file).locked
+    model = words.model or default_model(config)
+    print(client_config(kind, base_url(config, config.port), locked, model), end="")
+    return 0
+
+
+def new_key(config: Config, words: argparse.Namespace) -> int:
+    """Make a key, and print the line for the key file and the line for the client."""
+    if not words.words:
+        raise UsageError("new-key wants a name: new-key NAME")
+    try:
+        key = read_key(f"{words.words[0]}=qoo-{base64.urlsafe_b64encode(os.urandom(24)).decode('ascii')}")
+    except ValueError as exc:
+        raise UsageError(f"new-key: {exc}") from exc
+    print(f"# a line for the bridge's --api-key-file (chmod 600):\n{key.name}={key.secret}\n"
+          f"# and for the client's shell:\nexport QOO_BRIDGE_KEY={key.secret}")
+    return 0
+
+
+# -- login: the device sign-in of WIRE 2, for a host without a browser
+
+DEVICE_SECONDS = 15 * 60  # in which the person has typed the code
+POLL_SECONDS = 5.0  # between two polls, where the server does not say
+
+
+def login(config: Config, words: argparse.Namespace) -> int:
+    """Sign this host in to ChatGPT by a code typed in any browser, and write auth.json."""
+    fetch = Upstream(config.connect_timeout, config.idle_timeout).fetch
+    try:
+        tokens = device_tokens(fetch, config.issuer)
+        sign_in = save_sign_in(config.auth_file, tokens)
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was changed")
+        return 130
+    except BridgeError as exc:
+        print(f"not signed in: {exc.message}", file=sys.stderr)
+        return 1
+    except OSError as exc:
+        print(f"not signed in: {config.auth_file} cannot be written: {describe(exc)}", file=sys.stderr)
+        return 1
+    email = jwt_claims(tokens["id_token"]).get("email")
+    account = _printable(email) if isinstance(email, str) else f"account {sign_in.account or 'without an id'}"
+    plan = _printable(sign_in.plan) or "unknown"
+    print(f"Signed in as {account}, plan {plan}; written to {config.auth_file}")
+    return 0
+
+
+def device_tokens(fetch: Fetch, issuer: str) -> dict[str, str]:
+    """Ask for a code, show it, wait until it is typed, and trade it for tokens. Raises BridgeError."""
+    answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
+    if answer.status == 404:
+        raise NotSignedIn("device sign-in is not enabled for this account or workspace: turn it on in "
+                          "ChatGPT's security settings (or ask its administrator), or use `codex login`")
+    device = texts_of(answer, "device_auth_id", "user_code")
+    print(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
+          f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.", flush=True)
+    interval = str(answer.json().get("interval"))
+    seconds = float(interval) if re.fullmatch(r"[0-9]{1,2}", interval) else POLL_SECONDS
+    granted = wait_for_code(fetch, issuer, device, max(seconds, 0.1))
+    trade = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
+             "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
+             "redirect_uri": f"{issuer}/deviceauth/callback"}
+    answer = ask_issuer(fetch, f"{issuer}/oauth/token", trade, form=True)
+    return texts_of(answer, "id_token", "access_token", "refresh_token")
+
+
+def ask_issuer(fetch: Fetch, url: str, wish: Mapping[str, str], form: bool = False) -> Answer:
+    """Post to the sign-in server, in JSON or as a form."""
+    body = urllib.parse.urlencode(wish).encode("ascii") if form else dump_json(wish)
+    kind = "application/x-www-form-urlencoded" if form else "application/json"
+    return fetch("POST", url, {"content-type": kind, "user-agent": USER_AGENT}, body, 30)
+
+
+def texts_of(answer: Answer, *names: str) -> dict[str, str]:
+    """Return the texts that an answer must have. Raises its refusal; BadUpstream when one is not there."""
+    texts = {name: text for name, text in good(answer).items()
+             if name in names and isinstance(text, str) and TOKEN.fullmatch(text)}
+    if len(texts) < len(names):
+        raise BadUpstream(f"the sign-in server's answer does not have {', '.join(names)}")
+    return texts
+
+
+def good(answer: Answer) -> dict[str, Any]:
+    """Return a good answer's JSON. Raises what it is when it is a refusal."""
+    if answer.status != 200:
+        raise refusal(answer.status, answer.headers.get("content-type", ""), answer.body)
+    return answer.json()
+
+
+def wait_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
+    """Poll until the code is typed; a server that fails for now is asked again. Raises BridgeError."""
+    until = time.monotonic() + DEVICE_SECONDS
+    while time.monotonic() < until:
+        time.sleep(interval)
+        try:
+            answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/token", device)
+        except (BadUpstream, UpstreamTimeout):
+            continue
+        if answer.status not in (403, 404, 429) and answer.status < 500:
+            return texts_of(answer, "authorization_code", "code_verifier")
+    raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new one")
+
+
+def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
+    """Write a new sign-in as Codex does, the file's other keys kept. Raises OSError, NotSignedIn."""
+    claims = jwt_claims(tokens["id_token"]).get(AUTH_CLAIM)
+    account = claims.get("chatgpt_account_id") if isinstance(claims, dict) else None
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with file_lock(os.path.join(folder, "auth.lock")):
+        kept = read_object(path)
+        content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
+                   "tokens": {**tokens, "account_id": account if isinstance(account, str) else None},
+                   "last_refresh": timestamp()}
+        sign_in = read_sign_in(content, "the sign-in server's answer")
+        write_private(path, content)
+    return sign_in
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return a file's JSON object; {} when there is none. Raises OSError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return Answer(200, {}, file.read(MAX_REPLY)).json()
+    except FileNotFoundError:
+        return {}
+
+
+# -- litellm-config: litellm.yaml for a LiteLLM beside the bridge
+
+LITELLM_KEY = b"master key of the LiteLLM beside qoo-bridge"  # what the bridge's key signs to make that key
+# `openai/NAME` serves both of LiteLLM's own endpoints, chat completions and responses.
+LITELLM_MODEL = """\
+  - model_name: {}
+    litellm_params:
+      model: {}
+      api_base: {}
+      api_key: {}"""
+
+
+def own_url(config: Config) -> str:
+    """Return the address under which this host reaches its own bridge."""
+    every = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
+    return base_url(config._replace(host=every.get(config.host, config.host)), config.port)
+
+
+def ask_own(config: Config, path: str, key: str = "") -> Answer:
+    """Ask the bridge that runs on this host: through no proxy, and whatever name its certificate has.
+
+    Raises OSError and http.client.HTTPException.
+    """
+    parts = urllib.parse.urlsplit(own_url(config))
+    host, port = parts.hostname or "", parts.port or config.port
+    connection = http.client.HTTPConnection(host, port, timeout=10)
+    if config.tls_cert:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
+        reply = connection.getresponse()
+        headers = {name.lower(): value for name, value in reply.getheaders()}
+        return Answer(reply.status, headers, reply.read(MAX_REPLY))
+
+
+def own_models(config: Config, key: str) -> list[str]:
+    """Return the models and aliases that the running bridge offers. Raises BridgeError."""
+    try:
+        answer = ask_own(config, "/v1/models", key)
+    except (OSError, http.client.HTTPException) as exc:
+        raise BadUpstream(f"no bridge answers on {own_url(config)}: {describe(exc)}") from exc
+    models = good(answer).get("data")
+    names = [str(model.get("id")) for model in models if isinstance(model, dict)] \
+        if isinstance(models, list) else []
+    if not names:
+        raise BadUpstream(f"{own_url(config)} has no models")
+    return names
+
+
+def litellm_config(config: Config, words: argparse.Namespace) -> int:
+    """Print a litellm.yaml with the running bridge's models; JSON's strings are YAML's too."""
+    try:
+        keys = KeyRing(config.api_key, config.api_key_file).keys()
+        key = next((key.secret for key in keys if key.name == "litellm"), keys[0].secret if keys else "")
+        names = own_models(config, key)
+    except BridgeError as exc:
+        print(f"litellm-config: {' '.join(exc.message.split())}", file=sys.stderr)
+        return 1
+    models = [LITELLM_MODEL.format(*map(json.dumps, (name, f"openai/{name}", own_url(config), key or "lan")))
+              for name in names]
+    door = "dangerously_permit_weak_or_unset_master_key: true"  # the bridge is open, and so is this
+    if key:
+        door = f'master_key: "sk-{hmac.new(key.encode("ascii"), LITELLM_KEY, "sha256").hexdigest()}"'
+    print("\n".join(["model_list:", *models, "general_settings:", f"  {door}"]))
+    return 0
+
+
+# -- doctor: what stands between this host and an answer, and the one thing to do about it
+
+class Finding(NamedTuple):
+    """What a check found: `ok`, `failed`, `none` (does not apply) or `skipped` (an earlier one failed)."""
+
+    state: str
+    text: str
+    todo: str = ""
+
+
+class Check(NamedTuple):
+    """One line of the doctor's table."""
+
+    name: str
+    needs: tuple[str, ...]  # the checks without which this one says nothing
+    run: Callable[[Doctor], Finding]
+    todo: str = ""  # what to do when it fails without knowing better
+
+
+class Doctor:
+    """What the checks share: a bridge that does not serve, and upstream's answer to a stranger."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.bridge = Bridge(config)
+        self.stranger = Answer(0, {}, b"")
+
+    def examine(self, checks: Iterable[Check]) -> Iterator[tuple[Check, Finding]]:
+        """Run the checks in their order; one whose need is not met is skipped."""
+        unmet: set[str] = set()
+        for check in checks:
+            missing = [name for name in check.needs if name in unmet]
+            try:
+                finding = Finding("skipped", f"not tried, see {missing[0]}") if missing else check.run(self)
+            except (BridgeError, OSError) as exc:
+                finding = Finding("failed", describe(exc), check.todo)
+            if finding.state in ("failed", "skipped"):
+                unmet.add(check.name)
+            yield check, finding if finding.state == "failed" else finding._replace(todo="")
+
+    def ask(self, path: str) -> dict[str, Any]:
+        """Ask upstream with this host's sign-in. Raises BridgeError."""
+        return good(self.bridge.call("GET", path, {}))
+
+
+def check_python(doctor: Doctor) -> Finding:
+    """Check the interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("ok" if sys.version_info >= (3, 9) else "failed",
+                   f"{version}, {ssl.OPENSSL_VERSION}, {sys.platform}", "install Python 3.9 or newer")
+
+
+def check_file(doctor: Doctor) -> Finding:
+    """Check that auth.json is there, can be read, is whole, and is a ChatGPT plan's."""
+    path = doctor.config.auth_file
+    try:
+        doctor.bridge.credentials.current()
+    except NotSignedIn as exc:
+        settings = os.path.join(os.path.dirname(path), "config.toml")
+        with contextlib.suppress(OSError, ValueError), open(settings, encoding="utf-8") as file:
+            if re.search(r'^\s*cli_auth_credentials_store\s*=\s*"(keyring|auto)"', file.read(), re.MULTILINE):
+                return Finding("failed", f"there is no {path}: Codex keeps the sign-in in the system keyring",
+                               f'cli_auth_credentials_store = "file" in {settings}, then `codex login`')
+        return Finding("failed", exc.message.replace(f"; {login_hint()}", ""), login_hint())
+    return Finding("ok", f"{path} is whole")
+
+
+def check_private(doctor: Doctor) -> Finding:
+    """Check that nobody else on this host can read the sign-in."""
+    path = doctor.config.auth_file
+    if os.name != "posix":
+        return Finding("none", "not checked on this system")
+    mode = os.stat(path).st_mode & 0o777
+    return Finding("failed" if mode & 0o077 else "ok", f"mode {mode:04o}", f"chmod 600 {path}")
+
+
+def check_token(doctor: Doctor) -> Finding:
+    """Check how long the access token is still good; a bridge refreshes it."""
+    held = doctor.bridge.credentials.current()
+    left = held.expires - time.time()
+    plan = f"plan {_printable(held.plan) or 'unknown'}"
+    if not held.expires:
+        return Finding("none", f"{plan}; its expiry cannot be read")
+    if left > 0:
+        return Finding("ok", f"{plan}; good for {in_words(left)}, until {local_time(held.expires)}")
+    if held.refresh_token:
+        return Finding("ok", f"{plan}; expired {in_words(-left)} ago, to be refreshed")
+    return Finding("failed", f"{plan}; expired {in_words(-left)} ago", login_hint())
+
+
+def check_name(doctor: Doctor) -> Finding:
+    """Check that upstream's name is resolved; a proxy does that itself."""
+    target, _ = Target.of(doctor.config.upstream)
+    proxy = find_proxy(target)
+    host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
+    try:
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise BadUpstream(f"the name {host} leads nowhere: {describe(exc)}") from exc
+    found = sorted({str(entry[4][0]) for entry in entries})
+    return Finding("ok", f"{'the proxy ' if proxy else ''}{host} is {', '.join(found[:2])}"
+                   + (f" and {len(found) - 2} more" if len(found) > 2 else ""))
+
+
+def check_tls(doctor: Doctor) -> Finding:
+    """Reach upstream without the sign-in; say who vouches for it: a proxy that opens TLS does so itself."""
+    config = doctor.config
+    url = f"{config.upstream}/models?client_version={config.client_version}"
+    try:
+        reply = doctor.bridge.upstream.open("GET", url, doctor.bridge.identity.fields(), timeout=10)
+    except BadUpstream as exc:
+        if not isinstance(exc.__cause__, ssl.SSLCertVerificationError):
+            raise
+        return Finding("failed", exc.message, "if a proxy opens TLS here: SSL_CERT_FILE=<its CA, a PEM file>")
+    sock = reply.peer.sock
+    secure = isinstance(sock, ssl.SSLSocket)
+    text = f"{sock.version()}; the certificate is issued by {issuer_of(sock)}" if secure else "plain http"
+    doctor.stranger = Answer(reply.status, reply.headers, reply.read_all(MAX_ERROR_BODY, 10))
+    reply.finish()
+    return Finding("ok" if secure else "none", text)
+
+
+def issuer_of(sock: ssl.SSLSocket) -> str:
+    """Return who issued the other side's certificate."""
+    certificate: Any = sock.getpeercert() or {}
+    names = dict(pair for group in certificate.get("issuer", ()) for pair in group)
+    kinds = ("organizationName", "commonName")
+    return _printable(", ".join(names[kind] for kind in kinds if kind in names)) or "nobody"
+
+
+def check_cloudflare(doctor: Doctor) -> Finding:
+    """Check that upstream itself answers, and no web page in its place."""
+    kind = doctor.stranger.headers.get("content-type", "")
+    error = refusal(doctor.stranger.status, kind, doctor.stranger.body)
+    if error.code == "upstream_web_page" or error.status >= 500:
+        return Finding("failed", error.message, "try without VPN or proxy, or later")
+    return Finding("ok", f"no page in between ({doctor.stranger.status} to a stranger, as it should be)")
+
+
+def check_routing(doctor: Doctor) -> Finding:
+    """Check where the account's requests go."""
+    accounts = doctor.ask("/backend-api/wham/accounts/check").get("accounts")
+    held = doctor.bridge.credentials.current()
+    for account in accounts if isinstance(accounts, list) else []:
+        if isinstance(account, dict) and account.get("id") == held.account:
+            origin, override = (_printable(account.get(key) or "not named") for key in (
+                "workspace_backend_origin", "account_routing_override"))
+            return Finding("ok", f"{origin}, {override}")
+    return Finding("failed", "upstream does not know the account of this sign-in", login_hint())
+
+
+def check_models(doctor: Doctor) -> Finding:
+    """Check the model list, and what the aliases mean."""
+    catalog = doctor.bridge.catalog
+    listing = catalog.listing(wait=2 * CATALOG_WAIT)
+    if listing is None:
+        raise catalog.problem()
+    aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(listing).items())
+    return Finding("ok", _printable(f"{len(visible(listing))} models; {aliases}"))
+
+
+def check_usage(doctor: Doctor) -> Finding:
+    """Show the plan's windows as bars."""
+    limits = doctor.ask("/backend-api/wham/usage").get("rate_limit")
+    limits = limits if isinstance(limits, dict) else {}
+    windows = [limits.get(name) for name in ("primary_window", "secondary_window")]
+    lines = [usage_line(window) for window in windows if isinstance(window, dict)]
+    if limits.get("limit_reached") is True:
+        return Finding("failed", "\n".join(lines), "the plan is used up: wait for the reset")
+    return Finding("ok" if lines else "none", "\n".join(lines) or "the plan has no windows")
+
+
+def usage_line(window: Mapping[str, Any]) -> str:
+    """Write one window of the plan: its length, a bar, when it begins anew."""
+    length, used, reset = (number_of(window.get(key)) for key in (
+        "limit_window_seconds", "used_percent", "reset_at"))
+    full = round(min(max(used, 0), 100) / 5)
+    bar = "█" * full + "░" * (20 - full)
+    return f"{in_words(length):<4} {bar} {used:3.0f} % used, resets {local_time(reset)}"
+
+
+def number_of(value: Any) -> float:
+    """Return a JSON number within reason; 0 for anything else."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
+    return float(value) if known else 0.0
+
+
+def in_words(seconds: float) -> str:
+    """Say a time span in its largest unit and the next one below."""
+    counts: list[str] = []
+    rest = int(seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or counts:
+            counts.append(f"{count} {unit}")
+    return " ".join(count for count in counts[:2] if not count.startswith("0 ")) or "0 s"
+
+
+def local_time(unix: float) -> str:
+    """Write a Unix time as this host's clock shows it."""
+    try:
+        return time.strftime("%a %d %b %H:%M", time.localtime(unix))
+    except (OverflowError, OSError, ValueError):
+        return "at an unknown time"
+
+
+def check_port(doctor: Doctor) -> Finding:
+    """Check that the port is free, or a bridge's already."""
+    config = doctor.config
+    try:
+        answer = ask_own(config, "/healthz")
+        if answer.status == 200 and answer.json().get("status") == "ok":
+            version = _printable(answer.json().get("version"))
+            return Finding("ok", f"a bridge runs on {config.port}, version {version}")
+    except http.client.HTTPException:
+        pass  # something listens, and it is not a bridge
+    except OSError:
+        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
+            if os.name != "nt":  # there it would let two programs share the port
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((config.host, config.port))
+        return Finding("ok", f"{config.port} is free")
+    return Finding("failed", f"what answers on {config.port} is no bridge", "end it, or take another --port")
+
+
+def check_lan(doctor: Doctor) -> Finding:
+    """Check the address under which other machines reach this host."""
+    config = doctor.config
+    if own_names_only(config.host):
+        return Finding("none", f"--host {config.host} serves this host alone")
+    address = lan_address()
+    if own_names_only(address):
+        return Finding("failed", "this host has no address but its own", "connect it to the network")
+    if not network_allows(address, config.allow):
+        return Finding("failed", f"{address} is in no network of --allow: the LAN is turned away",
+                       f"name your network, such as --allow {address}/24")
+    return Finding("ok", base_url(config, config.port))
+
+
+def own_names_only(host: str) -> bool:
+    """Tell whether an address is of use on this host alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+FIREWALL = {  # by sys.platform; the port comes in
+    "linux": "sudo ufw allow {0}/tcp (or: sudo firewall-cmd --add-port={0}/tcp --permanent)",
+    "darwin": "System Settings > Network > Firewall > Options: allow Python",
+    "win32": "netsh advfirewall firewall add rule name=qoo-bridge dir=in action=allow "
+             "protocol=TCP localport={0}",
+}
+
+
+def check_firewall(doctor: Doctor) -> Finding:
+    """Say what opens the port, because that cannot be tried from inside."""
+    hint = FIREWALL.get(sys.platform, "open TCP port {0}").format(doctor.config.port)
+    return Finding("none", f"cannot be tried from here; if others cannot connect: {hint}")
+
+
+def check_zstd(doctor: Doctor) -> Finding:
+    """Check that large requests can be sent compressed."""
+    if zstd_module() or libzstd():
+        return Finding("ok", "Python's own" if zstd_module() else "libzstd")
+    return Finding("none", "not at hand, large requests go uncompressed: install libzstd (brew install zstd)")
+
+
+def check_live(doctor: Doctor) -> Finding:
+    """Send one tiny request through a bridge on a loopback port of its own, and time its answer."""
+    server = Server(doctor.config._replace(
+        host="127.0.0.1", port=0, tls_cert="", tls_key="", api_key=(), api_key_file="", limit={}))
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    wish = {"model": default_model(doctor.config), "input": "Say hi.", "reasoning": {"effort": "low"},
+            "stream": True}
+    try:
+        return live_turn(f"http://127.0.0.1:{server.server_port}/v1/responses", dump_json(wish))
+    finally:
+        server.drain(1)
+
+
+def live_turn(url: str, wish: bytes) -> Finding:
+    """Send a request, and say when its first event, its first word and its end came."""
+    started = time.monotonic()
+    seen: dict[str, float] = {}
+    reply = Upstream(10, 60).open("POST", url, {"content-type": "application/json"}, wish, timeout=60)
+    if reply.status != 200:
+        raise refusal(reply.status, reply.headers.get("content-type", ""), reply.read_all(MAX_ERROR_BODY, 10))
+    events, fold = Events(), Fold()
+    for piece in iter(lambda: reply.read(60) or b"", b""):
+        for event in split_events(events.feed(piece)):
+            parsed = event_json(event) or {}
+            seen.setdefault(event_type(parsed), time.monotonic() - started)
+            fold.add(parsed)
+    response, total = fold.response(), time.monotonic() - started
+    tokens = usage_counts(response)
+    word = seen.get("response.output_text.delta", total)
+    return Finding("ok", f"{_printable(response.get('model'))}: first event {min(seen.values()):.2f} s, "
+                   f"first word {word:.2f} s, end {total:.2f} s; "
+                   f"{tokens.get('input', 0)} tokens in, {tokens.get('output', 0)} out")
+
+
+NETWORK = "check this host's network, DNS and firewall; behind a proxy: HTTPS_PROXY=http://host:port"
+REFUSED = "see the message; `codex` on this host shows whether the plan itself works"
+CHECKS = (
+    Check("python", (), check_python),
+    Check("sign-in file", (), check_file),
+    Check("file mode", ("sign-in file",), check_private),
+    Check("token", ("sign-in file",), check_token),
+    Check("name", (), check_name, NETWORK),
+    Check("TLS", ("name",), check_tls, NETWORK),
+    Check("Cloudflare", ("TLS",), check_cloudflare),
+    Check("account", ("sign-in file", "token", "Cloudflare"), check_routing, REFUSED),
+    Check("models", ("sign-in file", "token", "Cloudflare"), check_models, REFUSED),
+    Check("usage", ("sign-in file", "token", "Cloudflare"), check_usage, REFUSED),
+    Check("port", (), check_port, "end the program that has it, or choose another --port or --host"),
+    Check("LAN address", (), check_lan),
+    Check("firewall", ("LAN address",), check_firewall),
+    Check("zstd", (), check_zstd),
+)
+LIVE = Check("live", ("models",), check_live, REFUSED)
+MARKS = {"ok": "✓", "failed": "✗", "none": "–", "skipped": "–"}
+PLAIN = str.maketrans("✓✗–█░→", "+!-#.>")  # for a terminal that lacks them
+
+
+def doctor(config: Config, words: argparse.Namespace) -> int:
+    """Print the table of checks, as it grows, or all of it in JSON; nothing secret is in it."""
+    log.addHandler(logging.NullHandler())  # what it would say stands in the table
+    log.propagate = False
+    rows = []
+    for check, finding in Doctor(config).examine((*CHECKS, LIVE) if words.live else CHECKS):
+        rows.append({"name": check.name, **finding._asdict()})
+        if not words.json:
+            print_finding(check.name, finding)
+    healthy = all(row["state"] != "failed" for row in rows)
+    if words.json:
+        print(json.dumps({"version": __version__, "ok": healthy, "checks": rows}, indent=2))
+    return 0 if healthy else 1
+
+
+def print_finding(name: str, finding: Finding) -> None:
+    """Print a check's row within 80 columns; what to do comes below a failure."""
+    import textwrap  # late: only this command wants it
+
+    todo = f"\n→ {finding.todo}" if finding.todo else ""
+    lines = [part for line in (finding.text + todo).split("\n")
+             for part in textwrap.wrap(line, 65, break_long_words=False, break_on_hyphens=False)]
+    row = f"{MARKS[finding.state]} {name:<12} " + f"\n{'':15}".join(lines)
+    try:
+        row.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        row = row.translate(PLAIN).encode("ascii", "replace").decode("ascii")
+    print(row, flush=True)
+
+
+# -- demo: the whole bridge, before a backend of its own that needs no account and no network
+
+DEMO_PACE = 0.03  # seconds between two words
+DEMO_COMMAND = "echo hello from the demo"
+DEMO_SHELLS: dict[str, Any] = {  # the shells of Codex and others -> the arguments that run the command
+    "exec_command": {"cmd": DEMO_COMMAND},
+    "shell_command": {"command": DEMO_COMMAND},
+    "shell": {"command": ["sh", "-c", DEMO_COMMAND]},
+}
+DEMO_MODEL = {  # what Codex wants to know of a model
+    "description": "Says what it was sent.", "default_reasoning_level": "low", "visibility": "list",
+    "supported_reasoning_levels": [{"effort": "low", "description": "none at all"}], "supported_in_api": True,
+    "shell_type": "unified_exec", "default_reasoning_summary": "none", "support_verbosity": False,
+    "truncation_policy": {"mode": "tokens", "limit": 10000}, "context_window": 200000, "priority": 1,
+    "supports_parallel_tool_calls": False, "experimental_supported_tools": [], "input_modalities": ["text"],
+    "base_instructions": "You are a demo.",
+}
+
+
+def demo_pages() -> dict[str, Any]:
+    """Return what the demo's backend answers to GET: the end of a path -> JSON."""
+    lite = {**DEMO_MODEL, "use_responses_lite": True, "priority": 2}
+    models = [{**model, "slug": name, "display_name": name}
+              for name, model in (("demo-plain", DEMO_MODEL), ("demo-lite", lite))]
+    window = {"used_percent": 12, "limit_window_seconds": 5 * 3600, "reset_at": int(time.time()) + 3600}
+    return {
+        "/models": {"models": models},
+        "/accounts/check": {"accounts": [{"id": "demo", "account_routing_override": "NO_CONSTRAINT"}]},
+        "/usage": {"plan_type": "demo", "rate_limit": {"primary_window": window}},
+    }
+
+
+def demo_sign_in() -> dict[str, Any]:
+    """Return an auth.json whose tokens are none."""
+    claims = {"exp": int(time.time()) + 365 * 86400, AUTH_CLAIM: {"chatgpt_plan_type": "demo"}}
+    token = f"demo.{base64.urlsafe_b64encode(dump_json(claims)).decode('ascii')}.demo"
+    tokens = {"id_token": token, "access_token": token, "account_id": "demo"}
+    return {"auth_mode": "chatgpt", "tokens": tokens}
+
+
+def demo_tools(tools: Any) -> list[str]:
+    """Return the names of a request's tools; the lite form has them in groups."""
+    names = []
+    for tool in tools if isinstance(tools, list) else []:
+        if isinstance(tool, dict):
+            inner = demo_tools(tool.get("tools"))
+            names += inner or [str(tool.get("name") or tool.get("type"))]
+    return names
+
+
+def demo_text(item: Mapping[str, Any]) -> str:
+    """Return an item's text."""
+    content = item.get("content")
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict)) \
+        if isinstance(content, list) else ""
+
+
+def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the item that answers: a call of the shell, if there is one not called yet; else a text."""
+    given = request.get("input")
+    items = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+    tools = [name for holder in (request, *items) for name in demo_tools(holder.get("tools"))]
+    ran = any(item.get("type") == "function_call_output" for item in items)
+    shell = next((name for name in DEMO_SHELLS if name in tools), "")
+    if shell and not ran:
+        return {"type": "function_call", "id": f"fc_{next_id()}", "call_id": f"call_{next_id()}",
+                "name": shell, "arguments": json.dumps(DEMO_SHELLS[shell]), "status": "completed"}
+    told = len(str(request.get("instructions") or "")) + sum(  # Codex sends them as developer messages
+        len(demo_text(item)) for item in items if item.get("role") == "developer")
+    asked = next((demo_text(item) for item in reversed(items) if item.get("role") == "user"), "")
+    done = f" Your machine ran `{DEMO_COMMAND}`." if ran else ""
+    text = (f"Hello! This is the demo of qoo-bridge, no model.{done} You sent {request.get('model')} "
+            f"{len(items)} items, {len(tools)} tools and {told} characters of instructions. "
+            f"Your last text was: {' '.join(asked.split())[:300]}")
+    return {"type": "message", "id": f"msg_{next_id()}", "role": "assistant", "status": "completed",
+            "content": [{"type": "output_text", "text": text, "annotations": []}]}
+
+
+def demo_events(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Make the events of an answer, as the backend sends them; text comes a word an event."""
+    item = demo_item(request)
+    response: dict[str, Any] = {
+        "id": f"resp_{next_id()}", "object": "response", "created_at": int(time.time()), "output": [],
+        "status": "in_progress", "model": request.get("model")}
+    place = {"item_id": item["id"], "output_index": 0}
+    yield {"type": "response.created", "response": response}
+    if item["type"] == "function_call":
+        yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "arguments": ""}}
+        yield {"type": "response.function_call_arguments.delta", **place, "delta": item["arguments"]}
+        yield {"type": "response.function_call_arguments.done", **place, "arguments": item["arguments"]}
+        words = [item["arguments"]]
+    else:
+        part, place = item["content"][0], {**place, "content_index": 0}
+        words = re.findall(r"\S+\s*", part["text"])
+        yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "content": []}}
+        yield {"type": "response.content_part.added", **place, "part": {**part, "text": ""}}
+        for word in words:
+            yield {"type": "response.output_text.delta", **place, "delta": word}
+        yield {"type": "response.output_text.done", **place, "text": part["text"]}
+        yield {"type": "response.content_part.done", **place, "part": part}
+    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    counts = {"input_tokens": len(str(request.get("input"))) // 4, "output_tokens": len(words)}
+    usage = {**counts, "total_tokens": sum(counts.values()), "input_tokens_details": {"cached_tokens": 0},
+             "output_tokens_details": {"reasoning_tokens": 0}}
+    yield {"type": "response.completed", "response": {**response, "status": "completed", "usage": usage}}
+
+
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """Answers as ChatGPT's backend would; each reply ends its connection."""
+
+    def do_GET(self) -> None:
+        """Answer the catalogue, the account, the usage; refuse a WebSocket so that Codex goes on without."""
+        path = self.path.partition("?")[0]
+        for ending, page in demo_pages().items():
+            if path.endswith(ending):
+                return self._answer(200, page)
+        return self._answer(426 if path.endswith("/responses") else 404, {"detail": "not in the demo"})
+
+    def do_POST(self) -> None:
+        """Answer a turn, a word at a time."""
+        length = self.headers.get("content-length", "")
+        body = self.rfile.read(int(length)) if re.fullmatch(r"[0-9]{1,12}", length) else b""
+        try:
+            request = parse_json(decompress(body, self.headers.get("content-encoding", ""), MAX_EVENT))
+        except BridgeError as exc:
+            return self._answer(exc.status, exc.body())
+        if not self.path.endswith("/responses") or not isinstance(request, dict):
+            return self._answer(404, {"detail": "not in the demo"})
+        self._head(200, "text/event-stream")
+        with contextlib.suppress(OSError):  # the client left
+            for number, event in enumerate(demo_events(request)):
+                self.wfile.write(render_event({**event, "sequence_number": number}))
+                time.sleep(DEMO_PACE if event["type"] == "response.output_text.delta" else 0)
+        return None
+
+    def _answer(self, status: int, value: Any) -> None:
+        body = dump_json(value)
+        self._head(status, "application/json", len(body))
+        self.wfile.write(body)
+
+    def _head(self, status: int, kind: str, length: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        if length is not None:
+            self.send_header("content-length", str(length))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: the bridge does."""
+
+
+class DemoBackend(socketserver.ThreadingTCPServer):
+    """The demo's backend, on a loopback port of its own."""
+
+    daemon_threads = True
+    block_on_close = False
+
+
+def demo(config: Config, words: argparse.Namespace) -> int:
+    """Serve with the demo's backend until SIGTERM or Ctrl-C; its made-up sign-in goes at the end."""
+    import tempfile  # late: only this command and a refresh want it
+
+    with tempfile.TemporaryDirectory(prefix="qoo-demo-") as folder, \
+            DemoBackend(("127.0.0.1", 0), DemoHandler) as backend:
+        auth_file = os.path.join(folder, "auth.json")
+        write_private(auth_file, demo_sign_in())
+        threading.Thread(target=backend.serve_forever, name="demo", daemon=True).start()
+        origin = f"http://127.0.0.1:{backend.server_address[1]}"
+        return serve(config._replace(upstream=f"{origin}/backend-api/codex", issuer=origin,
+                                     auth_file=auth_file, log_file="-"), print_demo)
+
+
+def print_demo(server: Server) -> None:
+    """Print what to try while the demo runs."""
+    config = server.bridge.config
+    url, locked = base_url(config, server.server_port), bool(server.bridge.key_ring.keys())
+    curl, codex = (client_config(kind, url, locked, default_model(config)) for kind in ("curl", "codex"))
+    print(f"\nA demo: no account, no network, no model. On any machine of the LAN try\n\n{curl}\n"
+          f"or Codex, with this:\n\n{codex}", flush=True)
+
+
+COMMANDS = (
+    Command("serve", lambda config, words: serve(config), "serve (the default)"),
+    Command("client-config", print_client_config,
+            "print what to paste on another machine: codex (the default), openai, litellm, curl"),
+    Command("login", login, "sign this host in to ChatGPT by a code typed in any browser"),
+    Command("doctor", doctor, "check what stands between this host and an answer (--live, --json)"),
+    Command("demo", demo, "serve a built-in backend that says what it was sent: no account, no network"),
+    Command("litellm-config", litellm_config, "print a litellm.yaml of the running bridge's models"),
+    Command("new-key", new_key, "make a key for a client: new-key NAME"),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Make the command line's parser from OPTIONS and COMMANDS."""
+    import argparse  # late, see plain_options
+
+    commands = "\n".join(f"  {command.name:<16} {command.help}" for command in COMMANDS)
+    parser = argparse.ArgumentParser(
+        prog="qoo_bridge.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Let every machine on a LAN use the ChatGPT plan of the one host that is signed in.",
+        epilog=f"commands:\n{commands}\n\nEvery option can stand in the environment: --max-body is "
+               "QOO_BRIDGE_MAX_BODY. Those marked + can be\nrepeated, in the environment with commas.")
+    parser.add_argument("command", nargs="?", default="serve", choices=[command.name for command in COMMANDS],
+                        metavar="command", help="what to do; see below")
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--model", metavar="MODEL", help="client-config: the model to name")
+    parser.add_argument("--live", action="store_true", help="doctor: send one tiny request as well")
+    parser.add_argument("--json", action="store_true", help="doctor: print JSON")
+    parser.add_argument("--version", action="version", version=f"qoo-bridge {__version__}")
+    for option in OPTIONS:
+        default = f" (default: {option.default})" if option.default and option.name != "allow" else ""
+        parser.add_argument(option.flag, dest=option.name, action="append", metavar=option.metavar,
+                            help=(option.help + default + (" +" if option.many else "")).replace("%", "%%"))
+    return parser
+
+
+def plain_options(argv: list[str]) -> dict[str, list[str] | None] | None:
+    """Read a command line of `--option VALUE` alone, as a service has it; None for any other.
+
+    argparse reads the others; to import and fill it is a tenth of the time until the bridge is ready.
+    """
+    names = {option.flag: option.name for option in OPTIONS}
+    values: dict[str, list[str] | None] = {}
+    if len(argv) % 2:
+        return None
+    for flag, value in zip(argv[::2], argv[1::2]):
+        if flag not in names or value.startswith("--"):
+            return None
+        values[names[flag]] = [*(values.get(names[flag]) or []), value]
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = plain_options(argv)
+        if options is not None:
+            return serve(load_config(options, os.environ))
+        words = build_parser().parse_intermixed_args(argv)
+        command = next(command for command in COMMANDS if command.name == words.command)
+        return command.run(load_config(vars(words), os.environ), words)
+    except UsageError as exc:
+        print(f"qoo_bridge.py: {exc}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

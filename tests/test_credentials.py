@@ -1,0 +1,972 @@
+"""Section 9, credentials: auth.json, its refresh, account routing; then the same through the bridge."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wire
+from conftest import RunningBridge, Start
+
+import qoo_bridge as q
+
+BODY = {"model": "gpt-5.5", "stream": True, "input": "hi"}
+CHECK = "/backend-api/wham/accounts/check"
+posix = pytest.mark.skipif(os.name == "nt", reason="flock, modes and links are POSIX's")
+
+
+class Clock:
+    """Stand in for `time` in the code under test: `skew` seconds ahead, `on_sleep` in place of sleep."""
+
+    def __init__(self) -> None:
+        self.skew = 0.0
+        self.on_sleep: Callable[[], object] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def monotonic(self) -> float:
+        """Return the skewed clock."""
+        return time.monotonic() + self.skew
+
+    def sleep(self, seconds: float) -> None:
+        """Do what the test wants to happen while the code waits; the clock goes on."""
+        self.skew += seconds
+        self.on_sleep()
+
+
+class Issuer(wire.SignIn):
+    """Answer refreshes without a network: by the queue of `answers`, else with rotated tokens."""
+
+    def __init__(self) -> None:
+        super().__init__("https://issuer.test")
+        self.asked: list[dict[str, Any]] = []
+        self.answers: list[q.Answer | q.BridgeError] = []
+        self.meanwhile: Callable[[], object] = lambda: None  # happens between the question and its answer
+
+    def fetch(self, method: str, url: str, fields: dict[str, str], body: bytes, timeout: float) -> q.Answer:
+        """Take the place of Upstream.fetch."""
+        assert (method, url) == ("POST", "https://issuer.test/oauth/token")
+        assert fields["content-type"] == "application/json"
+        self.asked.append(json.loads(body))
+        self.meanwhile()
+        answer = self.answers.pop(0) if self.answers else reply(200, self.rotate())
+        if isinstance(answer, q.BridgeError):
+            raise answer
+        return answer
+
+
+def reply(status: int, value: object) -> q.Answer:
+    """Make an answer in JSON."""
+    return q.Answer(status, {"content-type": "application/json"}, json.dumps(value).encode())
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """Read auth.json back."""
+    content: dict[str, Any] = json.loads(path.read_bytes())
+    return content
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Replace the clock of the code under test."""
+    clock = Clock()
+    monkeypatch.setattr(q, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def issuer() -> Issuer:
+    """Make a sign-in server without a network."""
+    return Issuer()
+
+
+@pytest.fixture
+def path(tmp_path: Path, issuer: Issuer) -> Path:
+    """Write a good auth.json."""
+    wire.write_auth(tmp_path / "auth.json", issuer)
+    return tmp_path / "auth.json"
+
+
+@pytest.fixture
+def credentials(path: Path, issuer: Issuer) -> q.Credentials:
+    """Make the credentials of that file."""
+    return q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Collect what is logged, formatted with its traceback."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+    logger = logging.getLogger("qoo_bridge")
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+def ask(bridge: RunningBridge, **headers: str) -> wire.RawReply:
+    """Ask for a turn."""
+    return wire.post(bridge.address, "/v1/responses", BODY, headers)
+
+
+# -- the file -----------------------------------------------------------------
+
+BAD_VALUES: list[Any] = [
+    None,
+    5,
+    "text",
+    [],
+    {},
+    {"tokens": None},
+    {"tokens": []},
+    {"tokens": {}},
+    {"tokens": {"access_token": None}},
+    {"tokens": {"access_token": 5}},
+    {"tokens": {"access_token": ""}},
+    {"tokens": {"access_token": "two words"}},
+    {"tokens": {"access_token": "line\r\nx-evil: 1"}},
+    {"tokens": {"access_token": "é.é.é"}},
+    {"auth_mode": "apikey", "OPENAI_API_KEY": "sk-secret", "tokens": {"access_token": "a.b.c"}},
+    {"auth_mode": 5, "tokens": {"access_token": "a.b.c"}},
+]
+BAD_FILES: dict[str, bytes] = {
+    "empty": b"",
+    "torn": b'{"auth_mode":"chatgpt","tokens":{"access_token":"a.b',
+    "binary": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+    **{repr(value): json.dumps(value).encode() for value in BAD_VALUES},
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_says_what_to_do_and_recovers(
+    content: bytes, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(q.NotSignedIn) as caught:
+            credentials.current()
+        assert str(path) in caught.value.message
+        assert "codex login" in caught.value.message
+        assert "sk-secret" not in caught.value.message
+    assert path.read_bytes() == content
+    wire.write_auth(path, issuer)
+    assert credentials.current().access_token == issuer.access_token
+
+
+def test_missing_file_says_what_to_do_and_recovers(tmp_path: Path, issuer: Issuer) -> None:
+    path = tmp_path / "auth.json"
+    credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
+    with pytest.raises(q.NotSignedIn, match="codex login"):
+        credentials.current()
+    wire.write_auth(path, issuer)
+    assert credentials.current().access_token == issuer.access_token
+
+
+def test_folder_in_place_of_the_file_is_a_clear_error(tmp_path: Path, issuer: Issuer) -> None:
+    with pytest.raises(q.NotSignedIn, match="cannot be read"):
+        q.Credentials(str(tmp_path), issuer.token_issuer, issuer.fetch).current()
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"tokens":'])
+def test_file_being_written_is_read_again(
+    torn: bytes, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    credentials.current()
+    path.write_bytes(torn)
+    issuer.rotate()
+    clock.on_sleep = lambda: wire.write_auth(path, issuer)
+    assert credentials.current().access_token == issuer.access_token
+
+
+def test_file_is_read_once_while_it_stays(
+    credentials: q.Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = credentials.current()
+    monkeypatch.setattr(q, "read_sign_in", lambda *_: pytest.fail("read again"))
+    assert credentials.current() is first
+
+
+@pytest.mark.parametrize(
+    ("tokens", "claim", "account"),
+    [
+        ({"account_id": "acc-file"}, "acc-claim", "acc-file"),
+        ({"account_id": None}, "acc-claim", "acc-claim"),
+        ({"account_id": ""}, "acc-claim", "acc-claim"),
+        ({}, "acc-claim", "acc-claim"),
+        ({}, None, ""),
+        ({}, ["acc"], ""),
+        ({"account_id": "two\r\nlines"}, None, ""),
+        pytest.param(
+            {"account_id": 5},
+            "acc-claim",
+            "acc-claim"),
+    ],
+)
+def test_account_is_the_files_else_the_claims(tokens: dict[str, Any], claim: Any, account: str) -> None:
+    id_token = wire.jwt({q.AUTH_CLAIM: {"chatgpt_account_id": claim}})
+    sign_in = q.read_sign_in({"tokens": {"access_token": "a", "id_token": id_token, **tokens}}, "f")
+    assert sign_in.account == account
+    assert sign_in.fields().get("chatgpt-account-id", "") == account
+
+
+@pytest.mark.parametrize(
+    ("claim", "value"), [(True, "true"), (False, None), ("true", None), (1, None), (None, None)]
+)
+def test_fedramp_account_is_marked(claim: Any, value: str | None) -> None:
+    id_token = wire.jwt({q.AUTH_CLAIM: {"chatgpt_account_is_fedramp": claim}})
+    sign_in = q.read_sign_in({"tokens": {"access_token": "a", "id_token": id_token}}, "f")
+    assert sign_in.fields().get("x-openai-fedramp") == value
+
+
+@pytest.mark.parametrize(
+    "id_token",
+    [
+        None,
+        5,
+        "",
+        "a.b",
+        "a.!.c",
+        "a.é.c",
+        f"a.{wire.b64url(b'[1]')}.c",
+        wire.jwt({q.AUTH_CLAIM: "text"}),
+        f"a.{wire.b64url(b'[' * 100_000)}.c",
+    ],
+)
+def test_unreadable_id_token_does_not_matter(id_token: Any) -> None:
+    sign_in = q.read_sign_in(
+        {"tokens": {"access_token": "a", "id_token": id_token, "account_id": "acc"}}, "f"
+    )
+    assert (sign_in.account, sign_in.plan, sign_in.fedramp) == ("acc", "", False)
+
+
+@pytest.mark.parametrize(
+    "exp",
+    [
+        None,
+        "soon",
+        True,
+        [],
+        {},
+        -1,
+        0,
+        1.5,
+        float("inf"),
+        pytest.param(
+            10**400),
+        pytest.param(
+            float("nan")),
+    ],
+)
+def test_expiry_of_any_type_is_read(exp: Any) -> None:
+    sign_in = q.read_sign_in({"tokens": {"access_token": wire.jwt({"exp": exp})}}, "f")
+    assert isinstance(sign_in.expires, float)
+    assert sign_in.expires == sign_in.expires
+
+
+def test_repr_hides_the_tokens(credentials: q.Credentials, issuer: Issuer) -> None:
+    sign_in = credentials.current()
+    shown = f"{sign_in!r} {sign_in} {[sign_in]}"
+    assert sign_in.account in shown
+    assert not any(token in shown for token in issuer.tokens.values())
+
+
+@pytest.mark.parametrize(
+    ("mode", "api_key"), [("chatgpt", "sk-beside"), ("ChatGPT", None), (None, "sk-beside")]
+)
+def test_mode_decides_not_the_api_key(
+    mode: str | None, api_key: str | None, path: Path, issuer: Issuer
+) -> None:
+    wire.write_auth(path, issuer, auth_mode=mode, OPENAI_API_KEY=api_key)
+    sign_in = q.Credentials(str(path), issuer.token_issuer, issuer.fetch).current()
+    assert sign_in.access_token == issuer.access_token
+
+
+# -- refresh ------------------------------------------------------------------
+
+
+def expire_in(issuer: Issuer, path: Path, seconds: float, **overrides: Any) -> None:
+    """Write a file whose access token has so long to live; the next ones live long."""
+    issuer.expires_in = seconds
+    issuer.rotate()
+    issuer.expires_in = 864_000.0
+    wire.write_auth(path, issuer, **overrides)
+
+
+def test_refresh_keeps_what_it_does_not_know(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
+    before = stored(path)
+    sign_in = credentials.after_401(credentials.current())
+    after = stored(path)
+    assert issuer.asked == [
+        {
+            "client_id": wire.CLIENT_ID,
+            "grant_type": "refresh_token",
+            "refresh_reason": "unauthorized_recovery",
+            "refresh_token": before["tokens"]["refresh_token"],
+        }
+    ]
+    assert sign_in.access_token == issuer.access_token
+    assert after["tokens"] == {**before["tokens"], **issuer.tokens}
+    assert {**after, "tokens": 0, "last_refresh": 0} == {**before, "tokens": 0, "last_refresh": 0}
+    assert abs(q.unix_time(after["last_refresh"]) - time.time()) < 60
+    assert [each.name for each in path.parent.iterdir() if "auth.lock" not in each.name] == ["auth.json"]
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        ("access_token",),
+        ("access_token", "id_token"),
+        ("access_token", "refresh_token"),
+        pytest.param(
+            ("refresh_token",)),
+    ],
+)
+def test_only_returned_tokens_are_replaced(
+    returned: tuple[str, ...], path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    before = stored(path)["tokens"]
+    new = {name: issuer.rotate()[name] for name in returned}
+    issuer.answers = [reply(200, {**new, "token_type": "Bearer"})]
+    credentials.after_401(credentials.current())
+    assert stored(path)["tokens"] == {**before, **new}
+
+
+@posix
+def test_written_file_is_private(path: Path, credentials: q.Credentials) -> None:
+    path.chmod(0o644)
+    credentials.after_401(credentials.current())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@posix
+def test_link_stays_a_link(path: Path, tmp_path: Path, issuer: Issuer) -> None:
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home" / "auth.json"
+    link.symlink_to(path)
+    credentials = q.Credentials(str(link), issuer.token_issuer, issuer.fetch)
+    credentials.after_401(credentials.current())
+    assert link.is_symlink()
+    assert stored(path)["tokens"]["access_token"] == issuer.access_token
+    assert (tmp_path / "home" / "auth.lock").exists()  # beside the link: that folder is CODEX_HOME
+
+
+@pytest.mark.parametrize(
+    ("seconds", "refreshes"),
+    [(3600, 0), (q.TOKEN_MARGIN + 30, 0), (q.TOKEN_MARGIN - 30, 1), (5, 1), (-60, 1)],
+)
+def test_refresh_ahead_of_expiry(
+    seconds: float, refreshes: int, path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    expire_in(issuer, path, seconds)
+    sign_in = credentials.bearer()
+    assert [each["refresh_reason"] for each in issuer.asked] == ["proactive_expiry"] * refreshes
+    assert sign_in.access_token == issuer.access_token
+
+
+@pytest.mark.parametrize(("days", "refreshes"), [(7, 0), (9, 1)])
+def test_opaque_token_is_refreshed_by_its_age(days: int, refreshes: int, path: Path, issuer: Issuer) -> None:
+    written = time.strftime("%Y-%m-%dT%H:%M:%S.123456789Z", time.gmtime(time.time() - days * 86400))
+    wire.write_auth(path, issuer, tokens={"access_token": "opaque"}, last_refresh=written)
+    q.Credentials(str(path), issuer.token_issuer, issuer.fetch).bearer()
+    assert len(issuer.asked) == refreshes
+
+
+@pytest.mark.parametrize(
+    "last_refresh", [None, 5, "", "yesterday", "9999-99-99T99:99:99Z", "0001-01-01T00:00:00Z"]
+)
+def test_opaque_token_of_unknown_age_is_used(last_refresh: Any, path: Path, issuer: Issuer) -> None:
+    wire.write_auth(
+        path, issuer, tokens={"access_token": "opaque", "refresh_token": None}, last_refresh=last_refresh
+    )
+    assert q.Credentials(str(path), issuer.token_issuer, issuer.fetch).bearer().access_token == "opaque"
+
+
+PASSING: list[q.Answer | q.BridgeError] = [
+    q.BadUpstream("unreachable"),
+    q.UpstreamTimeout("slow"),
+    reply(500, {}),
+    reply(429, {"error": "slow_down"}),
+    reply(403, {}),
+    reply(400, {"error": {"code": "invalid_request"}}),
+    reply(200, {}),
+    reply(200, []),
+    reply(200, {"access_token": 5}),
+    reply(200, {"access_token": ""}),
+    q.Answer(200, {}, b"<html>"),
+    reply(400, {"error": [], "code": {}}),
+    reply(400, {"error": {"code": ["invalid_grant"]}}),
+]
+FINAL = [
+    reply(401, {}),
+    q.Answer(401, {}, b"<html>"),
+    reply(400, {"error": "invalid_grant"}),
+    reply(400, {"error": {"code": "invalid_grant"}}),
+    reply(400, {"error": {"code": "refresh_token_expired"}}),
+    reply(403, {"code": "refresh_token_reused"}),
+    reply(400, {"error": "refresh_token_invalidated"}),
+]
+
+
+@pytest.mark.parametrize("answer", PASSING, ids=repr)
+def test_refresh_ahead_that_fails_leaves_the_old_token(
+    answer: q.Answer | q.BridgeError, path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    expire_in(issuer, path, 60)
+    before = path.read_bytes()
+    issuer.answers = [answer]
+    assert credentials.bearer().access_token == issuer.access_token
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("answer", PASSING, ids=repr)
+def test_passing_failure_is_asked_again_after_a_second(
+    answer: q.Answer | q.BridgeError, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    held = credentials.current()
+    issuer.answers = [answer]
+    for _ in range(3):
+        with pytest.raises((q.BadUpstream, q.UpstreamTimeout)):
+            credentials.after_401(held)
+    assert len(issuer.asked) == 1
+    clock.skew += q.REFRESH_PAUSE
+    assert credentials.after_401(held).access_token == issuer.access_token
+    assert len(issuer.asked) == 2
+
+
+@pytest.mark.parametrize("answer", FINAL, ids=repr)
+def test_dead_refresh_token_is_asked_about_once(
+    answer: q.Answer, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    held = credentials.current()
+    before = path.read_bytes()
+    issuer.answers = [answer]
+    for _ in range(3):
+        with pytest.raises(q.NotSignedIn, match="codex login"):
+            credentials.after_401(held)
+        clock.skew += 3600
+    assert len(issuer.asked) == 1
+    assert path.read_bytes() == before
+    issuer.rotate()
+    wire.write_auth(path, issuer)
+    assert credentials.bearer().access_token == issuer.access_token
+    assert len(issuer.asked) == 1
+
+
+@pytest.mark.parametrize(("seconds", "works"), [(60, True), (-60, False)])
+def test_dead_refresh_token_leaves_an_access_token_its_life(
+    seconds: float, works: bool, path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    expire_in(issuer, path, seconds)
+    issuer.answers = [FINAL[0]]
+    with contextlib.nullcontext() if works else pytest.raises(q.NotSignedIn):
+        assert credentials.bearer().access_token == issuer.access_token
+
+
+def test_missing_refresh_token_is_not_asked_about(path: Path, issuer: Issuer) -> None:
+    wire.write_auth(path, issuer, tokens={"refresh_token": None})
+    credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
+    with pytest.raises(q.NotSignedIn, match="codex login"):
+        credentials.after_401(credentials.bearer())
+    assert issuer.asked == []
+
+
+def test_threads_that_met_a_401_together_cost_one_refresh(credentials: q.Credentials, issuer: Issuer) -> None:
+    held = credentials.current()
+    together = threading.Barrier(12)
+
+    def meet(_: int) -> q.SignIn:
+        together.wait(5)
+        return credentials.after_401(held)
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(meet, range(12)))
+    assert len(issuer.asked) == 1
+    assert {each.access_token for each in found} == {issuer.access_token}
+
+
+def test_refresh_ahead_holds_nobody_up(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
+    expire_in(issuer, path, q.TOKEN_MARGIN - 30)
+    asked, answered = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        asked.set()
+        assert answered.wait(5)
+
+    issuer.meanwhile = hang
+    with ThreadPoolExecutor(2) as pool:
+        refreshing = pool.submit(credentials.bearer)
+        assert asked.wait(5)
+        other = pool.submit(credentials.bearer)
+        try:
+            assert other.result(0.3).refresh_token == issuer.refresh_token
+        finally:
+            answered.set()
+            refreshing.result(5)
+
+
+# -- another program beside the bridge ------------------------------------------
+
+
+def test_file_that_changed_saves_the_refresh(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
+    held = credentials.current()
+    issuer.rotate()
+    wire.write_auth(path, issuer)
+    assert credentials.after_401(held).access_token == issuer.access_token
+    assert issuer.asked == []
+
+
+HOLDER = """
+import fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def lock_held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
+    """Let another process hold auth.lock; give what releases it."""
+    words = [sys.executable, "-c", HOLDER, str(path.parent / "auth.lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+
+        def release() -> None:
+            holder.communicate("\n", 5)
+
+        yield release
+        if holder.poll() is None:
+            release()
+
+
+@posix
+def test_refresh_waits_for_a_codex_that_refreshes(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    held = credentials.current()
+    with lock_held_elsewhere(path) as release:
+
+        def codex_is_done() -> None:
+            clock.on_sleep = lambda: None
+            issuer.rotate()
+            wire.write_auth(path, issuer)
+            release()
+
+        clock.on_sleep = codex_is_done
+        found = credentials.after_401(held)
+    assert found.access_token == issuer.access_token
+    assert issuer.asked == []
+
+
+@posix
+def test_lock_that_stays_taken_does_not_stop_the_refresh(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    with lock_held_elsewhere(path):
+        found = credentials.after_401(credentials.current())
+    assert found.access_token == issuer.access_token
+    assert clock.skew == pytest.approx(q.LOCK_SECONDS, abs=0.1)
+
+
+@posix
+def test_lock_is_held_while_the_server_is_asked(
+    path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    import fcntl
+
+    free: list[bool] = []
+
+    def try_lock() -> None:
+        with open(path.parent / "auth.lock", "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except OSError:
+                free.append(False)
+
+    issuer.meanwhile = try_lock
+    credentials.after_401(credentials.current())
+    try_lock()
+    assert free == [False, True]
+
+
+def test_newer_file_is_not_overwritten(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
+    other = Issuer()
+    issuer.meanwhile = lambda: wire.write_auth(path, other)
+    found = credentials.after_401(credentials.current())
+    assert found.access_token == other.access_token
+    assert stored(path)["tokens"]["refresh_token"] == other.refresh_token
+
+
+def test_file_that_changed_beside_its_tokens_keeps_the_change(
+    path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    held = credentials.current()
+    issuer.meanwhile = lambda: path.write_text(json.dumps({**stored(path), "added": 1}))
+    found = credentials.after_401(held)
+    assert stored(path)["added"] == 1
+    assert stored(path)["tokens"]["access_token"] == found.access_token == issuer.access_token
+
+
+def test_sign_out_during_a_refresh_stands(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.meanwhile = path.unlink
+    with pytest.raises(q.NotSignedIn):
+        credentials.after_401(credentials.current())
+    assert not path.exists()
+
+
+def test_other_sign_in_during_a_refresh_stands(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    other = {"auth_mode": "apikey", "OPENAI_API_KEY": "sk-of-the-user"}
+    issuer.meanwhile = lambda: path.write_text(json.dumps(other))
+    with contextlib.suppress(q.NotSignedIn):
+        credentials.after_401(credentials.current())
+    assert stored(path) == other
+
+
+# -- a file that cannot be written ----------------------------------------------
+
+
+def test_new_tokens_survive_a_failed_write(
+    path: Path, credentials: q.Credentials, issuer: Issuer, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(q, "write_private", read_only)
+        found = credentials.after_401(credentials.current())
+    assert found.access_token == issuer.access_token
+    assert path.read_bytes() == before
+    assert credentials.bearer() == found
+    assert any("Read-only file system" in line for line in logged)
+    assert not any(token in line for token in issuer.tokens.values() for line in logged)
+    credentials.after_401(found)  # goes on from the tokens in memory, and writes them now
+    assert issuer.asked[1]["refresh_token"] == found.refresh_token
+    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failed_write_leaves_the_old_file_and_no_other(
+    step: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        q.write_private(str(path), {"new": True})
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
+
+
+# -- account routing ------------------------------------------------------------
+
+UPSTREAM = "https://chatgpt.com/backend-api/codex"
+
+
+def route(
+    answer: q.Answer | q.BridgeError, upstream: str = UPSTREAM
+) -> tuple[str, dict[str, str], list[str]]:
+    """Ask for the routing once; return what it came to, and the addresses that got the token."""
+    urls: list[str] = []
+
+    def fetch(method: str, url: str, fields: dict[str, str], body: bytes, timeout: float) -> q.Answer:
+        assert fields["authorization"] == "Bearer token"
+        urls.append(url)
+        if isinstance(answer, q.BridgeError):
+            raise answer
+        return answer
+
+    sign_in = q.SignIn("token", "", "acc", "pro", False, 0.0)
+    routing = q.Routing(upstream, fetch, {})
+    assert routing.of(sign_in) == (upstream, {})  # a request does not wait for the answer
+    for thread in threading.enumerate():
+        if thread.name == "routing":
+            thread.join(5)
+    base, fields = routing.of(sign_in)
+    return base, fields, urls
+
+
+def account(
+    origin: Any = "https://chatgpt.com", override: Any = "NO_CONSTRAINT", **changes: Any
+) -> dict[str, Any]:
+    """Return the answer's entry for an account."""
+    return {"id": "acc", "workspace_backend_origin": origin, "account_routing_override": override, **changes}
+
+
+@pytest.mark.parametrize(
+    ("origin", "base"),
+    [
+        ("https://chatgpt.com", UPSTREAM),
+        ("https://chatgpt.com/", UPSTREAM),
+        ("https://us.chatgpt.com", "https://us.chatgpt.com/backend-api/codex"),
+        ("https://a.us.chatgpt.com:8443", "https://a.us.chatgpt.com:8443/backend-api/codex"),
+    ],
+)
+def test_origin_of_the_same_site_is_taken(origin: str, base: str) -> None:
+    assert route(reply(200, {"accounts": [account(origin)]}))[0] == base
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://chatgpt.com",
+        "https://evil.test",
+        "https://chatgpt.com.evil.test",
+        "https://evilchatgpt.com",
+        "https://chatgpt.com@evil.test",
+        "https://evil.test/chatgpt.com",
+        "https://evil.test#.chatgpt.com",
+        "https://evil.test?.chatgpt.com",
+        "https://user:pw@chatgpt.com",
+        "https://chatgpt.com/other",
+        "https://chatgpt.com:99999",
+        "https://[chatgpt.com",
+        "//chatgpt.com",
+        "chatgpt.com",
+        "file:///chatgpt.com",
+        "",
+        None,
+        5,
+        [],
+        {},
+        ["https://us.chatgpt.com"],
+        *(
+            pytest.param(
+                origin)
+            for origin in (
+                "https://evil.test\\.chatgpt.com",
+                "https://two words.chatgpt.com",
+                "https://.chatgpt.com",
+                "https://\u4f8b.chatgpt.com",
+            )
+        ),
+    ],
+)
+def test_any_other_origin_is_not_taken(origin: Any) -> None:
+    base, _, urls = route(reply(200, {"accounts": [account(origin)]}))
+    assert base == UPSTREAM
+    assert urls == ["https://chatgpt.com/backend-api/wham/accounts/check"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sent"),
+    [
+        ("us", "us"),
+        ("us_cr", "us_cr"),
+        ("NO_CONSTRAINT", None),
+        ("", None),
+        (None, None),
+        (5, None),
+        (["us"], None),
+        ("us\r\nx-evil: 1", None),
+        ("us\n", None),
+        ("x" * 33, None),
+    ],
+)
+def test_override_is_sent_as_a_field(override: Any, sent: str | None) -> None:
+    fields = route(reply(200, {"accounts": [account(override=override)]}))[1]
+    assert fields == ({"x-openai-account-routing-override": sent} if sent else {})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        q.BadUpstream("unreachable"),
+        q.Answer(403, {}, b"<html>"),
+        reply(200, []),
+        reply(200, {}),
+        reply(200, {"accounts": None}),
+        reply(200, {"accounts": {}}),
+        reply(200, {"accounts": [None, 5, [], {}]}),
+        reply(200, {"accounts": [account("https://us.chatgpt.com", "us", id="another")]}),
+    ],
+    ids=repr,
+)
+def test_failing_to_ask_stops_nothing(answer: q.Answer | q.BridgeError) -> None:
+    assert route(answer)[:2] == (UPSTREAM, {})
+
+
+# -- through the bridge -----------------------------------------------------------
+
+
+def test_request_without_sign_in_is_answered_with_the_remedy(start: Start, backend: wire.Backend) -> None:
+    bridge = start(signed_in=False)
+    reply = ask(bridge)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "bridge")
+    assert reply.json["error"]["code"] == "not_signed_in"
+    assert "codex login" in reply.json["error"]["message"]
+    assert backend.requests == []
+    wire.write_auth(bridge.auth_file, backend)
+    assert ask(bridge).status == 200
+
+
+def test_sign_in_travels_with_the_request(bridge: RunningBridge, backend: wire.Backend) -> None:
+    reply = ask(bridge, Authorization="Bearer the-clients-own")
+    assert reply.status == 200
+    sent = backend.wait_for(1, "/responses")[0]
+    assert wire.find_all(sent.headers, "authorization") == [f"Bearer {backend.access_token}"]
+    assert sent.header("chatgpt-account-id") == backend.account_id
+
+
+def test_replaced_file_is_used_at_once(bridge: RunningBridge, backend: wire.Backend) -> None:
+    assert ask(bridge).status == 200
+    backend.rotate()
+    backend.revoke()
+    backend.rotate()
+    wire.write_auth(bridge.auth_file, backend)
+    assert ask(bridge).status == 200
+    assert backend.refreshes == 0
+
+
+def test_requests_that_met_a_401_together_cost_one_refresh(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    assert ask(bridge).status == 200  # the model list and the routing are known from here on
+    together = threading.Barrier(12)
+
+    def expired(exchange: wire.Exchange) -> None:
+        together.wait(10)
+        exchange.json(401, {"detail": "Could not validate credentials"})
+
+    backend.revoke()
+    backend.on("/responses", *[expired] * 12)
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda _: ask(bridge), range(12)))
+    assert [each.status for each in replies] == [200] * 12
+    assert backend.refreshes == 1
+    assert len(backend.wait_for(25, "/responses")) == 25
+
+
+def test_expired_token_is_refreshed_before_it_is_sent(start: Start, backend: wire.Backend) -> None:
+    backend.expires_in = 60
+    backend.rotate()
+    backend.expires_in = 864_000
+    bridge = start()
+    assert ask(bridge).status == 200
+    assert backend.refreshes == 1
+    assert len(backend.wait_for(1, "/responses")) == 1
+    assert json.loads(backend.wait_for(1, "/oauth/token")[0].body)["refresh_reason"] == "proactive_expiry"
+
+
+def test_second_401_is_told_with_the_remedy(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses", *[wire.refuse(401, "Could not validate credentials")] * 3)
+    reply = ask(bridge)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "upstream")
+    assert "Could not validate credentials" in reply.json["error"]["message"]
+    assert "codex login" in reply.json["error"]["message"]
+    assert len(backend.wait_for(2, "/responses")) == 2
+
+
+def test_403_refreshes_nothing(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses", wire.refuse(403, "Not for you"))
+    assert ask(bridge).status == 403
+    assert backend.refreshes == 0
+
+
+def test_dead_sign_in_is_asked_about_once(
+    bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+) -> None:
+    tokens = dict(backend.tokens)
+    backend.revoke()
+    backend.revoke_refresh()
+    for _ in range(3):
+        reply = ask(bridge)
+        assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "bridge")
+        assert "refresh_token_reused" in reply.json["error"]["message"]
+        assert "codex login" in reply.json["error"]["message"]
+    assert len(backend.wait_for(1, "/oauth/token")) == 1
+    backend.rotate()
+    wire.write_auth(bridge.auth_file, backend)
+    assert ask(bridge).status == 200
+    assert not any(token in line for token in tokens.values() for line in logged)
+
+
+def test_sign_in_server_that_is_down_is_no_sign_out(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.revoke()
+    backend.on("/oauth/token", wire.refuse(503, "down"))
+    reply = ask(bridge)
+    assert (reply.status, reply.json["error"]["code"]) == (502, "upstream_error")
+    assert "sign-in server" in reply.json["error"]["message"]
+
+
+def test_routing_moves_the_requests(start: Start, backend: wire.Backend) -> None:
+    with wire.Backend() as far:
+        far.always("/responses", wire.turn(*wire.text_turn("from afar")))
+        backend.routing = (far.origin, "us")
+        bridge = start()
+        ask(bridge)
+        backend.wait_for(1, CHECK)
+        for thread in threading.enumerate():
+            if thread.name == "routing":
+                thread.join(5)
+        assert backend.refusals == []
+        assert b"from afar" in ask(bridge).body
+        sent = far.wait_for(1, "/responses")[0]
+        assert sent.header("x-openai-account-routing-override") == "us"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [wire.refuse(500, "down"), wire.reply_raw(b"", "reset"), wire.cloudflare()],
+    ids=["500", "reset", "page"],
+)
+def test_routing_that_cannot_be_asked_stops_nothing(
+    answer: wire.Reply, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.always(CHECK, answer)
+    assert [ask(bridge).status for _ in range(2)] == [200, 200]
+
+
+def test_file_replaced_torn_and_gone_under_load_fails_no_request(start: Start, backend: wire.Backend) -> None:
+    bridge = start()
+    whole = bridge.auth_file.read_bytes()
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.wait(0.02):  # each state lasts: else this thread and the readers run in step
+            bridge.auth_file.write_bytes(whole[: len(whole) // 2])
+            done.wait(0.01)
+            bridge.auth_file.write_bytes(whole)
+            done.wait(0.02)
+            bridge.auth_file.unlink()
+            done.wait(0.01)
+            wire.write_auth(bridge.auth_file, backend)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(lambda _: ask(bridge).status, range(40)))
+    finally:
+        done.set()
+        thread.join()
+    assert replies == [200] * 40

@@ -1,0 +1,319 @@
+"""The floor plan holds: sections in order, each using only those above it, pure ones without I/O, all short.
+
+Read from the source, with `ast` and `symtable`: nothing here runs the bridge but one subprocess.
+"""
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import re
+import shutil
+import subprocess
+import symtable
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "qoo_bridge.py"
+SOURCE = FILE.read_text(encoding="utf-8")
+LINES = SOURCE.splitlines()
+TREE = ast.parse(SOURCE)
+DOCSTRING = ast.get_docstring(TREE, clean=False) or ""
+
+MAX_LINES = 7_300  # of the file, a fifth of them blank; DESIGN had hoped for 3,500
+MAX_FUNCTION = 50  # lines, from `def` to the last one
+MAX_COMPLEXITY = 10  # paths through a function: one, and one more for each branch
+MAX_LINE = 110  # characters
+TOP_LEVEL = {"qoo_bridge.py", "run.sh", "tests", "README.md", ".gitignore", ".ci"}
+GUARDED = {"fcntl", "compression"}  # not on Windows, not before Python 3.14: ImportError must be caught
+IMPURE = {  # what a pure section may not name: other processes, files, sockets, clocks, threads, logs
+    "fcntl", "http", "input", "log", "logging", "open", "os", "print", "select", "signal", "socket",
+    "socketserver", "ssl", "tempfile", "threading", "time",
+}
+PURE = {"normalize", "chat", "headers", "sse", "websocket", "access"}
+PRINTS = "commands"  # the one section that prints
+WITHOUT_TESTS = {"constants"}  # there is nothing in it that does anything
+BESIDE_SECTIONS = {  # tests that are not of one section
+    "bridge", "codex_cli", "fuzz", "readme", "run", "shape", "websocket_bridge", "wire",
+}
+# A name in an annotation is never looked up when the file runs, but it tells of a section further down.
+ANNOTATIONS_BELOW = {
+    ("relay", "Exchange"): "the client's end, handed in: a Protocol for it would say the same twice",
+    ("handler", "Server"): "the type that socketserver gives to a handler",
+}
+
+
+# == reading the file =========================================================
+
+class Section(NamedTuple):
+    """A numbered banner and where its text begins and ends, in lines counted from 1."""
+
+    number: int
+    name: str
+    start: int
+    end: int
+
+
+def read_sections() -> list[Section]:
+    """Return the sections in the order of their banners."""
+    found = [(number, re.fullmatch(r"# == (\d+) (\w+) =+", line)) for number, line in enumerate(LINES, 1)]
+    banners = [(number, match) for number, match in found if match]
+    ends = [number - 1 for number, _ in banners[1:]] + [len(LINES)]
+    return [Section(int(match[1]), match[2], number, end) for (number, match), end in zip(banners, ends)]
+
+
+SECTIONS = read_sections()
+NUMBERS = {section.name: section.number for section in SECTIONS}
+
+
+def section_of(node: ast.stmt) -> Section | None:
+    """Return the section that a top-level statement stands in; None above the first."""
+    return next((section for section in SECTIONS if section.start <= node.lineno <= section.end), None)
+
+
+def functions() -> Iterator[ast.FunctionDef]:
+    """Yield every function and method."""
+    return (node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef))
+
+
+def bound_names(node: ast.stmt) -> Iterator[str]:
+    """Yield the names that a top-level statement gives to the module."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        yield node.name
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+    else:
+        yield from (name.id for name in ast.walk(node)
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store))
+        yield from (alias.asname or alias.name for inner in ast.walk(node) if isinstance(inner, ast.Import)
+                    for alias in inner.names)
+
+
+@functools.lru_cache(maxsize=1)
+def homes() -> dict[str, int]:
+    """Return the number of the section that each of the module's names comes from; 0 is the head."""
+    return {name: section.number if section else 0 for node in TREE.body
+            for section in [section_of(node)] for name in bound_names(node)}
+
+
+def own_lines(node: ast.stmt | ast.expr) -> range:
+    """Return the numbers of the lines that a piece of the source takes."""
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+class Unannotated(ast.NodeTransformer):
+    """Take all annotations out of a tree."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        value = ast.Constant(None) if node.value is None else self.visit(node.value)
+        return ast.copy_location(ast.Assign([node.target], value), node)
+
+
+def used_names(node: ast.stmt) -> set[str]:
+    """Return the names that a top-level statement takes from the module or from Python when it runs.
+
+    Python's own symbol table tells them from local ones of the same name.
+    """
+    plain = ast.fix_missing_locations(Unannotated().visit(copy.deepcopy(node)))
+    return set(global_names(symtable.symtable(ast.unparse(plain), "section", "exec")))
+
+
+def global_names(scope: symtable.SymbolTable) -> Iterator[str]:
+    for symbol in scope.get_symbols():
+        if symbol.is_global() or (scope.get_type() == "module" and symbol.is_referenced()):
+            yield symbol.get_name()
+    for inner in scope.get_children():
+        yield from global_names(inner)
+
+
+def annotation_names(node: ast.stmt) -> set[str]:
+    """Return the names in the annotations of a top-level statement."""
+    found: list[ast.expr | None] = []
+    for inner in ast.walk(node):
+        if isinstance(inner, (ast.arg, ast.AnnAssign)):
+            found.append(inner.annotation)
+        elif isinstance(inner, ast.FunctionDef):
+            found.append(inner.returns)
+    return {name.id for annotation in found if annotation is not None for name in ast.walk(annotation)
+            if isinstance(name, ast.Name)}
+
+
+def below(section: Section, names: set[str]) -> set[str]:
+    """Return those of the names that come from a section further down."""
+    return {name for name in names if homes().get(name, 0) > section.number}
+
+
+# == sections =================================================================
+
+def test_banners_are_the_docstrings_list() -> None:
+    listed = re.findall(r"^ {4,5}(\d+)  (\w+) ", DOCSTRING, re.MULTILINE)
+    assert [(str(section.number), section.name) for section in SECTIONS] == listed
+    assert [section.number for section in SECTIONS] == list(range(1, len(SECTIONS) + 1))
+
+
+def test_banners_look_alike() -> None:
+    assert {len(LINES[section.start - 1]) for section in SECTIONS} == {79}
+
+
+def test_pure_sections_are_marked() -> None:
+    marked = re.findall(r"^ {4,5}\d+  (\w+) +\(pure\)", DOCSTRING, re.MULTILINE)
+    assert set(marked) == PURE
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=[section.name for section in SECTIONS])
+def test_section_uses_only_those_above(section: Section) -> None:
+    nodes = [node for node in TREE.body if section_of(node) == section]
+    assert {(name, node.lineno) for node in nodes for name in below(section, used_names(node))} == set()
+
+
+def test_annotations_name_only_sections_above() -> None:
+    found = {(section.name, name) for node in TREE.body for section in [section_of(node)] if section
+             for name in below(section, annotation_names(node))}
+    assert found == set(ANNOTATIONS_BELOW)
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_section_touches_nothing(name: str) -> None:
+    nodes = [node for node in TREE.body for section in [section_of(node)] if section and section.name == name]
+    assert nodes
+    assert {(used, node.lineno) for node in nodes for used in used_names(node) & IMPURE} == set()
+
+
+def test_pure_sections_import_nothing_impure() -> None:
+    """Hold imports inside functions to the same list: they bind local names, unseen by `used_names`."""
+    spans = [range(section.start, section.end + 1) for section in SECTIONS if section.name in PURE]
+    found = {(module, line) for module, line in imported_modules() if any(line in span for span in spans)}
+    assert {(module, line) for module, line in found if module in IMPURE} == set()
+
+
+# == sizes ====================================================================
+
+def test_file_is_not_too_long() -> None:
+    assert len(LINES) <= MAX_LINES
+
+
+def test_lines_are_short() -> None:
+    assert [number for number, line in enumerate(LINES, 1) if len(line) > MAX_LINE] == []
+
+
+def test_functions_are_short() -> None:
+    lengths = {f"{node.name} in line {node.lineno}": len(own_lines(node)) for node in functions()}
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION} == {}
+
+
+def complexity(node: ast.AST) -> int:
+    """Return McCabe's number: one, and one for each statement that branches, inner functions included."""
+    branches = (ast.If, ast.For, ast.While, ast.ExceptHandler)
+    return 1 + sum(isinstance(inner, branches) for inner in ast.walk(node))
+
+
+def test_functions_are_simple() -> None:
+    found = {f"{node.name} in line {node.lineno}": complexity(node) for node in functions()}
+    assert {name: paths for name, paths in found.items() if paths > MAX_COMPLEXITY} == {}
+
+
+# == what stands nowhere ======================================================
+
+def test_no_assert() -> None:
+    assert [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Assert)] == []
+
+
+def test_only_commands_print() -> None:
+    calls = [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Call)
+             and isinstance(node.func, ast.Name) and node.func.id == "print"]
+    (allowed,) = (section for section in SECTIONS if section.name == PRINTS)
+    assert [line for line in calls if not allowed.start <= line <= allowed.end] == []
+    assert calls
+
+
+# == imports ==================================================================
+
+def imported_modules() -> list[tuple[str, int]]:
+    """Return the top-level package of every import, wherever it stands, and its line."""
+    found = []
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.partition(".")[0], node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(((node.module or "").partition(".")[0], node.lineno))
+    return found
+
+
+def caught_by(node: ast.AST) -> list[ast.expr | None]:
+    """Return what a `try`, or a `with contextlib.suppress(...)`, catches."""
+    if isinstance(node, ast.Try):
+        return [handler.type for handler in node.handlers]
+    calls = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    return [argument for call in calls if isinstance(call, ast.Call) for argument in call.args]
+
+
+def guarded_lines() -> set[int]:
+    """Return the lines in which an ImportError is caught."""
+    guards = [node for node in ast.walk(TREE) if isinstance(node, (ast.Try, ast.With))]
+    return {line for guard in guards for name in caught_by(guard)
+            if isinstance(name, ast.Name) and name.id == "ImportError" for line in own_lines(guard)}
+
+
+def test_imports_are_the_standard_library() -> None:
+    """Import all of it without site-packages: what is missing then must be guarded."""
+    modules = sorted({module for module, _ in imported_modules()} - GUARDED)
+    done = python("-c", "import " + ", ".join(modules))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_modules_that_can_be_missing_are_guarded() -> None:
+    guarded = guarded_lines()
+    found = [(module, line) for module, line in imported_modules() if module in GUARDED]
+    assert {module for module, _ in found} == GUARDED
+    assert [(module, line) for module, line in found if line not in guarded] == []
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this Python with its standard library alone: no site-packages, no environment, no folder."""
+    command = [sys.executable, "-I", "-S", "-B", "-W", "error", *arguments]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=30, check=False)
+
+
+def test_help_runs_on_the_standard_library_alone() -> None:
+    done = python(str(FILE), "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--port" in done.stdout
+
+
+# == the tree =================================================================
+
+def git(*arguments: str) -> str:
+    """Run git in the repository; skip where there is none, as in an unpacked archive."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a Git checkout")
+    command = ["git", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        pytest.skip(f"git says: {done.stderr.strip()}")
+    return done.stdout
+
+
+def test_top_level_holds_the_agreed_names() -> None:
+    tracked = {name.partition("/")[0] for name in git("ls-files").splitlines()}
+    assert tracked == TOP_LEVEL
+
+
+def test_tests_mirror_the_sections() -> None:
+    present = {path.stem[len("test_"):] for path in (ROOT / "tests").glob("test_*.py")}
+    sections = set(NUMBERS) - WITHOUT_TESTS
+    assert sorted(sections - present) == []
+    assert sorted(present - sections - BESIDE_SECTIONS) == []
