@@ -21,7 +21,7 @@ import wire
 import qoo_bridge
 
 PARSER = qoo_bridge.build_parser()
-POLL = 0.005  # seconds; each test waits so long for its bridge to end
+POLL = 0.001  # seconds; each test waits so long for its bridge to end
 
 
 def cuts(raw: bytes, tries: int = 20) -> Iterator[list[bytes]]:
