@@ -52,6 +52,7 @@ import http.server
 import ipaddress
 import json
 import logging
+import operator
 import os
 import re
 import select
@@ -797,7 +798,7 @@ def map_items(request: dict[str, Any], change: Callable[[Any], Any]) -> dict[str
     if not isinstance(items, list):
         return request
     changed = [change(item) for item in items]
-    if all(new is old for new, old in zip(changed, items)):
+    if not any(map(operator.is_not, changed, items)):
         return request
     return {**request, "input": [item for item in changed if item is not REMOVED]}
 
@@ -1962,17 +1963,27 @@ class ChunkedBody:
                 at += 2
                 self._crlf = False
             else:
-                match = self.HEAD.match(raw, at)
-                if match is None:
-                    self._wait_for(raw[at:], self.HEAD_PART)
-                    break
-                at = match.end()
-                self.left = int(match[1], 16)
-                if self.left == 0:
-                    self._last = True
-                    self._end(raw[at:])
-                    break
+                at = self._take_whole(raw, at, pieces)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take_whole(self, raw: bytes, at: int, pieces: list[bytes]) -> int:
+        """Take chunk after chunk, while each is there as a whole; return where the reading goes on."""
+        while True:
+            match = self.HEAD.match(raw, at)
+            if match is None:
+                self._wait_for(raw[at:], self.HEAD_PART)
+                return len(raw)
+            start, size = match.end(), int(match[1], 16)
+            behind = start + size
+            if size == 0:
+                self._last = True
+                self._end(raw[start:])
+                return len(raw)
+            if not raw.startswith(b"\r\n", behind):
+                self.left = size
+                return start
+            pieces.append(raw[start:behind])
+            at = behind + 2
 
     def _wait_for(self, part: bytes, wanted: re.Pattern[bytes]) -> None:
         """Keep the part of a chunk's head or end that has come, if it can still become one."""
@@ -3257,6 +3268,7 @@ class Target(NamedTuple):
     port: int
 
     @classmethod
+    @functools.lru_cache(maxsize=64)
     def of(cls, url: str) -> tuple[Target, str]:
         """Split an address into its target and its path."""
         parts = urllib.parse.urlsplit(url)
@@ -4943,6 +4955,7 @@ class Exchange:
         self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
         self.finish = finish  # takes the record of a request that has ended
         self.path, _, self.query = head.target.partition("?")
+        self.codex = is_codex(head.headers)
         self.keep = keeps_alive(head.minor, head.headers)
         self.started = False  # the answer's first byte is out
         self.extra: dict[str, str] = {}  # fields for whatever answer comes
@@ -5312,7 +5325,7 @@ class Bridge:
             if turn.asked is not None:
                 self.store.keep_response(owner, response, turn.asked)
 
-        copy = EventCopy(is_codex(exchange.head.headers), keep) if turn.streamed else FoldCopy(False, keep)
+        copy = EventCopy(exchange.codex, keep) if turn.streamed else FoldCopy(False, keep)
         fields = downstream_fields(turn.reply.headers)
         with turn.reply:
             if turn.streamed:
@@ -5408,7 +5421,6 @@ class Bridge:
                 websocket: bool = False) -> Context:
         """Gather what the rules may know; note the model in the record."""
         headers, metadata, name = exchange.head.headers, request.get("client_metadata"), request["model"]
-        codex = is_codex(headers)
         session = client_session(headers) or (stable_id(exchange.record.id) if websocket else "")
         lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
         needed = self.catalog.is_alias(name) or not lite_header
@@ -5418,7 +5430,7 @@ class Bridge:
         slug, model = self.catalog.resolve(name, listing)
         record.model, record.slug = name, slug
         return Context(
-            slug=slug, model=model, codex=codex, websocket=websocket, session=session,
+            slug=slug, model=model, codex=exchange.codex, websocket=websocket, session=session,
             client=record.key or record.client,
             lite_header=lite_header, strict=self.config.continuity == "strict",
             dropped=self._learned.get(slug, frozenset()))
@@ -6137,8 +6149,9 @@ class Handler(socketserver.BaseRequestHandler):
             return None
         parsed = parse_request(head)
         record.method, record.path = parsed.method, parsed.target.partition("?")[0]
-        record.user_agent_kind = "codex" if is_codex(parsed.headers) else "other"
-        return Exchange(peer, parsed, record, self._idle, self.server.note)
+        exchange = Exchange(peer, parsed, record, self._idle, self.server.note)
+        record.user_agent_kind = "codex" if exchange.codex else "other"
+        return exchange
 
 
 def linger(peer: Peer) -> None:
