@@ -7068,43 +7068,53 @@ def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def demo_events(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Make the events of an answer, as the backend sends them; text comes a word an event."""
-    item = demo_item(request)
     response: dict[str, Any] = {
         "id": f"resp_{next_id()}", "object": "response", "created_at": int(time.time()), "output": [],
         "status": "in_progress", "model": request.get("model")}
-    place = {"item_id": item["id"], "output_index": 0}
     yield {"type": "response.created", "response": response}
-    if item["type"] == "function_call":
-        yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "arguments": ""}}
-        yield {"type": "response.function_call_arguments.delta", **place, "delta": item["arguments"]}
-        yield {"type": "response.function_call_arguments.done", **place, "arguments": item["arguments"]}
-        words = [item["arguments"]]
-    else:
-        part, place = item["content"][0], {**place, "content_index": 0}
-        words = re.findall(r"\S+\s*", part["text"])
-        yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "content": []}}
-        yield {"type": "response.content_part.added", **place, "part": {**part, "text": ""}}
-        for word in words:
-            yield {"type": "response.output_text.delta", **place, "delta": word}
-        yield {"type": "response.output_text.done", **place, "text": part["text"]}
-        yield {"type": "response.content_part.done", **place, "part": part}
-    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
-    counts = {"input_tokens": len(str(request.get("input"))) // 4, "output_tokens": len(words)}
+    words = 0
+    if request.get("generate") is not False:  # a WebSocket's first request only makes ready (WIRE 6)
+        for event in demo_item_events(demo_item(request)):
+            words += event["type"].endswith(".delta")
+            yield event
+    counts = {"input_tokens": len(str(request.get("input"))) // 4, "output_tokens": words}
     usage = {**counts, "total_tokens": sum(counts.values()), "input_tokens_details": {"cached_tokens": 0},
              "output_tokens_details": {"reasoning_tokens": 0}}
     yield {"type": "response.completed", "response": {**response, "status": "completed", "usage": usage}}
 
 
+def demo_item_events(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Make the events of one item."""
+    place = {"item_id": item["id"], "output_index": 0}
+    if item["type"] == "function_call":
+        yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "arguments": ""}}
+        yield {"type": "response.function_call_arguments.delta", **place, "delta": item["arguments"]}
+        yield {"type": "response.function_call_arguments.done", **place, "arguments": item["arguments"]}
+    else:
+        part, place = item["content"][0], {**place, "content_index": 0}
+        yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "content": []}}
+        yield {"type": "response.content_part.added", **place, "part": {**part, "text": ""}}
+        for word in re.findall(r"\S+\s*", part["text"]):
+            yield {"type": "response.output_text.delta", **place, "delta": word}
+        yield {"type": "response.output_text.done", **place, "text": part["text"]}
+        yield {"type": "response.content_part.done", **place, "part": part}
+    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+
+
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     """Answers as ChatGPT's backend would; each reply ends its connection."""
 
+    disable_nagle_algorithm = True
+
     def do_GET(self) -> None:
-        """Answer the catalogue, the account, the usage; refuse a WebSocket so that Codex goes on without."""
+        """Answer the catalogue, the account, the usage, and a WebSocket's requests."""
         path = self.path.partition("?")[0]
+        if path.endswith("/responses"):
+            return self._websocket()
         for ending, page in demo_pages().items():
             if path.endswith(ending):
                 return self._answer(200, page)
-        return self._answer(426 if path.endswith("/responses") else 404, {"detail": "not in the demo"})
+        return self._answer(404, {"detail": "not in the demo"})
 
     def do_POST(self) -> None:
         """Answer a turn, a word at a time."""
@@ -7117,11 +7127,33 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         if not self.path.endswith("/responses") or not isinstance(request, dict):
             return self._answer(404, {"detail": "not in the demo"})
         self._head(200, "text/event-stream")
+        return self._tell(request, render_event)
+
+    def _websocket(self) -> None:
+        """Answer one request after the other; each is what is new since the one that it continues."""
+        accept = accept_key(self.headers.get("sec-websocket-key", ""))
+        self.wfile.write(render_head("HTTP/1.1 101 Switching Protocols", [
+            ("upgrade", "websocket"), ("connection", "Upgrade"), ("sec-websocket-accept", accept)]))
+        reader = FrameReader(masked=True, max_message=MAX_EVENT)
+        conversation: dict[str, Any] = {}
+        with contextlib.suppress(OSError):  # the client left
+            for received in iter(lambda: self.connection.recv(READ_SIZE), b""):
+                for message in reader.feed(received):
+                    if message.opcode == OP_CLOSE:
+                        return
+                    frame = read_json(message.payload) if message.opcode == OP_TEXT else None
+                    if isinstance(frame, dict):
+                        earlier = conversation if frame.get("previous_response_id") else {}
+                        items = [*earlier.get("input", []), *(frame.get("input") or [])]
+                        conversation = {**earlier, "generate": True, **frame, "input": items}
+                        self._tell(conversation, lambda event: encode_frame(OP_TEXT, dump_json(event)))
+
+    def _tell(self, request: dict[str, Any], render: Callable[[Mapping[str, Any]], bytes]) -> None:
+        """Send the events of an answer, a word at a time."""
         with contextlib.suppress(OSError):  # the client left
             for number, event in enumerate(demo_events(request)):
-                self.wfile.write(render_event({**event, "sequence_number": number}))
+                self.wfile.write(render({**event, "sequence_number": number}))
                 time.sleep(DEMO_PACE if event["type"] == "response.output_text.delta" else 0)
-        return None
 
     def _answer(self, status: int, value: Any) -> None:
         body = dump_json(value)

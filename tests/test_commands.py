@@ -540,6 +540,27 @@ def test_demo_calls_a_shell_once(demo: wire.Address, model: str) -> None:
     assert "1 tools" in answer["content"][0]["text"]
 
 
+@pytest.mark.parametrize("model", ["demo-plain", "demo-lite"])
+def test_demo_goes_on_over_a_websocket(demo: wire.Address, model: str) -> None:
+    shell = {"type": "function", "name": "exec_command", "parameters": {"type": "object", "properties": {}}}
+    asked = {"type": "response.create", "model": model, "tools": [shell]}
+    prompt = {"role": "user", "content": "run a command"}
+    with contextlib.closing(wire.WebSocketClient(demo, timeout=SECONDS)) as client:
+        assert client.connect("/v1/responses").status == 101
+        client.send_json({**asked, "input": [], "generate": False})
+        ready = client.read_turn()
+        assert [event["type"] for event in ready] == ["response.created", "response.completed"]
+        client.send_json({**asked, "input": [prompt], "previous_response_id": ready[-1]["response"]["id"]})
+        last = client.read_turn()[-1]["response"]
+        (call,) = last["output"]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "hello"}
+        client.send_json({**asked, "input": [result], "previous_response_id": last["id"]})
+        (answer,) = client.read_turn()[-1]["response"]["output"]
+    text = answer["content"][0]["text"]
+    assert "Your machine ran `echo hello from the demo`." in text
+    assert text.endswith("Your last text was: run a command")  # of the request that this one continues
+
+
 def test_demo_has_a_plan_and_models(demo: wire.Address) -> None:
     models = wire.get(demo, "/v1/models?client_version=0.169.0", timeout=SECONDS).json["models"]
     assert {model["slug"]: model.get("use_responses_lite", False) for model in models} == {
