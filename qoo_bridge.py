@@ -335,10 +335,31 @@ class UpstreamRefusal(BridgeError):
         return {"error": {**shaped, **self.error, "message": self.message}}
 
 
+# -- JSON from elsewhere: nothing in it need be what it should
+
+T = TypeVar("T")
+
+
+def typed(value: Any, kind: type[T]) -> T:
+    """Return `value`, or an empty one of its kind where it is something else."""
+    return value if isinstance(value, kind) else kind()
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects in a list; none where it is no list."""
+    return [entry for entry in typed(value, list) if isinstance(entry, dict)]
+
+
+def number(value: Any) -> float | None:
+    """Return a number within reason; None for anything else, true and false among it."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
+    return value if known else None
+
+
 def whole_seconds(seconds: Any) -> str:
     """Return a retry-after that is not too early; "" for what is no sensible number of seconds."""
-    sensible = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 <= seconds < 1e9
-    return str(int(seconds) + 1) if sensible else ""
+    known = number(seconds)
+    return "" if known is None or not 0 <= known < 1e9 else str(int(known) + 1)
 
 
 def read_json(text: str | bytes) -> Any:
@@ -412,9 +433,8 @@ def _error_object(parsed: Any) -> dict[str, Any] | None:
 
 def failure(error: Any) -> BridgeError:
     """Map a failure that upstream reports inside a stream to the HTTP error that one JSON answer wants."""
-    error = error if isinstance(error, dict) else {}
-    code = error.get("code") if isinstance(error.get("code"), str) else ""
-    message = error.get("message") if isinstance(error.get("message"), str) else ""
+    error = typed(error, dict)
+    code, message = typed(error.get("code"), str), typed(error.get("message"), str)
     status = FAILURE_STATUS.get(code or str(error.get("type")), 502)
     return UpstreamRefusal(status, {**error, "message": message or code or "upstream reported a failure"})
 
@@ -749,10 +769,15 @@ def check_request(request: Any) -> None:
         raise InvalidRequest(f"input must be a string or a list, not {json_type(request['input'])}", "input")
 
 
+JSON_TYPES = {
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
+    list: "a list", dict: "an object",
+}
+
+
 def json_type(value: Any) -> str:
     """Return the name that JSON gives a value's type."""
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+    return JSON_TYPES[type(value)]
 
 
 def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -952,9 +977,8 @@ def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 def conversation_id(request: dict[str, Any], client: str) -> str:
     """Return an id of what stays in a conversation: who, model, instructions, first user message."""
-    items = request.get("input")
-    messages = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-    first = next((item.get("content") for item in messages if item.get("role") == "user"), None)
+    items = objects(request.get("input"))
+    first = next((item.get("content") for item in items if item.get("role") == "user"), None)
     if isinstance(first, str):
         first = [{"type": "input_text", "text": first}]  # the same text, however it is written
     return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
@@ -1012,8 +1036,7 @@ def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     form["parallel_tool_calls"] = False
     form["reasoning"] = {**reasoning, "context": "all_turns"}
     if context.websocket:
-        metadata = request.get("client_metadata")
-        form["client_metadata"] = {**(metadata if isinstance(metadata, dict) else {}), LITE_METADATA: "true"}
+        form["client_metadata"] = {**typed(request.get("client_metadata"), dict), LITE_METADATA: "true"}
     return request if form == request else form
 
 
@@ -1024,7 +1047,7 @@ def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | N
         return (carriers[0], items[1:]) if carriers else (None, items)
     gathered: list[Any] = []
     for given in (*(carrier.get("tools") for carrier in carriers), tools):
-        for tool in given if isinstance(given, list) else []:
+        for tool in typed(given, list):
             if not any(same_tool(tool, known) for known in gathered):
                 gathered.append(tool)
     first = carriers[0] if carriers else {"type": "additional_tools", "role": "developer"}
@@ -1041,15 +1064,15 @@ def same_tool(tool: Any, other: Any) -> bool:
 def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
     items = request.get("input", [])
-    metadata = request.get("client_metadata")
-    marked = isinstance(metadata, dict) and LITE_METADATA in metadata
+    metadata = typed(request.get("client_metadata"), dict)
+    marked = LITE_METADATA in metadata
     if not (context.lite_header or marked or any(map(is_additional_tools, items))):
         return request
     form = dict(request)
-    carrier, items = gather_tools(items, request["tools"] if isinstance(request.get("tools"), list) else [])
+    carrier, items = gather_tools(items, typed(request.get("tools"), list))
     if carrier is not None and isinstance(carrier.get("tools"), list):
         form["tools"], form["input"] = carrier["tools"], items
-    if marked and isinstance(metadata, dict):
+    if marked:
         form["client_metadata"] = {key: value for key, value in metadata.items() if key != LITE_METADATA}
     plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
     return plain
@@ -1138,12 +1161,7 @@ def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
 # One fold turns events into deltas. A stream wraps the deltas in chunks; an answer in one piece merges the
 # deltas of the terminal event alone. So the two cannot drift apart.
 
-T = TypeVar("T")
 Object = dict[str, Any]  # a JSON object
-JSON_KINDS = {
-    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
-    list: "a list", dict: "an object",
-}
 
 # Fields that only tune the answer or serve the account: dropped in silence, as is any field unknown here.
 CHAT_DROPPED = (
@@ -1174,8 +1192,7 @@ THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other provider
 
 
 def _mistyped(param: str, wanted: str, value: Any) -> InvalidRequest:
-    got = JSON_KINDS.get(type(value), "something else")
-    return InvalidRequest(f"{param} must be {wanted}, got {got}", param)
+    return InvalidRequest(f"{param} must be {wanted}, got {json_type(value)}", param)
 
 
 class _Node:
@@ -1195,12 +1212,12 @@ class _Node:
         value = self.fields.get(key)
         if value is None or isinstance(value, kind):
             return value
-        raise _mistyped(self.at(key), JSON_KINDS[kind], value)
+        raise _mistyped(self.at(key), JSON_TYPES[kind], value)
 
     def need(self, key: str, kind: type[T]) -> T:
         value = self.get(key, kind)
         if value is None:
-            raise _mistyped(self.at(key), JSON_KINDS[kind], None)
+            raise _mistyped(self.at(key), JSON_TYPES[kind], None)
         return value
 
     def given(self, kind: type, *keys: str) -> Object:
@@ -1217,7 +1234,7 @@ class _Node:
         for index, entry in enumerate(self.get(key, list) or ()):
             where = f"{self.at(key)}[{index}]"
             if not isinstance(entry, dict):
-                raise _mistyped(where, JSON_KINDS[dict], entry)
+                raise _mistyped(where, JSON_TYPES[dict], entry)
             yield _Node(entry, where)
 
 
@@ -1497,36 +1514,31 @@ CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custo
 INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
 
 
-def _checked(value: Any, kind: type[T]) -> T:
-    """Return `value`, or an empty one of its kind: upstream's fields need not be what they should."""
-    return value if isinstance(value, kind) else kind()
-
-
 def usage_chat(usage: Object | None) -> Object | None:
     """Translate a response's token counts; None where there are none."""
     if not isinstance(usage, dict) or not usage:
         return None
-    prompt, answer = _checked(usage.get("input_tokens"), int), _checked(usage.get("output_tokens"), int)
-    cached = _checked(usage.get("input_tokens_details"), dict).get("cached_tokens")
-    reasoning = _checked(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
+    prompt, answer = typed(usage.get("input_tokens"), int), typed(usage.get("output_tokens"), int)
+    cached = typed(usage.get("input_tokens_details"), dict).get("cached_tokens")
+    reasoning = typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
-        "total_tokens": _checked(usage.get("total_tokens"), int) or prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": _checked(cached, int)},
-        "completion_tokens_details": {"reasoning_tokens": _checked(reasoning, int)},
+        "total_tokens": typed(usage.get("total_tokens"), int) or prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": typed(cached, int)},
+        "completion_tokens_details": {"reasoning_tokens": typed(reasoning, int)},
     }
 
 
 def _failure(event: Object) -> Object:
     """Return the OpenAI-shaped error of a `response.failed` or an `error` event, further fields kept."""
-    nested = event.get("error") or _checked(event.get("response"), dict).get("error")
+    nested = event.get("error") or typed(event.get("response"), dict).get("error")
     own = ("type", "sequence_number", "response", "error")
-    error = _checked(nested, dict) or {field: event[field] for field in event if field not in own}
+    error = typed(nested, dict) or {field: event[field] for field in event if field not in own}
     return {
         **error,
-        "message": _checked(error.get("message"), str) or "upstream failed and gave no reason",
-        "type": _checked(error.get("type"), str) or "server_error",
+        "message": typed(error.get("message"), str) or "upstream failed and gave no reason",
+        "type": typed(error.get("type"), str) or "server_error",
         "param": error.get("param"),
         "code": error.get("code"),
     }
@@ -1553,18 +1565,18 @@ class _Fold:
         self._annotations: dict[tuple[int | str, int, int], Object] = {}
 
     def _deltas(self, event: Object) -> Iterator[Object]:
-        kind, item = _checked(event.get("type"), str), _checked(event.get("item"), dict)
+        kind, item = typed(event.get("type"), str), typed(event.get("item"), dict)
         stem, _, verb = kind.rpartition(".")
         key = _item_key(event, item)
-        index = _checked(event.get("summary_index", event.get("content_index")), int)
+        index = typed(event.get("summary_index", event.get("content_index")), int)
         if stem in TEXT_EVENTS and verb == "delta":
-            yield from self._piece(TEXT_EVENTS[stem], key, index, _checked(event.get("delta"), str))
+            yield from self._piece(TEXT_EVENTS[stem], key, index, typed(event.get("delta"), str))
         elif stem in TEXT_EVENTS and verb == "done":
             yield from self._rest({**event, "type": TEXT_EVENTS[stem]}, key, index)
         elif kind in PART_EVENTS:
             yield from self._rest(event.get("part"), key, index)
         elif kind == "response.output_text.annotation.added":
-            number = _checked(event.get("annotation_index"), int)
+            number = typed(event.get("annotation_index"), int)
             self._annotate(event.get("annotation"), (key, index, number))
         elif kind == "response.output_item.added":
             yield from self._open_call(item, key)
@@ -1594,26 +1606,26 @@ class _Fold:
 
     def _rest(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
         """Yield what is still missing of a whole text; take the citations in it."""
-        part = _checked(part, dict)
-        kind = _checked(part.get("type"), str)
+        part = typed(part, dict)
+        kind = typed(part.get("type"), str)
         _, field = PARTS.get(kind) or CALLS.get(kind) or ("", "")
-        text = _checked(part.get(field), str)
+        text = typed(part.get(field), str)
         if text:
             yield from self._piece(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
-        for number, annotation in enumerate(_checked(part.get("annotations"), list)):
+        for number, annotation in enumerate(typed(part.get("annotations"), list)):
             self._annotate(annotation, (key, index, number))
 
     def _whole_item(self, item: Object, key: int | str) -> Iterator[Object]:
         if item.get("type") in ("message", "reasoning"):
             for parts in ("summary", "content"):
-                for index, part in enumerate(_checked(item.get(parts), list)):
+                for index, part in enumerate(typed(item.get(parts), list)):
                     yield from self._rest(part, key, index)
         else:
             yield from self._open_call(item, key)
             yield from self._rest(item, key, 0)
 
     def _open_call(self, item: Object, key: int | str) -> Iterator[Object]:
-        form, field = CALLS.get(_checked(item.get("type"), str), ("", ""))
+        form, field = CALLS.get(typed(item.get("type"), str), ("", ""))
         call_id, name = item.get("call_id"), item.get("name")
         if form and key not in self._calls and isinstance(call_id, str) and isinstance(name, str):
             self._calls[key] = len(self._calls)
@@ -1629,13 +1641,13 @@ class _Fold:
 
     def _annotate(self, annotation: Any, place: tuple[int | str, int, int]) -> None:
         """Keep a citation for the end: the OpenAI SDK cannot add a second list of them to the first."""
-        annotation = _checked(annotation, dict)
+        annotation = typed(annotation, dict)
         if annotation.get("type") != "url_citation":
             return  # the chat form has no other
         numbers = ("start_index", "end_index")
         start = self._starts.get(place[:2], 0)
-        citation: Object = {field: start + _checked(annotation.get(field), int) for field in numbers}
-        citation.update({field: _checked(annotation.get(field), str) for field in ("title", "url")})
+        citation: Object = {field: start + typed(annotation.get(field), int) for field in numbers}
+        citation.update({field: typed(annotation.get(field), str) for field in ("title", "url")})
         self._annotations[place] = {"type": "url_citation", "url_citation": citation}
 
     def _end(self, kind: str, event: Object) -> Iterator[Object]:
@@ -1644,18 +1656,18 @@ class _Fold:
             self.done, self.failure = True, _failure(event)
         if kind not in ("response.completed", "response.incomplete"):
             return
-        response = _checked(event.get("response"), dict)
+        response = typed(event.get("response"), dict)
         if not self._sent and not self._calls:  # the terminal event is all there is
-            for index, item in enumerate(_checked(response.get("output"), list)):
-                yield from self._whole_item(_checked(item, dict), index)
+            for index, item in enumerate(typed(response.get("output"), list)):
+                yield from self._whole_item(typed(item, dict), index)
         if self._annotations:
             yield {"annotations": list(self._annotations.values())}
         if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
             yield {"content": ""}  # null would mean that there are calls
         self.done, self.usage = True, usage_chat(response.get("usage"))
         if kind == "response.incomplete":
-            reason = _checked(response.get("incomplete_details"), dict).get("reason")
-            self._finish_reason = INCOMPLETE_REASONS.get(_checked(reason, str), "length")
+            reason = typed(response.get("incomplete_details"), dict).get("reason")
+            self._finish_reason = INCOMPLETE_REASONS.get(typed(reason, str), "length")
         elif self._calls:
             self._finish_reason = "function_call" if self._legacy_functions else "tool_calls"
 
@@ -2334,8 +2346,7 @@ def event_json(event: bytes) -> dict[str, Any] | None:
 
 def event_type(parsed: Mapping[str, Any] | None) -> str:
     """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
-    kind = parsed.get("type") if parsed else None
-    return kind if isinstance(kind, str) else ""
+    return typed(parsed.get("type"), str) if parsed else ""
 
 
 def render_event(parsed: Mapping[str, Any]) -> bytes:
@@ -2415,8 +2426,7 @@ class Fold:
             raise failure(self.error) if self.error else BadUpstream(
                 "upstream ended the answer without its terminal event")
         self.fill()
-        response = self.final.get("response")
-        response = response if isinstance(response, dict) else {}
+        response = typed(self.final.get("response"), dict)
         if event_type(self.final) == "response.failed":
             raise failure(response.get("error"))
         return response
@@ -2424,15 +2434,10 @@ class Fold:
 
 def usage_counts(response: Any) -> dict[str, int]:
     """Return a response's token counts: input, cached, output, reasoning."""
-    usage = response.get("usage") if isinstance(response, dict) else None
-    if not isinstance(usage, dict):
-        return {}
-    inner = {"cached": ("input_tokens_details", "cached_tokens"),
-             "reasoning": ("output_tokens_details", "reasoning_tokens")}
-    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens")}
-    for name, (outer, key) in inner.items():
-        details = usage.get(outer)
-        found[name] = details.get(key) if isinstance(details, dict) else None
+    usage = typed(typed(response, dict).get("usage"), dict)
+    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens"),
+             "cached": typed(usage.get("input_tokens_details"), dict).get("cached_tokens"),
+             "reasoning": typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")}
     return {name: count for name, count in found.items() if type(count) is int}
 
 
@@ -2679,8 +2684,7 @@ class Answer(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """Return the body's JSON object; {} when it is none."""
-        parsed = read_json(self.body)
-        return parsed if isinstance(parsed, dict) else {}
+        return typed(read_json(self.body), dict)
 
 
 class SignIn(NamedTuple):
@@ -2711,19 +2715,18 @@ TOKEN = re.compile(r"[\x21-\x7e]+")
 
 def jwt_claims(token: Any) -> dict[str, Any]:
     """Return a JWT's payload; {} when it is none. Nobody checks the signature here: upstream does."""
-    parts = token.split(".") if isinstance(token, str) else []
+    parts = typed(token, str).split(".")
     if len(parts) != 3:
         return {}
     try:
-        parsed = json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4)))
+        return typed(json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))), dict)
     except (ValueError, RecursionError, binascii.Error):
         return {}
-    return parsed if isinstance(parsed, dict) else {}
 
 
 def unix_time(text: Any) -> float:
     """Read an RFC 3339 time such as auth.json's last_refresh; 0 when it is none."""
-    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", text) if isinstance(text, str) else None
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", typed(text, str))
     try:
         return calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S")) if match else 0.0
     except (ValueError, OverflowError):
@@ -2747,26 +2750,24 @@ def read_sign_in(content: Any, path: str) -> SignIn:
     """
     if not isinstance(content, dict):
         raise NotSignedIn(f"{path} does not hold a JSON object; {login_hint()}")
-    mode, tokens = content.get("auth_mode"), content.get("tokens")
+    mode, tokens = content.get("auth_mode"), typed(content.get("tokens"), dict)
     if mode is not None and not (isinstance(mode, str) and mode.lower().startswith("chatgpt")):
         raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {login_hint()}")
-    access = tokens.get("access_token") if isinstance(tokens, dict) else None
-    if not isinstance(tokens, dict) or not isinstance(access, str) or not TOKEN.fullmatch(access):
+    access = typed(tokens.get("access_token"), str)
+    if not TOKEN.fullmatch(access):
         raise NotSignedIn(f"{path} holds no ChatGPT access token; {login_hint()}")
-    refresh = tokens.get("refresh_token")
-    claims = jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM)
-    claims = claims if isinstance(claims, dict) else {}
+    refresh = typed(tokens.get("refresh_token"), str)
+    claims = typed(jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM), dict)
     accounts = [account for account in (tokens.get("account_id"), claims.get("chatgpt_account_id"))
                 if isinstance(account, str) and TOKEN.fullmatch(account)]
-    plan = claims.get("chatgpt_plan_type")
-    expires = jwt_claims(access).get("exp")
-    if not isinstance(expires, (int, float)) or isinstance(expires, bool) or not 0 < expires < 1e12:
+    expires = number(jwt_claims(access).get("exp")) or 0
+    if expires <= 0:
         written = unix_time(content.get("last_refresh"))
         expires = written + TOKEN_AGE if written else 0
     return SignIn(
-        access, refresh if isinstance(refresh, str) and TOKEN.fullmatch(refresh) else "",
-        accounts[0] if accounts else "", plan if isinstance(plan, str) else "",
-        claims.get("chatgpt_account_is_fedramp") is True, float(expires),
+        access, refresh if TOKEN.fullmatch(refresh) else "", accounts[0] if accounts else "",
+        typed(claims.get("chatgpt_plan_type"), str), claims.get("chatgpt_account_is_fedramp") is True,
+        float(expires),
     )
 
 
@@ -3038,9 +3039,8 @@ class Routing:
             parts = urllib.parse.urlsplit(self.upstream)
             answer = self._fetch("GET", f"{parts.scheme}://{parts.netloc}/backend-api/wham/accounts/check",
                                  {**self._fields, **sign_in.fields()}, b"", 10)
-            accounts = answer.json().get("accounts")
-            for account in accounts if isinstance(accounts, list) else []:
-                if isinstance(account, dict) and account.get("id") == sign_in.account:
+            for account in objects(answer.json().get("accounts")):
+                if account.get("id") == sign_in.account:
                     upstream, override = self._checked(account)
             if answer.status != 200:
                 asked += 60 - ROUTING_AGE  # again in a minute
@@ -3056,7 +3056,7 @@ class Routing:
         configured, upstream = urllib.parse.urlsplit(self.upstream), self.upstream
         origin = account.get("workspace_backend_origin")
         try:
-            parts = urllib.parse.urlsplit(origin if isinstance(origin, str) else "")
+            parts = urllib.parse.urlsplit(typed(origin, str))
             host, _ = parts.hostname or "", parts.port
         except ValueError:
             host, parts = "", configured
@@ -3067,9 +3067,9 @@ class Routing:
             upstream = f"https://{parts.netloc}{configured.path}"
         elif origin:
             log.warning("account routing names an origin outside %s: it is not taken", configured.hostname)
-        override = account.get("account_routing_override")
-        known = isinstance(override, str) and re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override)
-        return upstream, "" if not known or override == "NO_CONSTRAINT" else str(override)
+        override = typed(account.get("account_routing_override"), str)
+        known = re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override)
+        return upstream, "" if not known or override == "NO_CONSTRAINT" else override
 
 
 # == 10 upstream ==============================================================
@@ -3629,15 +3629,15 @@ def read_listing(answer: Answer, created: int) -> Listing:
     models = whole.get("models")
     if not isinstance(models, list):
         raise BadUpstream("upstream's model list is not a model list")
-    entries = {entry["slug"]: entry for entry in models if isinstance(entry, dict)
-               and isinstance(entry.get("slug"), str) and WORD.fullmatch(entry["slug"])}
+    entries = {entry["slug"]: entry for entry in objects(models)
+               if WORD.fullmatch(typed(entry.get("slug"), str))}
     return Listing(whole, entries, answer.headers.get("etag", ""), created)
 
 
 def rank(entry: Mapping[str, Any]) -> float:
     """Return an entry's `priority`; the lowest is the catalogue's first."""
-    priority = entry.get("priority")
-    return priority if isinstance(priority, (int, float)) and not isinstance(priority, bool) else 1e9
+    priority = number(entry.get("priority"))
+    return 1e9 if priority is None else priority
 
 
 def visible(listing: Listing) -> list[dict[str, Any]]:
@@ -3648,13 +3648,12 @@ def visible(listing: Listing) -> list[dict[str, Any]]:
 
 def read_model(entry: Mapping[str, Any]) -> Model:
     """Return what the rules need of a catalogue entry."""
-    levels, tiers = entry.get("supported_reasoning_levels"), entry.get("service_tiers")
-    listed = levels if isinstance(levels, list) else []
-    efforts = tuple(str(level.get("effort")) for level in listed if isinstance(level, dict))
-    known = None
-    if isinstance(tiers, list):
-        known = tuple(str(tier.get("id")) for tier in tiers if isinstance(tier, dict))
-    return Model(str(entry.get("slug")), entry.get("use_responses_lite") is True, efforts, known)
+    tiers = entry.get("service_tiers")
+    return Model(
+        str(entry.get("slug")), entry.get("use_responses_lite") is True,
+        tuple(str(level.get("effort")) for level in objects(entry.get("supported_reasoning_levels"))),
+        tuple(str(tier.get("id")) for tier in objects(tiers)) if isinstance(tiers, list) else None,
+    )
 
 
 def alias_target(listing: Listing, target: str) -> str:
@@ -4855,9 +4854,7 @@ class Store:
     def keep_reasoning(self, owner: str, output: Any) -> None:
         """Keep the reasoning items of an answer under the calls and texts that they belong to."""
         pending: list[Any] = []
-        for item in output if isinstance(output, list) else []:
-            if not isinstance(item, dict):
-                continue
+        for item in objects(output):
             if item.get("type") == "reasoning":
                 pending.append(item)
             elif pending and anchor(item):
@@ -4937,10 +4934,8 @@ def anchor(item: Any) -> str:
         return ""
     if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
         return f"call {item['call_id']}"
-    content = item.get("content")
-    if item.get("role") != "assistant" or not isinstance(content, list):
-        return ""
-    text = "".join(str(part.get("text")) for part in content if isinstance(part, dict) and part.get("text"))
+    parts = objects(item.get("content")) if item.get("role") == "assistant" else []
+    text = "".join(str(part["text"]) for part in parts if part.get("text"))
     return f"text {stable_id(text)}" if text else ""
 
 
@@ -5420,9 +5415,9 @@ class Bridge:
     def context(self, exchange: Exchange, request: Mapping[str, Any], record: Record,
                 websocket: bool = False) -> Context:
         """Gather what the rules may know; note the model in the record."""
-        headers, metadata, name = exchange.head.headers, request.get("client_metadata"), request["model"]
+        headers, name = exchange.head.headers, request["model"]
         session = client_session(headers) or (stable_id(exchange.record.id) if websocket else "")
-        lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
+        lite_header = LITE_HEADER in headers or LITE_METADATA in typed(request.get("client_metadata"), dict)
         needed = self.catalog.is_alias(name) or not lite_header
         own = codex_version(headers)  # a Codex knows the models of its own list, if it has asked for that
         listing = (self.catalog.known(own) if own else None) or \
@@ -5488,8 +5483,8 @@ class Bridge:
         if coding != "identity":
             body = f"in the content coding {coding[:40]!r}, which was not asked for".encode()
         error = refusal(reply.status, headers.get("content-type", ""), body, headers.get("retry-after"))
-        resets_at = error.error.get("resets_at")
-        if reply.status == 429 and isinstance(resets_at, (int, float)):
+        resets_at = number(error.error.get("resets_at"))
+        if reply.status == 429 and resets_at is not None:
             error.headers.setdefault("retry-after", whole_seconds(resets_at - time.time()) or "1")
         if reply.status == 401:
             error.error["message"] = error.message = f"{error.message} ({login_hint()})"
@@ -5979,8 +5974,7 @@ class Socket:
         if not NOTABLE_FRAME.search(message.payload):
             self._pass(pending, message.frames)
             return
-        parsed = read_json(message.payload)
-        parsed = parsed if isinstance(parsed, dict) else {}
+        parsed = typed(read_json(message.payload), dict)
         kind = event_type(parsed)
         if kind == "error" and pending.frame is not None and self._repair(pending, parsed):
             return
@@ -6001,9 +5995,8 @@ class Socket:
 
     def _repair(self, pending: Pending, event: dict[str, Any]) -> bool:
         """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
-        status, error = event.get("status"), event.get("error")
-        refused = UpstreamRefusal(status if type(status) is int else 400,
-                                  dict(error) if isinstance(error, dict) else dict(event))
+        status, error = event.get("status"), typed(event.get("error"), dict) or event
+        refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
         context = self._bridge.find_repair(refused, pending.context, pending.record)
         if context is None:
             return False
@@ -6027,9 +6020,8 @@ class Socket:
             if len(self._chains) > self.CHAINS:
                 self._chains.popitem(last=False)
         if end in ("error", "failed"):
-            error = inner.get("error")
             record.error_by = "upstream"
-            record.error_code = str(error.get("code") or "") if isinstance(error, dict) else ""
+            record.error_code = str(typed(inner.get("error"), dict).get("code") or "")
             if type(event.get("status")) is int:
                 record.status = event["status"]
         elif end == "cut":
@@ -6477,8 +6469,8 @@ def login(config: Config, words: argparse.Namespace) -> int:
     except OSError as exc:
         print(f"not signed in: {config.auth_file} cannot be written: {describe(exc)}", file=sys.stderr)
         return 1
-    email = jwt_claims(tokens["id_token"]).get("email")
-    account = _printable(email) if isinstance(email, str) else f"account {sign_in.account or 'without an id'}"
+    email = typed(jwt_claims(tokens["id_token"]).get("email"), str)
+    account = _printable(email) or f"account {sign_in.account or 'without an id'}"
     plan = _printable(sign_in.plan) or "unknown"
     print(f"Signed in as {account}, plan {plan}; written to {config.auth_file}")
     return 0
@@ -6542,14 +6534,14 @@ def wait_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval
 
 def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
     """Write a new sign-in as Codex does, the file's other keys kept. Raises OSError, NotSignedIn."""
-    claims = jwt_claims(tokens["id_token"]).get(AUTH_CLAIM)
-    account = claims.get("chatgpt_account_id") if isinstance(claims, dict) else None
+    claims = typed(jwt_claims(tokens["id_token"]).get(AUTH_CLAIM), dict)
+    account = typed(claims.get("chatgpt_account_id"), str) or None
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, mode=0o700, exist_ok=True)
     with file_lock(os.path.join(folder, "auth.lock")):
         kept = read_object(path)
         content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
-                   "tokens": {**tokens, "account_id": account if isinstance(account, str) else None},
+                   "tokens": {**tokens, "account_id": account},
                    "last_refresh": timestamp()}
         sign_in = read_sign_in(content, "the sign-in server's answer")
         write_private(path, content)
@@ -6608,9 +6600,7 @@ def own_models(config: Config, key: str) -> list[str]:
         answer = ask_own(config, "/v1/models", key)
     except (OSError, http.client.HTTPException) as exc:
         raise BadUpstream(f"no bridge answers on {own_url(config)}: {describe(exc)}") from exc
-    models = good(answer).get("data")
-    names = [str(model.get("id")) for model in models if isinstance(model, dict)] \
-        if isinstance(models, list) else []
+    names = [str(model.get("id")) for model in objects(good(answer).get("data"))]
     if not names:
         raise BadUpstream(f"{own_url(config)} has no models")
     return names
@@ -6775,10 +6765,9 @@ def check_cloudflare(doctor: Doctor) -> Finding:
 
 def check_routing(doctor: Doctor) -> Finding:
     """Check where the account's requests go."""
-    accounts = doctor.ask("/backend-api/wham/accounts/check").get("accounts")
     held = doctor.bridge.credentials.current()
-    for account in accounts if isinstance(accounts, list) else []:
-        if isinstance(account, dict) and account.get("id") == held.account:
+    for account in objects(doctor.ask("/backend-api/wham/accounts/check").get("accounts")):
+        if account.get("id") == held.account:
             origin, override = (_printable(account.get(key) or "not named") for key in (
                 "workspace_backend_origin", "account_routing_override"))
             return Finding("ok", f"{origin}, {override}")
@@ -6797,10 +6786,9 @@ def check_models(doctor: Doctor) -> Finding:
 
 def check_usage(doctor: Doctor) -> Finding:
     """Show the plan's windows as bars."""
-    limits = doctor.ask("/backend-api/wham/usage").get("rate_limit")
-    limits = limits if isinstance(limits, dict) else {}
-    windows = [limits.get(name) for name in ("primary_window", "secondary_window")]
-    lines = [usage_line(window) for window in windows if isinstance(window, dict)]
+    limits = typed(doctor.ask("/backend-api/wham/usage").get("rate_limit"), dict)
+    windows = objects([limits.get(name) for name in ("primary_window", "secondary_window")])
+    lines = [usage_line(window) for window in windows]
     if limits.get("limit_reached") is True:
         return Finding("failed", "\n".join(lines), "the plan is used up: wait for the reset")
     return Finding("ok" if lines else "none", "\n".join(lines) or "the plan has no windows")
@@ -6808,17 +6796,11 @@ def check_usage(doctor: Doctor) -> Finding:
 
 def usage_line(window: Mapping[str, Any]) -> str:
     """Write one window of the plan: its length, a bar, when it begins anew."""
-    length, used, reset = (number_of(window.get(key)) for key in (
+    length, used, reset = (number(window.get(key)) or 0 for key in (
         "limit_window_seconds", "used_percent", "reset_at"))
     full = round(min(max(used, 0), 100) / 5)
     bar = "█" * full + "░" * (20 - full)
     return f"{in_words(length):<4} {bar} {used:3.0f} % used, resets {local_time(reset)}"
-
-
-def number_of(value: Any) -> float:
-    """Return a JSON number within reason; 0 for anything else."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
-    return float(value) if known else 0.0
 
 
 def in_words(seconds: float) -> str:
@@ -7028,12 +7010,8 @@ def demo_sign_in() -> dict[str, Any]:
 
 def demo_tools(tools: Any) -> list[str]:
     """Return the names of a request's tools; the lite form has them in groups."""
-    names = []
-    for tool in tools if isinstance(tools, list) else []:
-        if isinstance(tool, dict):
-            inner = demo_tools(tool.get("tools"))
-            names += inner or [str(tool.get("name") or tool.get("type"))]
-    return names
+    return [name for tool in objects(tools)
+            for name in demo_tools(tool.get("tools")) or [str(tool.get("name") or tool.get("type"))]]
 
 
 def demo_text(item: Mapping[str, Any]) -> str:
@@ -7041,14 +7019,12 @@ def demo_text(item: Mapping[str, Any]) -> str:
     content = item.get("content")
     if isinstance(content, str):
         return content
-    return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict)) \
-        if isinstance(content, list) else ""
+    return "".join(str(part.get("text") or "") for part in objects(content))
 
 
 def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the item that answers: a call of the shell, if there is one not called yet; else a text."""
-    given = request.get("input")
-    items = [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
+    items = objects(request.get("input"))
     tools = [name for holder in (request, *items) for name in demo_tools(holder.get("tools"))]
     ran = any(item.get("type") == "function_call_output" for item in items)
     shell = next((name for name in DEMO_SHELLS if name in tools), "")
