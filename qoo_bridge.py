@@ -583,34 +583,18 @@ def read_network(text: str) -> Any:
     return ipaddress.ip_network(text, strict=False)
 
 
-def read_origin(text: str) -> str:
-    """Read a browser origin, as browsers send it: scheme://host[:port]."""
-    if re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/]+", text):
-        return text
-    raise ValueError(f"an origin is scheme://host[:port], not {text!r}")
+def read_text(pattern: str, wanted: str) -> Callable[[str], str]:
+    """Make a reader of texts that a pattern matches; `wanted` says so to people."""
+    def read(text: str) -> str:
+        if re.fullmatch(pattern, text):
+            return text
+        raise ValueError(f"{wanted}, not {text!r}")
+    return read
 
 
 def one_of(*words: str) -> Callable[[str], str]:
     """Make a reader that takes one of some words."""
-    def read(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"one of {', '.join(words)}, not {text!r}")
-        return text
-    return read
-
-
-def read_version(text: str) -> str:
-    """Read a version of three numbers, with or without a suffix."""
-    if re.fullmatch(r"[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]{1,20})?", text, re.ASCII):
-        return text
-    raise ValueError(f"a version is X.Y.Z, not {text!r}")
-
-
-def read_header_word(text: str) -> str:
-    """Read a word that is sent upstream in a header."""
-    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
-        return text
-    raise ValueError(f"letters, digits and . _ -, not {text!r}")
+    return read_text("|".join(words), f"one of {', '.join(words)}")
 
 
 LOCAL_NETWORKS = (
@@ -635,8 +619,9 @@ OPTIONS = (
     Option("allow", "CIDR", LOCAL_NETWORKS, read_network,
            "networks whose machines may come in, in place of the default (loopback, private, link-local, "
            "100.64.0.0/10); loopback always may", many=True),
-    Option("allow_origin", "ORIGIN", "", read_origin, "a web page's origin that may call; all others may not",
-           many=True),
+    Option("allow_origin", "ORIGIN", "",
+           read_text(r"[a-z][a-z0-9+.-]*://[^\s/]+", "an origin is scheme://host[:port]"),
+           "a web page's origin that may call; all others may not", many=True),
     Option("allow_host", "NAME", "", str, "a further name under which this bridge is reached", many=True),
     Option("keepalive", "SECONDS", "10", read_seconds, "silence until a waiting client is sent something"),
     Option("idle_timeout", "SECONDS", "600", read_seconds, "silence of upstream until a request is given up"),
@@ -647,8 +632,11 @@ OPTIONS = (
            "send large requests compressed, where zstd is at hand; auto: not to an upstream on this host"),
     Option("continuity", "auto|strict", "auto", one_of("auto", "strict"),
            "strict drops every reasoning item and every item id"),
-    Option("originator", "WORD", "qoo_bridge", read_header_word, "the name of clients that are not Codex"),
-    Option("client_version", "X.Y.Z", CODEX_VERSION, read_version,
+    Option("originator", "WORD", "qoo_bridge",
+           read_text("[A-Za-z0-9._-]{1,64}", "letters, digits and . _ -"),
+           "the name of clients that are not Codex"),
+    Option("client_version", "X.Y.Z", CODEX_VERSION,
+           read_text(r"[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]{1,20})?", "a version is X.Y.Z"),
            "the Codex version that clients that are not Codex are sent as"),
     Option("log_file", "FILE", "bridge.log", str, "beside the script; - is standard error only"),
     Option("log_level", "LEVEL", "info", one_of("debug", "info", "warning", "error"), "what is logged"),
@@ -675,7 +663,7 @@ def read_option(option: Option, given: list[str] | None, environ: Mapping[str, s
         values = [option.read(text.strip()) for text in texts if text.strip() or not option.many]
     except ValueError as exc:
         raise UsageError(f"{source}: {exc}") from exc
-    return values if option.many else values[-1]
+    return tuple(values) if option.many else values[-1]
 
 
 def default_auth_file(environ: Mapping[str, str]) -> str:
@@ -698,8 +686,6 @@ def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, s
     values["auth_file"] = os.path.expanduser(values["auth_file"])
     if not options.get("log_file") and not environ.get(OPTION["log_file"].variable):
         values["log_file"] = os.path.join(os.path.dirname(os.path.abspath(__file__)), values["log_file"])
-    for name in ("api_key", "allow", "allow_origin", "allow_host"):
-        values[name] = tuple(values[name])
     if bool(values["tls_cert"]) != bool(values["tls_key"]):
         raise UsageError("--tls-cert and --tls-key go together")
     names = [key.name for key in values["api_key"]]
