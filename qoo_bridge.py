@@ -1087,31 +1087,19 @@ RULES = (  # in the order of a request's fields; a later rule relies on earlier 
 # -- repairs: a refusal's text -> one change of the context -> the rules once more
 
 class Repair(NamedTuple):
-    """One known refusal, and the context under which the rules mend it; None where it does not."""
+    """One known refusal, and the context under which the rules mend it; the same where they cannot."""
 
     name: str
     why: str
     pattern: re.Pattern[str]
-    apply: Callable[[Context, re.Match[str]], Context | None]
+    apply: Callable[[Context, re.Match[str]], Context]
 
 
-def _drop_named(context: Context, match: re.Match[str]) -> Context | None:
+def _drop_named(context: Context, match: re.Match[str]) -> Context:
     name = re.sub(r"\[\d+\]", "", match[1]).rstrip(".")
-    if name in NEVER_DROPPED or name in context.dropped or name.partition(".")[0] == "input":
-        return None
+    if name in NEVER_DROPPED or name.partition(".")[0] == "input":
+        return context
     return context._replace(dropped=context.dropped | {name})
-
-
-def _force_instructions(context: Context, match: re.Match[str]) -> Context | None:
-    return None if context.force_instructions else context._replace(force_instructions=True)
-
-
-def _be_strict(context: Context, match: re.Match[str]) -> Context | None:
-    return None if context.strict else context._replace(strict=True)
-
-
-def _ask_form(context: Context, match: re.Match[str]) -> Context | None:
-    return None  # the catalogue must be asked: the handler fetches it anew, see FORM_REPAIR
 
 
 FORM_REPAIR = "form"
@@ -1122,13 +1110,15 @@ REPAIRS = (
                       re.IGNORECASE),
            _drop_named),
     Repair("instructions", "empty instructions are sent",
-           re.compile(r"instructions are required", re.IGNORECASE), _force_instructions),
+           re.compile(r"instructions are required", re.IGNORECASE),
+           lambda context, match: context._replace(force_instructions=True)),
     Repair("continuity", "every reasoning item and every item id is dropped",
            re.compile(r"items are not persisted|item with id '[^']*' not found|without its required|"
                       r"invalid_encrypted_content|encrypted content .{0,80}could not be", re.IGNORECASE),
-           _be_strict),
+           lambda context, match: context._replace(strict=True)),
     Repair(FORM_REPAIR, "the model list is fetched anew and the request brought into the form it says",
-           re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE), _ask_form),
+           re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE),
+           lambda context, match: context),  # the handler asks the catalogue, see FORM_REPAIR
 )
 
 
@@ -5487,9 +5477,9 @@ class Bridge:
             return None
         repair, match = found
         repaired = repair.apply(context, match)
-        if repair.name == FORM_REPAIR:
+        if repair.name == FORM_REPAIR and FORM_REPAIR not in record.repairs:
             repaired = self._repair_form(context, record)
-        if repaired is None:
+        if repaired == context:
             return None
         if repaired.dropped != context.dropped:
             self._learn(context.slug, repaired.dropped)
@@ -5497,15 +5487,12 @@ class Bridge:
         self.telemetry.count("repairs", repair=repair.name)
         return repaired
 
-    def _repair_form(self, context: Context, record: Record) -> Context | None:
+    def _repair_form(self, context: Context, record: Record) -> Context:
         """Fetch the model list anew; a repair only if it says something else of the model than before."""
-        if FORM_REPAIR in record.repairs:
-            return None
         self.catalog.fetch_now()
         slug, model = self.catalog.resolve(record.model, self.catalog.listing())
         record.slug = slug
-        repaired = context._replace(slug=slug, model=model)
-        return repaired if repaired != context else None
+        return context._replace(slug=slug, model=model)
 
     def _learn(self, slug: str, dropped: frozenset[str]) -> None:
         """Remember what upstream refused for a model, for so many models as there can be."""
