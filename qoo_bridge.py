@@ -1894,20 +1894,12 @@ class LengthBody:
             self.rest = raw[len(payload):]
         return payload
 
-    def ended(self) -> bool:
-        """Tell whether the connection's end here is the body's end."""
-        return self.done
-
 
 class CloseBody(LengthBody):
     """A body that ends with the connection: a cut cannot be told from an end."""
 
     def __init__(self) -> None:
         super().__init__(1 << 62)
-
-    def ended(self) -> bool:
-        """Take the connection's end for the body's."""
-        return True
 
 
 class ChunkedBody:
@@ -1989,10 +1981,6 @@ class ChunkedBody:
         else:
             self.done = True
             self.rest = raw[end + 2:]
-
-    def ended(self) -> bool:
-        """Tell whether the connection's end here is the body's end."""
-        return self.done
 
 
 def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody:
@@ -3299,15 +3287,13 @@ class Reply:
             except (OSError, MalformedHttp) as exc:
                 self.close()
                 raise BadUpstream(f"upstream broke off within its answer: {describe(exc)}") from exc
-            if not raw:
-                ended = self.body.ended()
-                self.close()
-                if ended:
-                    self.body.done = True
-                    return b""
-                raise BadUpstream("upstream broke off within its answer")
             if payload:
                 return payload
+            if not raw:
+                self.close()
+                if not isinstance(self.body, CloseBody):
+                    raise BadUpstream("upstream broke off within its answer")
+                self.body.done = True
         return b""
 
     def read_all(self, limit: int, seconds: float, client: Peer | None = None) -> bytes:
