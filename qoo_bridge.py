@@ -5189,8 +5189,10 @@ class Bridge:
         """Return the routes: path -> method -> what answers it. HEAD is GET, OPTIONS is answered for all."""
         return {
             "/responses": {"POST": self.post_responses, "GET": self.get_responses},
-            "/chat/completions": {"POST": self.post_chat},
-            "/completions": {"POST": self.post_completions},
+            "/chat/completions": {"POST": functools.partial(
+                self._chat, chat_request, ChatStream, chat_completion, "chatcmpl-")},
+            "/completions": {"POST": functools.partial(
+                self._chat, completion_request, CompletionStream, text_completion, "cmpl-")},
             "/models": {"GET": self.get_models},
             "/healthz": {"GET": self.get_health},
             "/status": {"GET": self.get_status},
@@ -5283,15 +5285,7 @@ class Bridge:
                 self.store.keep_response(owner, response, turn.asked)
 
         copy = EventCopy(exchange.codex, keep) if turn.streamed else FoldCopy(False, keep)
-        fields = downstream_fields(turn.reply.headers)
-        with turn.reply:
-            if turn.streamed:
-                exchange.prepare(200, {**fields, **STREAM_FIELDS}, at_once=True)
-            self._relay(turn.reply, exchange, copy)
-            if turn.streamed:
-                exchange.end()
-            else:
-                exchange.answer_json(200, copy.fold.response(), fields)
+        self._answer(turn, exchange, copy, lambda response: response, at_once=True)
 
     def get_response(self, exchange: Exchange) -> None:
         """Answer a response that is still in the store."""
@@ -5303,16 +5297,8 @@ class Bridge:
 
     # -- /chat/completions, /completions
 
-    def post_chat(self, exchange: Exchange) -> None:
-        """Answer a Chat Completions request, streaming or not."""
-        self._chat(exchange, chat_request, ChatStream, chat_completion, "chatcmpl-")
-
-    def post_completions(self, exchange: Exchange) -> None:
-        """Answer a legacy completion request, streaming or not."""
-        self._chat(exchange, completion_request, CompletionStream, text_completion, "cmpl-")
-
-    def _chat(self, exchange: Exchange, convert: Callable[[Any], Any], stream: type[ChatStream],
-              complete: Callable[..., Any], prefix: str) -> None:
+    def _chat(self, convert: Callable[[Any], Any], stream: type[ChatStream], complete: Callable[..., Any],
+              prefix: str, exchange: Exchange) -> None:
         """Answer a request of another API: converted, sent as a turn, its events folded into that shape."""
         asked: dict[str, Any] = {}
         owner = exchange.record.key
@@ -5330,31 +5316,31 @@ class Bridge:
             self.store.keep_reasoning(owner, response.get("output"))
 
         copy: EventCopy = FoldCopy(False, keep)
-        fields = downstream_fields(turn.reply.headers)
-        with turn.reply:
-            if turn.streamed:
-                chunks = stream(name, created, model, include_usage=wants_usage(asked), **legacy)
-                copy = ChatCopy(chunks, keep)
-                exchange.prepare(200, {**fields, **STREAM_FIELDS})
-            self._relay(turn.reply, exchange, copy)
+        if turn.streamed:
+            copy = ChatCopy(stream(name, created, model, include_usage=wants_usage(asked), **legacy), keep)
+        self._answer(turn, exchange, copy,
+                     lambda response: complete(response, name, created, model, **legacy))
+
+    def _answer(self, turn: Turn, exchange: Exchange, copy: EventCopy,
+                complete: Callable[[dict[str, Any]], dict[str, Any]], at_once: bool = False) -> None:
+        """Answer a turn with its stream, or with the one object that `complete` makes of its response."""
+        record, reply = exchange.record, turn.reply
+        fields = downstream_fields(reply.headers)
+        if turn.streamed:
+            exchange.prepare(200, {**fields, **STREAM_FIELDS}, at_once)
+        with reply:
+            try:
+                relay(reply, exchange, copy, self.config.keepalive, self.config.idle_timeout)
+            finally:
+                self.note_reply(reply)
+                record.events = copy.count
+                final = copy.fold.final or {}
+                record.usage = usage_counts(final.get("response"))
+                record.end = event_type(final).rpartition(".")[2]
             if turn.streamed:
                 exchange.end()
             else:
-                whole = complete(copy.fold.response(), name, created, model, **legacy)
-                exchange.answer_json(200, whole, fields)
-
-    def _relay(self, reply: Reply, exchange: Exchange, copy: EventCopy) -> None:
-        """Copy the reply, and note what the record wants to know of it."""
-        record = exchange.record
-        try:
-            relay(reply, exchange, copy, self.config.keepalive, self.config.idle_timeout)
-        finally:
-            self.note_reply(reply)
-            record.events = copy.count
-            final = copy.fold.final or {}
-            record.usage = usage_counts(final.get("response"))
-            if final:
-                record.end = event_type(final).rpartition(".")[2]
+                exchange.answer_json(200, complete(copy.fold.response()), fields)
 
     def open_turn(self, exchange: Exchange, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> Turn:
         """Read a request, have it prepared, and open its turn upstream.
