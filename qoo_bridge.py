@@ -1506,20 +1506,6 @@ def usage_chat(usage: Object | None) -> Object | None:
     }
 
 
-def _failure(event: Object) -> Object:
-    """Return the OpenAI-shaped error of a `response.failed` or an `error` event, further fields kept."""
-    nested = event.get("error") or typed(event.get("response"), dict).get("error")
-    own = ("type", "sequence_number", "response", "error")
-    error = typed(nested, dict) or {field: event[field] for field in event if field not in own}
-    return {
-        **error,
-        "message": typed(error.get("message"), str) or "upstream failed and gave no reason",
-        "type": typed(error.get("type"), str) or "server_error",
-        "param": error.get("param"),
-        "code": error.get("code"),
-    }
-
-
 class _Fold:
     """Turn Responses events into chat deltas, each piece of text exactly once.
 
@@ -1529,7 +1515,7 @@ class _Fold:
 
     def __init__(self, legacy_functions: bool = False) -> None:
         self.done = False
-        self.failure: Object | None = None
+        self.failed = False
         self.usage: Object | None = None
         self._finish_reason = "stop"
         self._legacy_functions = legacy_functions
@@ -1629,7 +1615,7 @@ class _Fold:
     def _end(self, kind: str, event: Object) -> Iterator[Object]:
         """Take a terminal event, or `error`; other events have no place in a chat."""
         if kind in ("response.failed", "error"):
-            self.done, self.failure = True, _failure(event)
+            self.done = self.failed = True
         if kind not in ("response.completed", "response.incomplete"):
             return
         response = typed(event.get("response"), dict)
@@ -1659,8 +1645,8 @@ def _item_key(event: Object, item: Object) -> int | str:
 class ChatStream(_Fold):
     """Turn Responses events into Chat Completions chunks.
 
-    `done` is set by the terminal event or an `error`; `failure`, where that was one, is the error object to
-    end the stream with. No chunk comes before the first delta, so a failure until then can be an HTTP error.
+    `done` is set by the terminal event or an `error`; `failed`, where that tells of a failure. No chunk comes
+    before the first delta, so a failure until then can be an HTTP error.
     """
 
     kind = "chat.completion.chunk"
@@ -1679,7 +1665,7 @@ class ChatStream(_Fold):
         if self.done:
             return []
         choices = [choice for delta in self._deltas(event) for choice in self._choices(delta)]
-        if self.done and self.failure is None:
+        if self.done and not self.failed:
             choices.append(self._choice({}, self._finish_reason))
         no_usage = {"usage": None} if self._include_usage else {}
         chunks = [{**self._head, "choices": [choice], **no_usage} for choice in choices]
@@ -2364,7 +2350,8 @@ class Fold:
         elif kind in TERMINAL_EVENTS:
             self.final = dict(parsed)
         elif kind == "error":
-            self.error = parsed.get("error") if isinstance(parsed.get("error"), dict) else dict(parsed)
+            flat = {key: value for key, value in parsed.items() if key not in ("type", "sequence_number")}
+            self.error = parsed["error"] if isinstance(parsed.get("error"), dict) else flat
 
     def fill(self) -> bool:
         """Fill the terminal event's empty `output` from the items seen; tell whether anything was filled."""
@@ -2381,19 +2368,20 @@ class Fold:
         self.final["response"] = {**response, "output": items}
         return True
 
-    def response(self) -> dict[str, Any]:
-        """Return the one response object.
+    def failure(self) -> BridgeError:
+        """Return why there is no response: upstream's own error (429, 503, 400, 502), or that it was cut."""
+        if self.final is not None:
+            return failure(typed(self.final.get("response"), dict).get("error"))
+        if self.error is not None:
+            return failure(self.error)
+        return BadUpstream("upstream ended the answer without its terminal event")
 
-        Raises BadUpstream when upstream was cut, and the error that it reported (429, 503, 400, 502).
-        """
-        if self.final is None:
-            raise failure(self.error) if self.error else BadUpstream(
-                "upstream ended the answer without its terminal event")
+    def response(self) -> dict[str, Any]:
+        """Return the one response object. Raises what `failure` returns."""
+        if self.final is None or event_type(self.final) == "response.failed":
+            raise self.failure()
         self.fill()
-        response = typed(self.final.get("response"), dict)
-        if event_type(self.final) == "response.failed":
-            raise failure(response.get("error"))
-        return response
+        return typed(self.final.get("response"), dict)
 
 
 def usage_counts(response: Any) -> dict[str, int]:
@@ -4564,8 +4552,8 @@ class ChatCopy(EventCopy):
                 continue
             self.fold.add(parsed)
             pieces += [b"data: %b\n\n" % dump_json(chunk) for chunk in self.stream.feed(parsed)]
-            if self.stream.failure is not None:
-                raise failure(self.stream.failure)
+            if self.stream.failed:
+                raise self.fold.failure()
             if self.stream.done:
                 self.fold.fill()
                 self._finish()
@@ -4613,8 +4601,7 @@ def relay(reply: Reply, exchange: Exchange, copy: EventCopy, keepalive: float, i
                     exchange.write(ready, last=copy.done)
                     spoken = now
             elif payload is not None:
-                raise failure(copy.fold.error) if copy.fold.error else BadUpstream(
-                    "upstream ended the answer without its terminal event")
+                raise copy.fold.failure()
             elif now - heard >= idle_timeout:
                 raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
             else:
