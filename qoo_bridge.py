@@ -171,16 +171,13 @@ class BridgeError(Exception):
     status = 500
     code = "internal_error"
     type = "server_error"
+    by = "bridge"  # who made it, for x-qoo-bridge-error
 
-    def __init__(self, message: str, param: str | None = None, retry_after: int | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, **headers: object) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.headers: dict[str, str] = {}
-        if retry_after is not None:
-            self.headers["retry-after"] = str(retry_after)
-
-    by = "bridge"  # who made it, for x-qoo-bridge-error
+        self.headers = {name.replace("_", "-"): str(value) for name, value in headers.items()}
 
     def body(self) -> dict[str, Any]:
         """Return the OpenAI-shaped error object."""
@@ -211,8 +208,7 @@ class InvalidKey(BridgeError):
     status, code, type = 401, "invalid_api_key", "authentication_error"
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.headers["www-authenticate"] = 'Bearer realm="qoo-bridge"'
+        super().__init__(message, www_authenticate='Bearer realm="qoo-bridge"')
 
 
 class UpgradeRequired(BridgeError):
@@ -221,8 +217,7 @@ class UpgradeRequired(BridgeError):
     status, code, type = 426, "upgrade_required", "invalid_request_error"
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.headers["sec-websocket-version"] = "13"
+        super().__init__(message, sec_websocket_version="13")
 
 
 class Forbidden(BridgeError):
@@ -5242,9 +5237,8 @@ class Bridge:
             return self.options
         action = methods.get("GET" if method == "HEAD" else method)
         if action is None:
-            error = MethodNotAllowed(f"{path} takes {', '.join(methods)}, not {method}")
-            error.headers["allow"] = allowed_methods(methods)
-            raise error
+            raise MethodNotAllowed(f"{path} takes {', '.join(methods)}, not {method}",
+                                   allow=allowed_methods(methods))
         return action
 
     def _methods(self, path: str) -> dict[str, Callable[[Exchange], None]] | None:
@@ -5464,9 +5458,7 @@ class Bridge:
         """Answer a WebSocket handshake, once the backend has accepted one too; then pass frames on."""
         headers = exchange.head.headers
         if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
-            error = MethodNotAllowed("GET /responses is for WebSockets; POST is for requests")
-            error.headers["allow"] = "POST"
-            raise error
+            raise MethodNotAllowed("GET /responses is for WebSockets; POST is for requests", allow="POST")
         if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
             raise UpgradeRequired("only version 13 of the WebSocket protocol is spoken here")
         if not valid_key(headers.get("sec-websocket-key", "")):
