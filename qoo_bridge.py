@@ -2633,6 +2633,16 @@ class Answer(NamedTuple):
         """Return the body's JSON object; {} when it is none."""
         return typed(read_json(self.body), dict)
 
+    def refusal(self) -> UpstreamRefusal:
+        """Return what it is as a refusal."""
+        return refusal(self.status, self.headers.get("content-type", ""), self.body)
+
+    def good(self) -> dict[str, Any]:
+        """Return a good answer's JSON object. Raises what it is when it is a refusal."""
+        if self.status != 200:
+            raise self.refusal()
+        return self.json()
+
 
 class SignIn(NamedTuple):
     """What auth.json says, checked; `expires` is a Unix time, 0 when it cannot be read."""
@@ -3293,6 +3303,11 @@ class Reply:
             size += len(piece)
         return b"".join(pieces)[:limit]
 
+    def whole(self, limit: int, seconds: float) -> Answer:
+        """Return the answer read whole, and give the connection back. Raises as `read_all` does."""
+        with self:
+            return Answer(self.status, self.headers, self.read_all(limit, seconds))
+
     def finish(self) -> None:
         """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
         if self._closed:
@@ -3379,10 +3394,8 @@ class Upstream:
     def fetch(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
               timeout: float = 10) -> Answer:
         """Make one small exchange, the answer read whole. Raises BadUpstream and UpstreamTimeout."""
-        reply = self.open(method, url, {"accept": "application/json", **fields}, body, timeout=timeout)
-        whole = reply.read_all(MAX_REPLY, timeout)
-        reply.finish()
-        return Answer(reply.status, reply.headers, whole)
+        fields = {"accept": "application/json", **fields}
+        return self.open(method, url, fields, body, timeout=timeout).whole(MAX_REPLY, timeout)
 
     def open_ahead(self, url: str) -> None:
         """Open a connection in the background, so that the next request finds one; one at a time."""
@@ -3568,9 +3581,7 @@ class Listing(NamedTuple):
 
 def read_listing(answer: Answer, created: int) -> Listing:
     """Read upstream's `{"models": [...]}`. Raises BadUpstream when it is something else."""
-    if answer.status != 200:
-        raise refusal(answer.status, answer.headers.get("content-type", ""), answer.body)
-    whole = answer.json()
+    whole = answer.good()
     models = whole.get("models")
     if not isinstance(models, list):
         raise BadUpstream("upstream's model list is not a model list")
@@ -3648,10 +3659,13 @@ class Catalog:
         """Return a version's list if it is at hand, kept fresh by `listing`."""
         return self.listing(version) if version in self._listings else None
 
-    def problem(self, version: str = "") -> BridgeError:
-        """Return why there is no list."""
-        known = self._problem.get(version or self.version)
-        return known or UpstreamTimeout("upstream has not sent its model list yet")
+    def wanted(self, version: str = "", wait: float = CATALOG_WAIT) -> Listing:
+        """Return a version's list, waited for. Raises what it is that there is none."""
+        listing = self.listing(version, wait)
+        if listing is None:
+            problem = self._problem.get(version or self.version)
+            raise problem or UpstreamTimeout("upstream has not sent its model list yet")
+        return listing
 
     def fetch_soon(self, version: str = "") -> None:
         """Fetch in a thread of its own, unless one is at it."""
@@ -5501,8 +5515,7 @@ class Bridge:
     def call(self, method: str, path: str, fields: Mapping[str, str], body: bytes = b"") -> Answer:
         """Make one small call with this host's sign-in, the answer read whole."""
         fields = {"accept": "application/json", **self.identity.fields(), **fields}
-        with self.signed(method, path, fields, body, timeout=10) as reply:
-            return Answer(reply.status, reply.headers, reply.read_all(MAX_REPLY, 10))
+        return self.signed(method, path, fields, body, timeout=10).whole(MAX_REPLY, 10)
 
     def signed(self, method: str, path: str, fields: Mapping[str, str], body: bytes,
                client: Peer | None = None, timeout: float = 0) -> Reply:
@@ -5524,9 +5537,7 @@ class Bridge:
         version = query.get("client_version", [""])[0]
         if version and not re.fullmatch(r"[0-9A-Za-z.-]{1,40}", version):
             raise InvalidRequest("client_version is not a version", "client_version")
-        listing = self.catalog.listing(version, wait=CATALOG_WAIT)
-        if listing is None:
-            raise self.catalog.problem(version)
+        listing = self.catalog.wanted(version)
         value = self.catalog.codex_list(listing) if version else {
             "object": "list", "data": self.catalog.openai_list(listing)}
         body = dump_json(value)
@@ -5543,10 +5554,7 @@ class Bridge:
     def get_model(self, exchange: Exchange) -> None:
         """Answer one model or alias in the OpenAI shape."""
         name = plain_path(exchange.path)[len("/models/"):]
-        listing = self.catalog.listing(wait=CATALOG_WAIT)
-        if listing is None:
-            raise self.catalog.problem()
-        for model in self.catalog.openai_list(listing):
+        for model in self.catalog.openai_list(self.catalog.wanted()):
             if model["id"] == urllib.parse.unquote(name):
                 return exchange.answer_json(200, model)
         raise NotFound(f"there is no model {name!r}")
@@ -6428,18 +6436,11 @@ def ask_issuer(fetch: Fetch, url: str, wish: Mapping[str, str], form: bool = Fal
 
 def texts_of(answer: Answer, *names: str) -> dict[str, str]:
     """Return the texts that an answer must have. Raises its refusal; BadUpstream when one is not there."""
-    texts = {name: text for name, text in good(answer).items()
+    texts = {name: text for name, text in answer.good().items()
              if name in names and isinstance(text, str) and TOKEN.fullmatch(text)}
     if len(texts) < len(names):
         raise BadUpstream(f"the sign-in server's answer does not have {', '.join(names)}")
     return texts
-
-
-def good(answer: Answer) -> dict[str, Any]:
-    """Return a good answer's JSON. Raises what it is when it is a refusal."""
-    if answer.status != 200:
-        raise refusal(answer.status, answer.headers.get("content-type", ""), answer.body)
-    return answer.json()
 
 
 def wait_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
@@ -6524,7 +6525,7 @@ def own_models(config: Config, key: str) -> list[str]:
         answer = ask_own(config, "/v1/models", key)
     except (OSError, http.client.HTTPException) as exc:
         raise BadUpstream(f"no bridge answers on {own_url(config)}: {describe(exc)}") from exc
-    names = [str(model.get("id")) for model in objects(good(answer).get("data"))]
+    names = [str(model.get("id")) for model in objects(answer.good().get("data"))]
     if not names:
         raise BadUpstream(f"{own_url(config)} has no models")
     return names
@@ -6590,7 +6591,7 @@ class Doctor:
 
     def ask(self, path: str) -> dict[str, Any]:
         """Ask upstream with this host's sign-in. Raises BridgeError."""
-        return good(self.bridge.call("GET", path, {}))
+        return self.bridge.call("GET", path, {}).good()
 
 
 def check_python(doctor: Doctor) -> Finding:
@@ -6665,8 +6666,7 @@ def check_tls(doctor: Doctor) -> Finding:
     sock = reply.peer.sock
     secure = isinstance(sock, ssl.SSLSocket)
     text = f"{sock.version()}; the certificate is issued by {issuer_of(sock)}" if secure else "plain http"
-    doctor.stranger = Answer(reply.status, reply.headers, reply.read_all(MAX_ERROR_BODY, 10))
-    reply.finish()
+    doctor.stranger = reply.whole(MAX_ERROR_BODY, 10)
     return Finding("ok" if secure else "none", text)
 
 
@@ -6680,8 +6680,7 @@ def issuer_of(sock: ssl.SSLSocket) -> str:
 
 def check_cloudflare(doctor: Doctor) -> Finding:
     """Check that upstream itself answers, and no web page in its place."""
-    kind = doctor.stranger.headers.get("content-type", "")
-    error = refusal(doctor.stranger.status, kind, doctor.stranger.body)
+    error = doctor.stranger.refusal()
     if error.code == "upstream_web_page" or error.status >= 500:
         return Finding("failed", error.message, "try without VPN or proxy, or later")
     return Finding("ok", f"no page in between ({doctor.stranger.status} to a stranger, as it should be)")
@@ -6701,9 +6700,7 @@ def check_routing(doctor: Doctor) -> Finding:
 def check_models(doctor: Doctor) -> Finding:
     """Check the model list, and what the aliases mean."""
     catalog = doctor.bridge.catalog
-    listing = catalog.listing(wait=2 * CATALOG_WAIT)
-    if listing is None:
-        raise catalog.problem()
+    listing = catalog.wanted(wait=2 * CATALOG_WAIT)
     aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(listing).items())
     return Finding("ok", _printable(f"{len(visible(listing))} models; {aliases}"))
 
@@ -6824,7 +6821,7 @@ def live_turn(url: str, wish: bytes) -> Finding:
     seen: dict[str, float] = {}
     reply = Upstream(10, 60).open("POST", url, {"content-type": "application/json"}, wish, timeout=60)
     if reply.status != 200:
-        raise refusal(reply.status, reply.headers.get("content-type", ""), reply.read_all(MAX_ERROR_BODY, 10))
+        raise reply.whole(MAX_ERROR_BODY, 10).refusal()
     events, fold = Events(), Fold()
     for piece in iter(lambda: reply.read(60) or b"", b""):
         for event in split_events(events.feed(piece)):
