@@ -661,12 +661,6 @@ def read_option(option: Option, given: list[str] | None, environ: Mapping[str, s
     return tuple(values) if option.many else values[-1]
 
 
-def default_auth_file(environ: Mapping[str, str]) -> str:
-    """Return Codex's own auth.json."""
-    home = environ.get("CODEX_HOME") or os.path.join("~", ".codex")
-    return os.path.join(home, "auth.json")
-
-
 def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, str]) -> Config:
     """Build the Config from the command line's words by option name, and the environment.
 
@@ -677,7 +671,7 @@ def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, s
     values["alias"] = {**defaults, **dict(values["alias"])}
     values["limit"] = dict(values["limit"])
     if values["auth_file"] == OPTION["auth_file"].default:
-        values["auth_file"] = default_auth_file(environ)
+        values["auth_file"] = os.path.join(environ.get("CODEX_HOME") or "~/.codex", "auth.json")
     values["auth_file"] = os.path.expanduser(values["auth_file"])
     if not options.get("log_file") and not environ.get(OPTION["log_file"].variable):
         values["log_file"] = os.path.join(os.path.dirname(os.path.abspath(__file__)), values["log_file"])
@@ -2399,9 +2393,9 @@ OP_CONTINUATION, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
 OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA  # control frames: never fragmented, 125 bytes at most
 OPCODES = frozenset((OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
 
-CLOSE_NORMAL, CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1000, 1001, 1002, 1003
+CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1001, 1002, 1003
 CLOSE_NO_STATUS = 1005  # stands for a close frame without a code; never on the wire
-CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_INTERNAL_ERROR, CLOSE_BAD_GATEWAY = 1007, 1009, 1011, 1014
+CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_BAD_GATEWAY = 1007, 1009, 1014
 # What a close frame may say: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 
@@ -3824,13 +3818,9 @@ def check_browser(method: str, headers: Mapping[str, str], policy: Policy) -> No
     if not host_allowed(headers.get("host", "localhost"), policy.hosts):
         raise Forbidden(f"this bridge is not reached as {headers.get('host')!r}; --allow-host adds a name")
     by_browser = origin is not None or any(name.startswith("sec-fetch-") for name in headers)
-    if method == "POST" and by_browser and not is_json(headers):
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and by_browser and kind != "application/json":
         raise Forbidden("a browser's POST must be application/json")
-
-
-def is_json(headers: Mapping[str, str]) -> bool:
-    """Tell whether the content type is JSON."""
-    return headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
@@ -4226,6 +4216,7 @@ def metrics_text(snapshot: Mapping[str, Any]) -> str:
 
 
 # The page holds no value: its script asks for `status` every 2 s and makes text nodes of what it gets.
+# It is the same for everybody, so it can be sent before a key is asked for.
 PAGE_STYLE = """
 :root { color-scheme: light dark; --back: #f7f7f5; --card: #fff; --line: #e4e3de; --text: #21211f;
   --soft: #6b6a65; --fill: #2f6f8f; --warn: #a86400; --bad: #b3362b; --good: #3b7d4f }
@@ -4464,11 +4455,6 @@ PAGE = f"""<!doctype html>
 <pre id="client_config"></pre></section>
 </main><script>{PAGE_SCRIPT}</script></body></html>
 """
-
-
-def status_page() -> bytes:
-    """Return the page. It is the same for everybody, so it can be sent before a key is asked for."""
-    return PAGE.encode()
 
 
 @functools.lru_cache(maxsize=1)
@@ -4936,7 +4922,7 @@ class Exchange:
         if not self._unread:
             return b""
         if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = ChunkedBody() if length < 0 else LengthBody(length)
         pieces: list[bytes] = []
         until = time.monotonic() + BODY_STALL
@@ -4989,7 +4975,7 @@ class Exchange:
         self.end_of_request()
         bare = self._bare or status in (204, 304)
         length = {} if status in (204, 304) else {"content-length": str(len(body))}
-        self._send(self._head(status, {**fields, **length}) + (b"" if bare else body))
+        self.send(self._head(status, {**fields, **length}) + (b"" if bare else body))
         self.record.bytes += 0 if bare else len(body)
 
     def answer_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
@@ -5014,7 +5000,7 @@ class Exchange:
     def begin(self) -> None:
         """Send the head of a stream that is not to wait for its first piece, if it is not out yet."""
         if self.eager and not self.started:
-            self._send(self._stream_head())
+            self.send(self._stream_head())
 
     def write(self, payload: bytes, last: bool = False) -> None:
         """Send a piece of a prepared stream; with the last one its end."""
@@ -5030,26 +5016,26 @@ class Exchange:
         if self._chunked:
             self._ended = last
             payload = b"%x\r\n%b\r\n%b" % (len(payload), payload, LAST_CHUNK if last else b"")
-        self._send(head + payload if head else payload)
+        self.send(head + payload if head else payload)
 
     def write_silence(self, filler: bytes) -> None:
         """Send what keeps a waiting client waiting, if it gets a stream."""
         self.eager = self._prepared is not None
         self.begin()
         if self.started and not self._bare:
-            self._send(chunk(filler) if self._chunked else filler)
+            self.send(chunk(filler) if self._chunked else filler)
 
     def end(self) -> None:
         """Send the end of a stream, if it is not out yet."""
         self.eager = True
         self.begin()
         if self._chunked and not self._ended and not self._bare:
-            self._send(LAST_CHUNK)
+            self.send(LAST_CHUNK)
 
     def start_websocket(self, accept: str, fields: Mapping[str, str]) -> None:
         """Accept a client's WebSocket handshake."""
         self.keep = True  # until here: the head below is no place for `connection: close`
-        self._send(self._head(101, {**fields, "connection": "Upgrade", "upgrade": "websocket",
+        self.send(self._head(101, {**fields, "connection": "Upgrade", "upgrade": "websocket",
                                     "sec-websocket-accept": accept}))
         self.keep = False
 
@@ -5071,7 +5057,8 @@ class Exchange:
         return render_head(f"HTTP/1.1 {status} {reason}", {
             **fields, **self.extra, "x-qoo-bridge-id": self.record.id, **connection}.items())
 
-    def _send(self, payload: bytes) -> None:
+    def send(self, payload: bytes) -> None:
+        """Send bytes to the client. Raises ClientLeft."""
         try:
             self.peer.send(payload, WRITE_TIMEOUT)
         except OSError as exc:
@@ -5172,7 +5159,8 @@ class Bridge:
         self.catalog = Catalog(self._fetch_models, config.alias, config.client_version)
         self.budget = Budget(MAX_BODIES)
         self.store = Store(STORE_SIZE)
-        self.policy = Policy(config.allow, config.allow_origin, own_names(config.allow_host))
+        hosts = (socket.gethostname(), *config.allow_host)
+        self.policy = Policy(config.allow, config.allow_origin, tuple(map(str.lower, hosts)))
         self.key_ring = KeyRing(config.api_key, config.api_key_file)
         self.limits = Limits(config.limit)
         self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
@@ -5606,7 +5594,7 @@ class Bridge:
             "content-type": "text/html; charset=utf-8", "content-security-policy": page_csp(),
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
             "cache-control": "no-store",
-        }, status_page())
+        }, PAGE.encode())
 
     def pass_on(self, exchange: Exchange) -> None:
         """Pass a side request on with this host's sign-in, and its answer back as it comes."""
@@ -5626,7 +5614,10 @@ class Bridge:
         exchange.let_go(self.budget)
         with reply:
             exchange.prepare(reply.status, downstream_fields(reply.headers))
-            self._copy_bytes(reply, exchange)
+            while piece := reply.read(self.config.idle_timeout, exchange.peer):
+                exchange.write(piece)
+            if piece is None:
+                raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
             exchange.end()
 
     def _without_alias(self, body: bytes) -> bytes:
@@ -5636,16 +5627,6 @@ class Bridge:
             return body
         slug, _ = self.catalog.resolve(request["model"], self.catalog.listing(wait=CATALOG_WAIT))
         return encode({**request, "model": slug})
-
-    def _copy_bytes(self, reply: Reply, exchange: Exchange) -> None:
-        """Copy a body that is not looked into."""
-        while True:
-            piece = reply.read(self.config.idle_timeout, exchange.peer)
-            if piece is None:
-                raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
-            if not piece:
-                return
-            exchange.write(piece)
 
     # -- beside the requests
 
@@ -5713,11 +5694,6 @@ def allowed_methods(methods: Iterable[str]) -> str:
     return ", ".join([*listed, *(["HEAD"] if "GET" in listed else []), "OPTIONS"])
 
 
-def own_names(further: Iterable[str]) -> tuple[str, ...]:
-    """Return the Host names of this bridge: this host's, and those given."""
-    return (socket.gethostname().lower(), *(name.lower() for name in further))
-
-
 class Pending:
     """One response.create that is being answered."""
 
@@ -5764,7 +5740,7 @@ class Socket:
                     self._end(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
                 elif now - max(heard, pinged) >= self._bridge.config.keepalive:
                     pinged = now  # whatever the client does: its own frames tell nothing of upstream
-                    self._to_client(encode_frame(OP_PING, b""))
+                    self._exchange.send(encode_frame(OP_PING, b""))
                     self._to_upstream(OP_PING, b"")
                 if ours and self._open:
                     self._take(self._client, self._from_client, self._client_message)
@@ -5814,7 +5790,7 @@ class Socket:
         if message.opcode == OP_TEXT:
             self._client_text(message.payload)
         elif message.opcode == OP_PING:
-            self._to_client(encode_frame(OP_PONG, message.payload))
+            self._exchange.send(encode_frame(OP_PONG, message.payload))
         elif message.opcode == OP_CLOSE:
             self._left = "client-left"
             code, reason = parse_close(message.payload)
@@ -5880,7 +5856,7 @@ class Socket:
         record.error_by, record.error_code = error.by, error.code
         record.total = time.monotonic() - record.started
         event = {"type": "error", "status": error.status, **error.body()}
-        self._to_client(encode_frame(OP_TEXT, dump_json(event)))
+        self._exchange.send(encode_frame(OP_TEXT, dump_json(event)))
         self._finish(record)
 
     # -- upstream -> client
@@ -5894,13 +5870,13 @@ class Socket:
             code, reason = parse_close(message.payload)
             self._end(code, code, reason)
         elif message.opcode == OP_BINARY:
-            self._to_client(message.frames)
+            self._exchange.send(message.frames)
 
     def _upstream_text(self, message: Message) -> None:
         """Pass an event on as it came; look into those that matter."""
         pending = self._pending[0] if self._pending else None
         if pending is None:
-            self._to_client(message.frames)
+            self._exchange.send(message.frames)
             return
         pending.record.events += 1
         if not NOTABLE_FRAME.search(message.payload):
@@ -5923,7 +5899,7 @@ class Socket:
             record.first_byte = time.monotonic() - record.started
             pending.frame = None
         record.bytes += len(frames)
-        self._to_client(frames)
+        self._exchange.send(frames)
 
     def _repair(self, pending: Pending, event: dict[str, Any]) -> bool:
         """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
@@ -5964,12 +5940,6 @@ class Socket:
 
     # -- both ways
 
-    def _to_client(self, frames: bytes) -> None:
-        try:
-            self._client.send(frames, WRITE_TIMEOUT)
-        except OSError as exc:
-            raise ClientLeft("left") from exc
-
     def _to_upstream(self, opcode: int, payload: bytes) -> None:
         self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
 
@@ -5979,7 +5949,7 @@ class Socket:
         with contextlib.suppress(OSError):
             self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
         with contextlib.suppress(ClientLeft):
-            self._to_client(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
+            self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
 
 
 NOTABLE_FRAME = re.compile(NOTABLE.pattern + rb'|"type" ?: ?"error"')
@@ -6124,8 +6094,6 @@ class Server(http.server.ThreadingHTTPServer):
     `_lock` guards the connections; the idle ones are kept connections between two requests, oldest first.
     """
 
-    daemon_threads = True
-    block_on_close = False  # our own drain is bounded
     request_queue_size = 1024  # connections that wait to be accepted
     allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
 
@@ -7068,19 +7036,13 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         """Log nothing: the bridge does."""
 
 
-class DemoBackend(socketserver.ThreadingTCPServer):
-    """The demo's backend, on a loopback port of its own."""
-
-    daemon_threads = True
-    block_on_close = False
-
-
 def demo(config: Config, words: argparse.Namespace) -> int:
     """Serve with the demo's backend until SIGTERM or Ctrl-C; its made-up sign-in goes at the end."""
     import tempfile  # late: only this command and a refresh want it
 
     with tempfile.TemporaryDirectory(prefix="qoo-demo-") as folder, \
-            DemoBackend(("127.0.0.1", 0), DemoHandler) as backend:
+            socketserver.ThreadingTCPServer(("127.0.0.1", 0), DemoHandler) as backend:
+        backend.daemon_threads = True
         auth_file = os.path.join(folder, "auth.json")
         write_private(auth_file, demo_sign_in())
         threading.Thread(target=backend.serve_forever, name="demo", daemon=True).start()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import qoo_bridge
-from qoo_bridge import Record, Telemetry, log_line, metrics_text, page_csp, parse_rate_limits, status_page
+from qoo_bridge import PAGE, Record, Telemetry, log_line, metrics_text, page_csp, parse_rate_limits
 
 NOW = 1_795_384_800.0  # a whole minute
 HOSTILE_TEXTS = [
@@ -481,7 +481,7 @@ class Markup(HTMLParser):
         self.inside = ""
         self.texts: dict[str, str] = {}
         self.attributes: list[tuple[str, str]] = []
-        self.feed(status_page().decode())
+        self.feed(PAGE)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.inside = tag
