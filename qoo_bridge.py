@@ -789,15 +789,20 @@ def message_item(role: str, text: str) -> dict[str, Any]:
     return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
 
 
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return an object less some of its fields; the same object when it has none of them."""
+    if fields.keys().isdisjoint(names):
+        return fields
+    return {key: value for key, value in fields.items() if key not in names}
+
+
 REMOVED = object()  # stands for an item that goes
 
 
-def map_items(request: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    """Change each input item; REMOVED takes it out. The same request comes back when all stay the same."""
-    items = request.get("input")
-    if not isinstance(items, list):
-        return request
-    changed = [change(item) for item in items]
+def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Change each object in the input; REMOVED takes it out. The same request comes back when all stay."""
+    items = typed(request.get("input"), list)
+    changed = [change(item) if isinstance(item, dict) else item for item in items]
     if not any(map(operator.is_not, changed, items)):
         return request
     return {**request, "input": [item for item in changed if item is not REMOVED]}
@@ -805,19 +810,16 @@ def map_items(request: dict[str, Any], change: Callable[[Any], Any]) -> dict[str
 
 def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Name the type of items that are messages by their `role` and `content` only."""
-    def change(item: Any) -> Any:
-        if isinstance(item, dict) and item.get("type") is None and "role" in item and "content" in item:
-            return {**item, "type": "message"}
-        return item
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        bare = item.get("type") is None and "role" in item and "content" in item
+        return {**item, "type": "message"} if bare else item
     return map_items(request, change)
 
 
 def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Give system messages the developer role, in place."""
-    def change(item: Any) -> Any:
-        if isinstance(item, dict) and item.get("role") == "system":
-            return {**item, "role": "developer"}
-        return item
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        return {**item, "role": "developer"} if item.get("role") == "system" else item
     return map_items(request, change)
 
 
@@ -846,8 +848,7 @@ def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any
     unwanted = UNSUPPORTED | context.dropped
     if not context.websocket:
         unwanted |= {"previous_response_id"}  # fine on a WebSocket; over HTTP answered from our own store
-    for name in unwanted.intersection(request):
-        request = {key: value for key, value in request.items() if key != name}
+    request = without(request, *unwanted)
     for path in context.dropped:
         if "." in path:
             request = drop_path(request, path.split("."))
@@ -859,7 +860,7 @@ def drop_path(value: Any, path: list[str]) -> Any:
     if not isinstance(value, dict) or path[0] not in value:
         return value
     if len(path) == 1:
-        return {key: kept for key, kept in value.items() if key != path[0]}
+        return without(value, path[0])
     inner = drop_path(value[path[0]], path[1:])
     return value if inner is value[path[0]] else {**value, path[0]: inner}
 
@@ -874,7 +875,7 @@ def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any
     known = context.model.tiers if context.model else None
     if tier == "default" or (tier == "priority" and (known is None or tier in known)):
         return request if tier == request["service_tier"] else {**request, "service_tier": tier}
-    return {key: value for key, value in request.items() if key != "service_tier"}
+    return without(request, "service_tier")
 
 
 def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -898,44 +899,30 @@ def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]
 
     A reasoning item with its ciphertext is whole and stays: the ciphertext is bound to the id (WIRE 4).
     """
-    def dangling(item: Any) -> bool:
-        if not isinstance(item, dict):
-            return False
+    def dangling(item: dict[str, Any]) -> bool:
         if item.get("type") == "reasoning":
             return context.strict or not item.get("encrypted_content")
         return item.get("type") == "item_reference"
 
-    def kept(item: Any) -> Any:
+    def change(item: dict[str, Any]) -> Any:
         if dangling(item):
             return REMOVED
-        if not isinstance(item, dict) or "id" not in item:
-            return item
-        if not context.strict and not demands_reasoning(item):
-            return item
-        return {key: value for key, value in item.items() if key != "id"}
+        kind = typed(item.get("type"), str)
+        # A message's or a call's id can demand the reasoning item before it.
+        if context.strict or kind == "message" or kind.endswith(("_call", "_output")):
+            return without(item, "id")
+        return item
 
-    items = request.get("input")
-    if not isinstance(items, list) or not (context.strict or any(map(dangling, items))):
-        return request
-    return map_items(request, kept)
-
-
-def demands_reasoning(item: dict[str, Any]) -> bool:
-    """Tell whether an item is a message or a call, whose id can demand the reasoning item before it."""
-    kind = item.get("type")
-    return isinstance(kind, str) and (kind == "message" or kind.endswith(("_call", "_output")))
+    wanted = context.strict or any(map(dangling, objects(request.get("input"))))
+    return map_items(request, change) if wanted else request
 
 
 def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Drop item ids that are too long or have another type's prefix; never rewrite one."""
-    def change(item: Any) -> Any:
-        if not isinstance(item, dict) or "id" not in item:
-            return item
-        kind, name = item.get("type"), item["id"]
-        prefix = ID_PREFIXES.get(kind, "") if isinstance(kind, str) else ""
-        if isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix):
-            return item
-        return {key: value for key, value in item.items() if key != "id"}
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        name, prefix = item.get("id"), ID_PREFIXES.get(typed(item.get("type"), str), "")
+        good = isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix)
+        return item if good else without(item, "id")
     return map_items(request, change)
 
 
@@ -998,7 +985,7 @@ def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     if not isinstance(request.get("tools") or [], list) or not isinstance(reasoning, dict) \
             or not isinstance(instructions, str):
         return request  # mistyped: upstream's refusal says so
-    form = {key: value for key, value in request.items() if key not in ("tools", "instructions")}
+    form = {**without(request, "tools", "instructions")}
     items = list(request.get("input", []))
     tools, items = gather_tools(items, request.get("tools") or [])
     if instructions:
@@ -1048,7 +1035,7 @@ def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     if carrier is not None and isinstance(carrier.get("tools"), list):
         form["tools"], form["input"] = carrier["tools"], items
     if marked:
-        form["client_metadata"] = {key: value for key, value in metadata.items() if key != LITE_METADATA}
+        form["client_metadata"] = without(metadata, LITE_METADATA)
     plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
     return plain
 
@@ -2339,7 +2326,7 @@ class Fold:
         elif kind in TERMINAL_EVENTS:
             self.final = dict(parsed)
         elif kind == "error":
-            flat = {key: value for key, value in parsed.items() if key not in ("type", "sequence_number")}
+            flat = without(dict(parsed), "type", "sequence_number")
             self.error = parsed["error"] if isinstance(parsed.get("error"), dict) else flat
 
     def fill(self) -> bool:
@@ -4815,12 +4802,11 @@ class Store:
             total, earlier = self._replay(owner, request["previous_response_id"])
             items = request.get("input", [])
             items = [message_item("user", items)] if isinstance(items, str) else items
-            request = {**{key: kept for key, kept in request.items() if key != "previous_response_id"},
-                       "input": [*earlier, *items]}
+            request = {**without(request, "previous_response_id"), "input": [*earlier, *items]}
         placed: dict[str, int] = {}  # by item id, its size: each is put in place once
 
-        def dereference(item: Any) -> Any:
-            if not isinstance(item, dict) or item.get("type") != "item_reference":
+        def dereference(item: dict[str, Any]) -> Any:
+            if item.get("type") != "item_reference":
                 return item
             size, known = self.sized(owner, "item", item.get("id"))
             if known is None:
@@ -5848,7 +5834,7 @@ class Socket:
         earlier = self._chains.get(str(frame.get("previous_response_id")), {})
         pending.given = {**earlier, **given}
         known = {key for key in given if earlier.get(key) == given[key]}
-        return {key: kept for key, kept in frame.items() if key not in known} if known else frame
+        return without(frame, *known)
 
     def _refuse(self, record: Record, error: BridgeError) -> None:
         """Answer a frame that is not sent on with an `error` frame."""
