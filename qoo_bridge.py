@@ -2198,11 +2198,6 @@ class Events:
         self._size = 0  # of those parts, in bytes
         self._carriage = False  # a CR was seen: lines may end in other ways than LF
 
-    @property
-    def partial(self) -> bool:
-        """Tell whether an event has begun and not ended."""
-        return self._size > 0
-
     def feed(self, payload: bytes) -> bytes:
         """Return the bytes of all events that are whole now, as they came.
 
@@ -2764,6 +2759,15 @@ def write_private(path: str, content: Mapping[str, Any]) -> None:
         raise
 
 
+def file_signature(path: str) -> Any:
+    """Return what changes when a file does; None when it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 class Credentials:
     """This host's sign-in: read when the file changes, refreshed when it must be.
 
@@ -2833,24 +2837,16 @@ class Credentials:
 
     def _read(self) -> None:
         """Read the file if it changed; one that is torn or gone is read again for TORN_SECONDS."""
-        signature = self._signature()
+        signature = file_signature(self.path)
         if signature == self.seen:
             return
         until = time.monotonic() + TORN_SECONDS
         problem = self._read_once(signature)
         while problem and (signature or self._sign_in) and time.monotonic() < until:
             time.sleep(0.005)
-            signature = self._signature()
+            signature = file_signature(self.path)
             problem = self._read_once(signature)
         self.seen, self._problem = signature, problem
-
-    def _signature(self) -> Any:
-        """Return what changes when the file does; None when it is not there."""
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read_once(self, signature: Any) -> str:
         """Read the file into the fields; return what is wrong with it, "" when nothing is."""
@@ -2938,7 +2934,7 @@ class Credentials:
             log.error("the new sign-in cannot be written to %s (%s): it is kept until this bridge ends",
                       self.path, exc.strerror)
         self._content, self._sign_in, self._problem = content, sign_in, ""
-        self.seen = self._signature()
+        self.seen = file_signature(self.path)
         return sign_in
 
 
@@ -4298,12 +4294,11 @@ function result(row) {
 function tiles(s) {
   const tile = (title, value, note, look) =>
     el("p", "", el("span", "soft", title), el("b", look, value), el("span", "soft", note));
-  const sum = s.totals, sign = s.sign_in || {}, hour = s.hour.reduce((n, minute) => n + minute.requests, 0);
+  const sum = s.totals, sign = s.sign_in, hour = s.hour.reduce((n, minute) => n + minute.requests, 0);
   const left = typeof sign.expires_in !== "number" ? "" :
     sign.expires_in > 0 ? "token good for " + span(sign.expires_in) : "token expired";
-  const good = sign.state === "ok", state = good ? "signed in" : sign.state || "unknown";
-  const notes = [sign.plan, sign.account, left, sign.message].filter(Boolean).join(" · ");
-  put("tiles", tile("Sign-in", state, notes, good ? "good" : sign.state ? "bad" : ""),
+  const good = sign.state === "ok", notes = [sign.plan, left, sign.message].filter(Boolean).join(" · ");
+  put("tiles", tile("Sign-in", good ? "signed in" : sign.state, notes, good ? "good" : "bad"),
     tile("Running", s.open.length, "now"),
     tile("Requests", whole.format(sum.requests), whole.format(hour) + " in the last hour"),
     tile("Errors", whole.format(sum.failed_requests), percent(sum.failed_requests, sum.requests)),
@@ -4349,10 +4344,8 @@ function plot(title, minutes, column, errors) {
     shape("svg", {viewBox: "0 0 600 100", preserveAspectRatio: "none"}, ...bars));
 }
 function catalog(c) {
-  const names = Array.isArray(c.models) ? c.models.map(m => m.slug || m) : [];
-  const aliases = Object.entries(c.aliases || {}).map(([name, slug]) => name + " → " + slug);
-  const age = typeof c.age === "number" ? "fetched " + span(c.age) + " ago" : "";
-  put("catalog", el("p", "", names.join(", ")), el("p", "", aliases.join(", ")), el("small", "soft", age));
+  const aliases = Object.entries(c.aliases).map(([name, slug]) => name + " → " + slug);
+  put("catalog", el("p", "", c.models.join(", ")), el("p", "", aliases.join(", ")));
 }
 function render(s) {
   const count = name => row => whole.format(row[name]), tokens = name => row => short.format(row[name]);
@@ -4375,10 +4368,8 @@ function render(s) {
     ["Total", "n", row => span(row.total)], ["Tokens", "n wide", used], ["Result", "", result]);
   table("errors", "No errors.", s.errors, ["By", "", row => row.by], ["Code", "any", row => row.code],
     ["Count", "n", count("count")]);
-  $("models").hidden = !s.catalog;
-  if (s.catalog) catalog(s.catalog);
-  $("config").hidden = !s.client_config;
-  put("client_config", s.client_config || "");
+  catalog(s.catalog);
+  put("client_config", s.client_config);
 }
 
 function ask(why) {
@@ -4437,8 +4428,8 @@ PAGE = f"""<!doctype html>
 <section><h2>Clients</h2><div id="clients"></div></section>
 <section class="all"><h2>Recent requests</h2><div id="recent"></div></section>
 <section><h2>Errors</h2><div id="errors"></div></section>
-<section id="models"><h2>Models</h2><div id="catalog"></div></section>
-<section id="config" class="all"><h2 class="pair">For a new client <button id="copy">Copy</button></h2>
+<section><h2>Models</h2><div id="catalog"></div></section>
+<section class="all"><h2 class="pair">For a new client <button id="copy">Copy</button></h2>
 <pre id="client_config"></pre></section>
 </main><script>{PAGE_SCRIPT}</script></body></html>
 """
@@ -4645,10 +4636,9 @@ class KeyRing:
             return self._given
         with self._lock:
             try:
-                found = os.stat(self._path)
-                signature = found.st_mtime_ns, found.st_size, found.st_ino
-                if signature != self.seen:
-                    self._read(found.st_mode)
+                signature = file_signature(self._path)
+                if signature is None or signature != self.seen:
+                    self._read()
                     self.seen = signature
             except (OSError, ValueError) as exc:
                 reason = exc.strerror if isinstance(exc, OSError) else str(exc)
@@ -4658,9 +4648,10 @@ class KeyRing:
                 log.error("%s cannot be read (%s): the keys read before stay", self._path, reason)
             return self._given + self._from_file
 
-    def _read(self, mode: int) -> None:
+    def _read(self) -> None:
         with open(self._path, encoding="utf-8") as file:
             self._from_file = read_key_file(file.read())
+            mode = os.fstat(file.fileno()).st_mode
         if os.name == "posix" and mode & 0o077:
             log.warning("others on this host can read %s: chmod 600 it", self._path)
 
@@ -4869,6 +4860,14 @@ def anchor(item: Any) -> str:
     return f"text {stable_id(text)}" if text else ""
 
 
+def plain_path(path: str) -> str:
+    """Return a path without `/v1` (once or twice) and without a slash at its end."""
+    for _ in range(2):
+        if path == "/v1" or path.startswith("/v1/"):
+            path = path[3:]
+    return path.removesuffix("/") or "/"
+
+
 class Exchange:
     """One request of a client, and the answer to it."""
 
@@ -4879,7 +4878,8 @@ class Exchange:
         self.record = record
         self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
         self.finish = finish  # takes the record of a request that has ended
-        self.path, _, self.query = head.target.partition("?")
+        path, _, self.query = head.target.partition("?")
+        self.path = plain_path(path)
         self.codex = is_codex(head.headers)
         self.keep = keeps_alive(head.minor, head.headers)
         self.started = False  # the answer's first byte is out
@@ -5215,12 +5215,12 @@ class Bridge:
         preflight = method == "OPTIONS" and "access-control-request-method" in headers
         check_browser(method, headers, self.policy)
         exchange.extra.update(cors_fields(headers, self.policy, preflight))
-        path = plain_path(exchange.path)
+        path = exchange.path
         methods = self._methods(path)
         if self.key_ring.locked and not preflight and path not in PUBLIC:
             exchange.record.key = check_key(headers, self.key_ring.keys())
         if methods is None:
-            raise NotFound(f"there is nothing at {exchange.path!r}")
+            raise NotFound(f"there is nothing at {exchange.record.path!r}")
         if method == "OPTIONS":
             return self.options
         action = methods.get("GET" if method == "HEAD" else method)
@@ -5238,7 +5238,7 @@ class Bridge:
 
     def options(self, exchange: Exchange) -> None:
         """Answer OPTIONS, a browser's preflight among them."""
-        methods = self._methods(plain_path(exchange.path)) or {}
+        methods = self._methods(exchange.path) or {}
         exchange.answer(204, {"allow": allowed_methods(methods)}, b"")
 
     # -- /responses
@@ -5258,7 +5258,7 @@ class Bridge:
 
     def get_response(self, exchange: Exchange) -> None:
         """Answer a response that is still in the store."""
-        name = plain_path(exchange.path)[len("/responses/"):]
+        name = exchange.path[len("/responses/"):]
         response = self.store.get(exchange.record.key, "response", name)
         if response is None:
             raise NotFound(f"there is no response {name!r} (any more): the last ones are kept in memory only")
@@ -5527,7 +5527,7 @@ class Bridge:
 
     def get_model(self, exchange: Exchange) -> None:
         """Answer one model or alias in the OpenAI shape."""
-        name = plain_path(exchange.path)[len("/models/"):]
+        name = exchange.path[len("/models/"):]
         for model in self.catalog.openai_list(self.catalog.wanted()):
             if model["id"] == urllib.parse.unquote(name):
                 return exchange.answer_json(200, model)
@@ -5535,7 +5535,7 @@ class Bridge:
 
     def get_client_config(self, exchange: Exchange) -> None:
         """Answer what to paste on another machine, as text."""
-        kind = plain_path(exchange.path).rpartition("/")[2]
+        kind = exchange.path.rpartition("/")[2]
         text = self._client_config(kind, exchange)
         exchange.answer(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
 
@@ -5584,7 +5584,7 @@ class Bridge:
 
     def pass_on(self, exchange: Exchange) -> None:
         """Pass a side request on with this host's sign-in, and its answer back as it comes."""
-        method, path = SIDE_ROUTES[plain_path(exchange.path)]
+        method, path = SIDE_ROUTES[exchange.path]
         body = exchange.read_body(self.config.max_body, self.budget) if method == "POST" else b""
         headers = exchange.head.headers
         session = client_session(headers) or stable_id(exchange.record.client)
@@ -5664,14 +5664,6 @@ def side_url(base: str, path: str) -> str:
     """Return an upstream address: below the base, or at its origin for a path from `/backend-api/` on."""
     parts = urllib.parse.urlsplit(base)
     return f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/backend-api/") else base + path
-
-
-def plain_path(path: str) -> str:
-    """Return a path without `/v1` (once or twice) and without a slash at its end."""
-    for _ in range(2):
-        if path == "/v1" or path.startswith("/v1/"):
-            path = path[3:]
-    return path.removesuffix("/") or "/"
 
 
 def allowed_methods(methods: Iterable[str]) -> str:
@@ -6549,10 +6541,9 @@ class Doctor:
 
 
 def check_python(doctor: Doctor) -> Finding:
-    """Check the interpreter."""
+    """Name the interpreter."""
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("ok" if sys.version_info >= (3, 9) else "failed",
-                   f"{version}, {ssl.OPENSSL_VERSION}, {sys.platform}", "install Python 3.9 or newer")
+    return Finding("ok", f"{version}, {ssl.OPENSSL_VERSION}, {sys.platform}")  # an older one ends at import
 
 
 def check_file(doctor: Doctor) -> Finding:

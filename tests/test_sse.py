@@ -52,7 +52,7 @@ def test_nothing_is_lost_or_kept_back(endings: tuple[bytes, ...]) -> None:
     for pieces in cuts(raw):
         events = q.Events()
         fed = [events.feed(piece) for piece in pieces]
-        assert not events.partial
+        assert events._size == 0
         assert b"".join(fed) == raw
         assert b"".join(piece for whole in fed for piece in q.split_events(whole)) == raw
 
@@ -62,21 +62,21 @@ def test_an_event_is_given_with_its_last_byte(end: bytes) -> None:
     events = q.Events()
     event = b"data: 1" + end + end
     for _ in range(3):
-        assert [events.feed(event[:5]), events.partial] == [b"", True]
-        assert [events.feed(event[5:-1]), events.partial] == [b"", True]
-        assert [events.feed(event[-1:]), events.partial] == [event, False]
+        assert [events.feed(event[:5]), events._size > 0] == [b"", True]
+        assert [events.feed(event[5:-1]), events._size > 0] == [b"", True]
+        assert [events.feed(event[-1:]), events._size > 0] == [event, False]
 
 
 def test_what_follows_a_whole_event_is_kept() -> None:
     events = q.Events()
     assert events.feed(b"data: 1\n\ndata: 2\n\ndata") == b"data: 1\n\ndata: 2\n\n"
-    assert events.partial
+    assert events._size > 0
     assert events.feed(b"") == b""
     assert events.feed(b": 3\n") == b""
     assert events.feed(b"\ndata: 4\n") == b"data: 3\n\n"
     assert events.feed(b"\n\n: 5\n\n: 6") == b"data: 4\n\n\n: 5\n\n"
     assert events.feed(b"\r\n\r\n: 7\r\n\r\n: 8") == b": 6\r\n\r\n: 7\r\n\r\n"
-    assert events.partial
+    assert events._size > 0
 
 
 def test_a_whole_event_does_not_wait_for_the_next_ones_last_byte() -> None:
@@ -90,14 +90,14 @@ def test_one_line_end_is_no_blank_line() -> None:
         for pieces in cuts(b"data: 1" + end + b"data: 2" + end, 3):
             events = q.Events()
             assert b"".join(map(events.feed, pieces)) == b""
-            assert events.partial
+            assert events._size > 0
 
 
 def test_one_byte_is_a_part_of_an_event() -> None:
     events = q.Events()
-    assert not events.partial
+    assert events._size == 0
     events.feed(b"d")
-    assert events.partial
+    assert events._size > 0
 
 
 @pytest.mark.parametrize("raw", [b"x" * 101, b"data: 1\n\n" + b"x" * 101, b"x\r\n" * 40])
@@ -113,7 +113,7 @@ def test_an_event_up_to_the_limit_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     for pieces in cuts(b"x" * 100):
         events = q.Events()
         assert b"".join(map(events.feed, pieces)) == b""
-        assert events.partial
+        assert events._size > 0
 
 
 def test_many_small_events_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
