@@ -3636,9 +3636,9 @@ class Catalog:
         """Return a version's list if it is at hand, kept fresh by `listing`."""
         return self.listing(version) if version in self._listings else None
 
-    def wanted(self, version: str = "", wait: float = CATALOG_WAIT) -> Listing:
+    def wanted(self, version: str = "") -> Listing:
         """Return a version's list, waited for. Raises what it is that there is none."""
-        listing = self.listing(version, wait)
+        listing = self.listing(version, CATALOG_WAIT)
         if listing is None:
             problem = self._problem.get(version or self.version)
             raise problem or UpstreamTimeout("upstream has not sent its model list yet")
@@ -6645,7 +6645,7 @@ def check_routing(doctor: Doctor) -> Finding:
 def check_models(doctor: Doctor) -> Finding:
     """Check the model list, and what the aliases mean."""
     catalog = doctor.bridge.catalog
-    listing = catalog.wanted(wait=2 * CATALOG_WAIT)
+    listing = catalog.wanted()
     aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(listing).items())
     return Finding("ok", _printable(f"{len(visible(listing))} models; {aliases}"))
 

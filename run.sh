@@ -129,6 +129,7 @@ serve_litellm() {
     yaml=$here/litellm.yaml
     log=$here/litellm.log
     write_litellm_yaml "$@" || return 0
+    kill -0 $$ 2>/dev/null || return 0  # the bridge has ended: another one may have told the models
     # Without the variable, each start waits for a price list from GitHub.
     LITELLM_LOCAL_MODEL_COST_MAP=${LITELLM_LOCAL_MODEL_COST_MAP:-True} \
         "$litellm" --host 0.0.0.0 --port 4000 --config "$yaml" >"$log" 2>&1 &
