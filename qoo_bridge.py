@@ -2671,9 +2671,12 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
 
 
-def login_hint() -> str:
-    """Say what a person does about a missing or dead sign-in."""
-    return f"run `codex login` on {socket.gethostname()}, or `python3 qoo_bridge.py login`"
+def login_hint(path: str) -> str:
+    """Say what a person does about a missing or dead sign-in in a file; Codex writes its own one only."""
+    host, home, path = socket.gethostname(), os.environ.get("CODEX_HOME") or "~/.codex", os.path.abspath(path)
+    if path == os.path.abspath(os.path.join(os.path.expanduser(home), "auth.json")):
+        return f"run `codex login` on {host}, or `python3 qoo_bridge.py login`"
+    return f"run `python3 qoo_bridge.py login --auth-file {path}` on {host}"
 
 
 def read_sign_in(content: Any, path: str) -> SignIn:
@@ -2682,13 +2685,13 @@ def read_sign_in(content: Any, path: str) -> SignIn:
     Raises NotSignedIn, which says what is wrong and what to do.
     """
     if not isinstance(content, dict):
-        raise NotSignedIn(f"{path} does not hold a JSON object; {login_hint()}")
+        raise NotSignedIn(f"{path} does not hold a JSON object; {login_hint(path)}")
     mode, tokens = content.get("auth_mode"), typed(content.get("tokens"), dict)
     if mode is not None and not (isinstance(mode, str) and mode.lower().startswith("chatgpt")):
-        raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {login_hint()}")
+        raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {login_hint(path)}")
     access = typed(tokens.get("access_token"), str)
     if not TOKEN.fullmatch(access):
-        raise NotSignedIn(f"{path} holds no ChatGPT access token; {login_hint()}")
+        raise NotSignedIn(f"{path} holds no ChatGPT access token; {login_hint(path)}")
     refresh = typed(tokens.get("refresh_token"), str)
     claims = typed(jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM), dict)
     accounts = [account for account in (tokens.get("account_id"), claims.get("chatgpt_account_id"))
@@ -2853,7 +2856,8 @@ class Credentials:
         self._torn = False
         if signature is None:
             return (f"not signed in: there is no {self.path}, or the system keyring holds the sign-in "
-                    f"(`cli_auth_credentials_store = \"file\"` in config.toml changes that); {login_hint()}")
+                    "(`cli_auth_credentials_store = \"file\"` in config.toml changes that); "
+                    + login_hint(self.path))
         try:
             with open(self.path, "rb") as file:
                 content = json.loads(file.read(MAX_REPLY))
@@ -2862,7 +2866,7 @@ class Credentials:
             return f"{self.path} cannot be read: {exc.strerror}"
         except (ValueError, RecursionError):
             self._torn = True
-            return f"{self.path} is empty or not whole JSON; {login_hint()}"
+            return f"{self.path} is empty or not whole JSON; {login_hint(self.path)}"
         except NotSignedIn as exc:
             return exc.message
         self._content, self._sign_in = content, sign_in
@@ -2875,7 +2879,7 @@ class Credentials:
             return now  # another thread was first
         if held.refresh_token in self._dead or not held.refresh_token:
             known = self._dead.get(held.refresh_token)
-            raise NotSignedIn(known or f"the sign-in has expired; {login_hint()}")
+            raise NotSignedIn(known or f"the sign-in has expired; {login_hint(self.path)}")
         if time.monotonic() < self._retry_at:
             raise BadUpstream("the sign-in server failed a moment ago; it is asked again in a second")
         with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
@@ -2911,7 +2915,7 @@ class Credentials:
         final = answer.status == 401 or (answer.status == 400 and code == "invalid_grant") or code in (
             "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated")
         if final:
-            message = f"the sign-in was refused ({code or answer.status}): {login_hint()}"
+            message = f"the sign-in was refused ({code or answer.status}): {login_hint(self.path)}"
             self._dead = {held.refresh_token: message}
             return NotSignedIn(message)
         self._retry_at = time.monotonic() + REFRESH_PAUSE
@@ -4570,6 +4574,7 @@ def relay(reply: Reply, exchange: Exchange, copy: EventCopy, keepalive: float, i
             if payload:
                 heard = now
                 ready = copy.feed(payload)
+                exchange.record.events = copy.count  # for who looks on
                 if ready:
                     exchange.write(ready, last=copy.done)
                     spoken = now
@@ -4847,6 +4852,14 @@ class Asked(NamedTuple):
     previous: str  # the response that it continues; "" for none
     items: list[Any]
     size: int  # of the request, in bytes
+
+
+def what_is_asked(request: dict[str, Any], context: Context, size: int) -> Asked | None:
+    """Return what the store keeps of a request; None where the client does not count on a store."""
+    if context.codex or request.get("store") is False:
+        return None
+    items = input_to_list(request, context).get("input", [])
+    return Asked(request.get("previous_response_id") or "", items, size)
 
 
 def anchor(item: Any) -> str:
@@ -5232,7 +5245,7 @@ class Bridge:
     def _methods(self, path: str) -> dict[str, Callable[[Exchange], None]] | None:
         """Return what answers a path, by method; None when nothing does."""
         for prefix, action in self.routes_by_id.items():
-            if path.startswith(prefix):
+            if path.startswith(prefix) and "/" not in path[len(prefix):]:
                 return self.routes.get(path) or {"GET": action}
         return self.routes.get(path)
 
@@ -5251,6 +5264,7 @@ class Bridge:
 
         def keep(response: dict[str, Any]) -> None:
             if turn.asked is not None:
+                response["previous_response_id"] = turn.asked.previous or None  # upstream was not told
                 self.store.keep_response(owner, response, turn.asked)
 
         copy = EventCopy(exchange.codex, keep) if turn.streamed else FoldCopy(False, keep)
@@ -5304,8 +5318,12 @@ class Bridge:
                 self.note_reply(reply)
                 record.events = copy.count
                 final = copy.fold.final or {}
-                record.usage = usage_counts(final.get("response"))
+                response = typed(final.get("response"), dict)
+                record.usage = usage_counts(response)
                 record.end = event_type(final).rpartition(".")[2]
+                if record.end == "failed":
+                    record.error_by = "upstream"
+                    record.error_code = str(typed(response.get("error"), dict).get("code") or "")
             if turn.streamed:
                 exchange.end()
             else:
@@ -5319,12 +5337,10 @@ class Bridge:
         raw = exchange.read_body(self.config.max_body, self.budget)
         request = parse_json(raw)
         check_request(request)
+        exchange.record.model = request["model"]  # also of a request that is refused below
         prepared = prepare(request)
         context = self.context(exchange, prepared, exchange.record)
-        asked = None
-        if not context.codex and request.get("store") is not False and "messages" not in request:
-            items = input_to_list(request, context).get("input", [])
-            asked = Asked(request.get("previous_response_id") or "", items, len(raw))
+        asked = None if "messages" in request else what_is_asked(request, context, len(raw))
         reply = self.send_turn(exchange, prepared, raw if prepared is request else None, context)
         exchange.let_go(self.budget)
         return Turn(reply, request.get("stream") is True, asked)
@@ -5404,7 +5420,7 @@ class Bridge:
         if reply.status == 429 and resets_at is not None:
             error.headers.setdefault("retry-after", whole_seconds(resets_at - time.time()) or "1")
         if reply.status == 401:
-            error.error["message"] = error.message = f"{error.message} ({login_hint()})"
+            error.error["message"] = error.message = f"{error.message} ({login_hint(self.config.auth_file)})"
         handed_on = downstream_fields(headers)
         error.headers.update({name: value for name, value in handed_on.items()
                               if name not in ("content-type", "etag", "retry-after")})
@@ -5675,10 +5691,11 @@ def allowed_methods(methods: Iterable[str]) -> str:
 class Pending:
     """One response.create that is being answered."""
 
-    def __init__(self, record: Record, frame: dict[str, Any], context: Context) -> None:
+    def __init__(self, record: Record, frame: dict[str, Any], context: Context, asked: Asked | None) -> None:
         self.record = record
         self.frame: dict[str, Any] | None = frame  # the client's, for a repair; None once it is answered
         self.context = context
+        self.asked = asked  # for the store, where the client counts on one
         self.fold = Fold()
         self.place = contextlib.ExitStack()  # the key's place among its running requests
         self.given: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
@@ -5726,7 +5743,7 @@ class Socket:
             self._left = "client-left"
             self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
         except OSError as exc:
-            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, describe(exc))
+            self._end_cut(describe(exc))
         finally:
             while self._pending:
                 self._settle(self._left)
@@ -5752,7 +5769,7 @@ class Socket:
             return
         if not raw:
             self._left = "client-left" if at_client else "cut"
-            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, "")
+            self._end_cut("")
             return
         for message in reader.feed(raw):
             if self._open:
@@ -5790,7 +5807,9 @@ class Socket:
             if len(self._pending) >= self.PENDING:
                 raise TooManyRequests("too many requests are running on this connection", retry_after=5)
             context = self._bridge.context(self._exchange, frame, record, websocket=True)
-            pending = Pending(record, frame, context)
+            asked = what_is_asked(frame, context, len(raw))
+            known = self._resolve(frame, record.key) if asked else frame
+            pending = Pending(record, known, context, asked)
             place = self._bridge.limits.turn(record.key, self._client, wait=not self._pending)
             pending.place.enter_context(place)
         except BridgeError as exc:
@@ -5799,7 +5818,13 @@ class Socket:
         self._bridge.telemetry.begin(record)
         self._exchange.idle(False)
         self._pending.append(pending)
-        self._send_create(pending, raw)
+        self._send_create(pending, raw if known is frame else None)
+
+    def _resolve(self, frame: dict[str, Any], owner: str) -> dict[str, Any]:
+        """Replay what another connection was told: upstream knows its responses on their own one only."""
+        if str(frame.get("previous_response_id")) in self._chains:
+            return frame
+        return self._bridge.store.resolve(owner, frame, self._bridge.config.max_body)
 
     def _send_create(self, pending: Pending, raw: bytes | None) -> None:
         """Normalize a response.create and send it: its own bytes if no rule fires."""
@@ -5866,6 +5891,9 @@ class Socket:
             return
         pending.fold.add(parsed)
         filled = kind in TERMINAL_EVENTS and pending.fold.fill()
+        if kind == "response.completed" and pending.asked is not None:
+            response = typed((pending.fold.final or {}).get("response"), dict)
+            self._bridge.store.keep_response(pending.record.key, response, pending.asked)
         frames = encode_frame(OP_TEXT, dump_json(pending.fold.final)) if filled else message.frames
         self._pass(pending, frames)
         if kind in TERMINAL_EVENTS or kind == "error":
@@ -5911,7 +5939,7 @@ class Socket:
             if type(event.get("status")) is int:
                 record.status = event["status"]
         elif end == "cut":
-            record.error_by, record.error_code = "upstream", "upstream_error"
+            record.error_by, record.error_code = "bridge", BadUpstream.code  # as over HTTP
         self._finish(record)
         if not self._pending:
             self._exchange.idle(True)
@@ -5920,6 +5948,10 @@ class Socket:
 
     def _to_upstream(self, opcode: int, payload: bytes) -> None:
         self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
+
+    def _end_cut(self, reason: str) -> None:
+        """Close both sides because one has gone; 1001 is a clean end to many clients, which a cut is not."""
+        self._end(CLOSE_BAD_GATEWAY if self._pending else CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, reason)
 
     def _end(self, to_client: int, to_upstream: int, reason: str) -> None:
         """Close both sides with a close frame each; this answers a close frame too."""
@@ -6262,9 +6294,22 @@ def greeting(server: Server, config: Config) -> str:
         plan = server.bridge.credentials.current().plan
         account = f"signed in to ChatGPT{f' ({plan})' if plan else ''}"
     except NotSignedIn:
-        account = f"not signed in yet: {login_hint()}"
+        account = f"not signed in yet: {login_hint(config.auth_file)}"
     door = "a key is asked for" if server.bridge.key_ring.locked else "open to the LAN: no key is set"
     return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {door}"
+
+
+def warn_of_doors(server: Server, config: Config) -> None:
+    """Log what would make clients wonder: a key file that cannot be read, an odd --limit or --allow."""
+    try:
+        keys = server.bridge.key_ring.keys()
+    except BridgeError:
+        keys = ()  # the log has it
+    for name in sorted(config.limit.keys() - {key.name for key in keys}):
+        log.warning("--limit names %s, and there is no such key", name)
+    address = lan_address()
+    if not own_names_only(config.host) and not network_allows(address, config.allow):
+        log.warning("%s is in no network of --allow: the LAN is turned away", address)
 
 
 def serve(config: Config, started: Callable[[Server], None] = lambda server: None) -> int:
@@ -6285,6 +6330,7 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     threading.Thread(target=server.bridge.warm_up, args=(stop,), name="warm-up", daemon=True).start()
     log.info("%s", greeting(server, config))
+    warn_of_doors(server, config)
     started(server)
     while not signals:
         time.sleep(0.25)
@@ -6315,8 +6361,8 @@ def print_client_config(config: Config, words: argparse.Namespace) -> int:
 
 def new_key(config: Config, words: argparse.Namespace) -> int:
     """Make a key, and print the line for the key file and the line for the client."""
-    if not words.words:
-        raise UsageError("new-key wants a name: new-key NAME")
+    if len(words.words) != 1:
+        raise UsageError("new-key wants one name: new-key NAME")
     try:
         key = read_key(f"{words.words[0]}=qoo-{base64.urlsafe_b64encode(os.urandom(24)).decode('ascii')}")
     except ValueError as exc:
@@ -6491,7 +6537,9 @@ def litellm_config(config: Config, words: argparse.Namespace) -> int:
     door = "dangerously_permit_weak_or_unset_master_key: true"  # the bridge is open, and so is this
     if key:
         door = f'master_key: "sk-{hmac.new(key.encode("ascii"), LITELLM_KEY, "sha256").hexdigest()}"'
-    print("\n".join(["model_list:", *models, "general_settings:", f"  {door}"]))
+    # A model is one deployment here: to rest it after an error would shut all clients out.
+    print("\n".join(["model_list:", *models, "general_settings:", f"  {door}",
+                     "router_settings:", "  disable_cooldowns: true"]))
     return 0
 
 
@@ -6521,6 +6569,7 @@ class Doctor:
         self.config = config
         self.bridge = Bridge(config)
         self.stranger = Answer(0, {}, b"")
+        self.login = login_hint(config.auth_file)
 
     def examine(self, checks: Iterable[Check]) -> Iterator[tuple[Check, Finding]]:
         """Run the checks in their order; one whose need is not met is skipped."""
@@ -6557,7 +6606,7 @@ def check_file(doctor: Doctor) -> Finding:
             if re.search(r'^\s*cli_auth_credentials_store\s*=\s*"(keyring|auto)"', file.read(), re.MULTILINE):
                 return Finding("failed", f"there is no {path}: Codex keeps the sign-in in the system keyring",
                                f'cli_auth_credentials_store = "file" in {settings}, then `codex login`')
-        return Finding("failed", exc.message.replace(f"; {login_hint()}", ""), login_hint())
+        return Finding("failed", exc.message.replace(f"; {doctor.login}", ""), doctor.login)
     return Finding("ok", f"{path} is whole")
 
 
@@ -6581,7 +6630,7 @@ def check_token(doctor: Doctor) -> Finding:
         return Finding("ok", f"{plan}; good for {in_words(left)}, until {local_time(held.expires)}")
     if held.refresh_token:
         return Finding("ok", f"{plan}; expired {in_words(-left)} ago, to be refreshed")
-    return Finding("failed", f"{plan}; expired {in_words(-left)} ago", login_hint())
+    return Finding("failed", f"{plan}; expired {in_words(-left)} ago", doctor.login)
 
 
 def check_name(doctor: Doctor) -> Finding:
@@ -6639,7 +6688,7 @@ def check_routing(doctor: Doctor) -> Finding:
             origin, override = (_printable(account.get(key) or "not named") for key in (
                 "workspace_backend_origin", "account_routing_override"))
             return Finding("ok", f"{origin}, {override}")
-    return Finding("failed", "upstream does not know the account of this sign-in", login_hint())
+    return Finding("failed", "upstream does not know the account of this sign-in", doctor.login)
 
 
 def check_models(doctor: Doctor) -> Finding:
@@ -6705,6 +6754,23 @@ def check_port(doctor: Doctor) -> Finding:
             sock.bind((config.host, config.port))
         return Finding("ok", f"{config.port} is free")
     return Finding("failed", f"what answers on {config.port} is no bridge", "end it, or take another --port")
+
+
+def check_door(doctor: Doctor) -> Finding:
+    """Check the files of the keys and of the certificate."""
+    config = doctor.config
+    try:
+        server_tls(config)
+        if not config.api_key_file:
+            return Finding("none", f"{len(config.api_key)} keys" if config.api_key else "open: no key is set")
+        with open(config.api_key_file, encoding="utf-8") as file:
+            keys, mode = read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
+    except (UsageError, OSError, ValueError) as exc:
+        return Finding("failed", f"{config.api_key_file or 'TLS'}: {describe(exc)}", "name the right file")
+    others = os.name == "posix" and mode & 0o077
+    path = config.api_key_file
+    return Finding("failed" if others else "ok", f"{len(keys)} keys in {path}, mode {mode:04o}",
+                   f"chmod 600 {path}")
 
 
 def check_lan(doctor: Doctor) -> Finding:
@@ -6795,6 +6861,7 @@ CHECKS = (
     Check("models", ("sign-in file", "token", "Cloudflare"), check_models, REFUSED),
     Check("usage", ("sign-in file", "token", "Cloudflare"), check_usage, REFUSED),
     Check("port", (), check_port, "end the program that has it, or choose another --port or --host"),
+    Check("door", (), check_door),
     Check("LAN address", (), check_lan),
     Check("firewall", ("LAN address",), check_firewall),
     Check("zstd", (), check_zstd),
@@ -7098,12 +7165,17 @@ def main(argv: list[str] | None = None) -> int:
             return serve(load_config(options, os.environ))
         words = build_parser().parse_intermixed_args(argv)
         command = next(command for command in COMMANDS if command.name == words.command)
-        return command.run(load_config(vars(words), os.environ), words)
+        status = command.run(load_config(vars(words), os.environ), words)
+        print(end="", flush=True)  # here, where a reader that has left is no fault
+        return status
     except UsageError as exc:
         print(f"qoo_bridge.py: {exc}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `doctor | head`: what is still to be flushed has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -403,6 +403,7 @@ def test_previous_response_is_replayed(stream: bool, bridge: RunningBridge, back
     two = respond(bridge, stream, input=outputs, previous_response_id=one["id"])
     respond(bridge, stream, input="three", previous_response_id=two["id"])
     respond(bridge, stream, input="other", previous_response_id=one["id"])
+    assert (one["previous_response_id"], two["previous_response_id"]) == (None, one["id"])
     asked, _, whole, branch = turns(backend)
     assert asked["instructions"] == "brief"
     assert whole["instructions"] == ""  # the API does not carry them over
@@ -413,6 +414,20 @@ def test_previous_response_is_replayed(stream: bool, bridge: RunningBridge, back
     assert whole["input"][:-1] == [*asked["input"], *first, *outputs, *second]
     assert branch["input"][:-1] == [*asked["input"], *first]
     assert backend.refusals == []
+
+
+def test_a_refused_request_is_logged_with_its_model(bridge: RunningBridge) -> None:
+    assert ask(bridge, RESPONSES, input="hi", previous_response_id="resp_unknown").status == 400
+    while not bridge.bridge.telemetry.snapshot(0)["recent"]:  # noted when the client has its answer
+        threading.Event().wait(0.001)
+    assert bridge.bridge.telemetry.snapshot(0)["recent"][0]["model"] == "gpt-5.5"
+
+
+def test_what_lies_below_a_response_is_not_served(bridge: RunningBridge) -> None:
+    name = respond(bridge, False, input="one")["id"]
+    reply = wire.get(bridge.address, f"/v1/responses/{name}/input_items")
+    assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
+    assert "there is nothing at" in reply.json["error"]["message"]
 
 
 @pytest.mark.parametrize("previous", ["resp_unknown", "", 1, True, [], {}])

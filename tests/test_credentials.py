@@ -79,6 +79,12 @@ def stored(path: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.fixture(autouse=True)
+def codex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the files of these tests be Codex's own."""
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path))
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Replace the clock of the code under test."""

@@ -223,7 +223,9 @@ def test_words_after_run_sh_are_commands() -> None:
 def test_flags_are_options() -> None:
     ours = [line for line in README.splitlines() if "qoo_bridge.py" in line or "./run.sh" in line]
     said = {flag for span in [*spans(README), *ours] for flag in re.findall(r"(?<!\S)--[a-z-]+", span)}
-    others = {"--profile", "--skip-git-repo-check", "--user", "--cacert", "--network", "--now"}  # of other programs
+    others = {  # of codex, docker, systemctl, curl
+        "--profile", "--skip-git-repo-check", "--user", "--network", "--now", "--cacert",
+    }  # fmt: skip
     known = set(re.findall(r"(?<!\S)--[a-z-]+", q.build_parser().format_help()))
     assert said - known - others == set()
 

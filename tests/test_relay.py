@@ -814,7 +814,8 @@ def test_log_line_tells_what_happened(
 @pytest.mark.parametrize(
     ("reply", "told"),
     [
-        (wire.turn(FIRST, wire.failed("server_error", "no")), ("200", "failed", " error=upstream:failed")),
+        (wire.turn(FIRST, wire.failed("server_error", "no")),
+         ("200", "failed", " error=upstream:server_error")),
         (wire.turn(FIRST, wire.incomplete()), ("200", "incomplete", "")),
         (wire.turn(FIRST), ("200", "cut", " error=bridge:upstream_error")),
         (wire.usage_limit(), ("429", "error", " error=upstream:usage_limit_reached")),
@@ -832,6 +833,17 @@ def test_log_line_tells_how_it_ended(
     ask(bridge)
     found = fields_of(ended(logged))
     assert (found["status"], found["end"], found["error"]) == told
+
+
+def test_events_are_counted_while_they_come(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses", wire.hang(FIRST, *TURN[1:3]))
+    with wire.Client(bridge.address) as client:
+        client.request("POST", "/v1/responses", BODY)
+        assert client.read_head().status == 200
+        for _ in range(3):
+            assert client.read_event() is not None
+        (row,) = wire.get(bridge.address, "/status").json["open"]
+    assert row["events"] == 3
 
 
 def test_log_line_names_the_rules_and_repairs(

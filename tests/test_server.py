@@ -325,6 +325,13 @@ def rewrite(path: Path, change: Callable[[str], str]) -> None:
     assert path.stat().st_size == before.st_size
 
 
+def test_start_tells_what_will_turn_clients_away(run: Run, tmp_path: Path) -> None:
+    running = run("--api-key-file", str(tmp_path / "none"), "--limit", "laptop=1")
+    warning = "--limit names laptop, and there is no such key"
+    assert settled(lambda: warning not in "".join(running.lines), 0) == 0
+    assert "none cannot be read" in "".join(running.lines)
+
+
 def test_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -1431,9 +1431,47 @@ def test_an_upstream_that_leaves_cuts_the_request(
     backend.on_frame(break_off)
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
-    client.read_close()
+    assert client.read_close() == 1014  # many clients take 1001 for a clean end
     told = notes.next()
     assert (told.end, told.events) == ("cut", 1)
+    assert told.error == ("bridge", "upstream_error")  # as over HTTP
+
+
+def test_a_conversation_goes_on_over_another_connection(
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial
+) -> None:
+    first = dial(bridge)
+    first.send_json(plain_create(message("user", "one")))
+    one = first.read_turn()[-1]["response"]
+    first.send_json(plain_create(message("user", "two"), previous_response_id=one["id"]))
+    two = first.read_turn()[-1]["response"]
+    second = dial(bridge)  # upstream knows nothing of the first here, and would refuse its id
+    second.send_json(plain_create(message("user", "three"), previous_response_id=two["id"]))
+    (answer,) = second.read_turn()[-1]["response"]["output"]
+    assert answer["content"][0]["text"] == "three"
+    said = [item["content"][0]["text"] for item in backend.frames[-1]["input"]]
+    assert said == ["one", "one", "two", "two", "three"]  # the stand-in echoes
+    body = {"model": PLAIN, "input": "four", "previous_response_id": two["id"]}
+    assert wire.post(bridge.address, "/v1/responses", body).status == 200
+    assert wire.get(bridge.address, f"/v1/responses/{one['id']}").json["id"] == one["id"]
+    second.send_json(plain_create(previous_response_id="resp_unknown"))
+    refused = second.read_json()
+    assert (refused["status"], refused["error"]["param"]) == (400, "previous_response_id")
+
+
+def test_a_codex_is_not_stored(backend: wire.Backend, bridge: RunningBridge, dial: Dial) -> None:
+    client = dial(bridge, CODEX_FIELDS)
+    client.send_json(create())
+    name = client.read_turn()[-1]["response"]["id"]
+    assert wire.get(bridge.address, f"/v1/responses/{name}").status == 404
+
+
+def test_an_upstream_that_leaves_at_rest_is_no_failure(
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial
+) -> None:
+    client = dial(bridge, CODEX_FIELDS)
+    backend.cut_connections()
+    assert client.read_close() == 1001
 
 
 def test_counters_and_running_requests(
