@@ -172,12 +172,14 @@ class BridgeError(Exception):
     code = "internal_error"
     type = "server_error"
     by = "bridge"  # who made it, for x-qoo-bridge-error
+    brings: Mapping[str, str] = {}  # fields that its answer always has
 
     def __init__(self, message: str, param: str | None = None, **headers: object) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.headers = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+        self.headers = {**self.brings, **{name.replace("_", "-"): str(value)
+                                          for name, value in headers.items()}}
 
     def body(self) -> dict[str, Any]:
         """Return the OpenAI-shaped error object."""
@@ -202,94 +204,10 @@ class NotSignedIn(BridgeError):
     status, code, type = 401, "not_signed_in", "authentication_error"
 
 
-class InvalidKey(BridgeError):
-    """The client's key is missing or unknown."""
-
-    status, code, type = 401, "invalid_api_key", "authentication_error"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, www_authenticate='Bearer realm="qoo-bridge"')
-
-
-class UpgradeRequired(BridgeError):
-    """The WebSocket handshake is not of a version that is spoken here."""
-
-    status, code, type = 426, "upgrade_required", "invalid_request_error"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, sec_websocket_version="13")
-
-
-class Forbidden(BridgeError):
-    """The client may not come in: its network, Host or Origin."""
-
-    status, code, type = 403, "forbidden", "permission_error"
-
-
-class NotFound(BridgeError):
-    """There is nothing at this path, or under this id."""
-
-    status, code, type = 404, "not_found", "invalid_request_error"
-
-
-class MethodNotAllowed(BridgeError):
-    """The path is known, the method is not."""
-
-    status, code, type = 405, "method_not_allowed", "invalid_request_error"
-
-
-class SlowRequest(MalformedHttp):
-    """The request did not arrive in time."""
-
-    status, code = 408, "request_timeout"
-
-
-class BodyTooLarge(MalformedHttp):
-    """The request body is above --max-body."""
-
-    status, code = 413, "body_too_large"
-
-
-class TargetTooLong(MalformedHttp):
-    """The request target is above MAX_TARGET."""
-
-    status, code = 414, "target_too_long"
-
-
-class UnsupportedEncoding(InvalidRequest):
-    """The content coding or type is not one that is taken here."""
-
-    status, code = 415, "unsupported_encoding"
-
-
-class TooManyRequests(BridgeError):
-    """The client's own limit of running requests is reached, and its queue is full."""
-
-    status, code, type = 429, "too_many_requests", "rate_limit_error"
-
-
-class HeadTooLarge(MalformedHttp):
-    """The request head is above MAX_HEAD or MAX_FIELDS."""
-
-    status, code = 431, "head_too_large"
-
-
-class UnknownCoding(MalformedHttp):
-    """A method or transfer coding that is not implemented."""
-
-    status, code = 501, "not_implemented"
-
-
 class BadUpstream(BridgeError):
     """Upstream cannot be reached, went away, or answered what is no answer."""
 
     status, code, type = 502, "upstream_error", "upstream_error"
-
-
-class Overloaded(BridgeError):
-    """This bridge has no room for one more."""
-
-    status, code, type = 503, "bridge_overloaded", "server_error"
 
 
 class UpstreamTimeout(BridgeError):
@@ -298,10 +216,28 @@ class UpstreamTimeout(BridgeError):
     status, code, type = 504, "upstream_timeout", "upstream_error"
 
 
-class VersionNotSupported(MalformedHttp):
-    """An HTTP version other than 1.0 and 1.1."""
+def kind(base: type[BridgeError], status: int, code: str, **further: Any) -> type[BridgeError]:
+    """Make a class of errors that nothing but its raising needs."""
+    return type(code, (base,), {"status": status, "code": code, **further})
 
-    status, code = 505, "http_version_not_supported"
+
+InvalidKey = kind(  # the client's key is missing or unknown
+    BridgeError, 401, "invalid_api_key", type="authentication_error",
+    brings={"www-authenticate": 'Bearer realm="qoo-bridge"'})
+Forbidden = kind(BridgeError, 403, "forbidden", type="permission_error")  # its network, Host or Origin
+NotFound = kind(InvalidRequest, 404, "not_found")  # nothing at this path, or under this id
+MethodNotAllowed = kind(InvalidRequest, 405, "method_not_allowed")  # the path is known, the method is not
+SlowRequest = kind(MalformedHttp, 408, "request_timeout")  # it did not arrive in time
+BodyTooLarge = kind(MalformedHttp, 413, "body_too_large")  # above --max-body
+TargetTooLong = kind(MalformedHttp, 414, "target_too_long")  # above MAX_TARGET
+UnsupportedEncoding = kind(InvalidRequest, 415, "unsupported_encoding")  # a content coding not taken here
+UpgradeRequired = kind(  # a WebSocket handshake of a version that is not spoken here
+    InvalidRequest, 426, "upgrade_required", brings={"sec-websocket-version": "13"})
+TooManyRequests = kind(BridgeError, 429, "too_many_requests", type="rate_limit_error")  # the key's own limit
+HeadTooLarge = kind(MalformedHttp, 431, "head_too_large")  # above MAX_HEAD or MAX_FIELDS
+UnknownCoding = kind(MalformedHttp, 501, "not_implemented")  # a method or transfer coding not known here
+Overloaded = kind(BridgeError, 503, "bridge_overloaded")  # this bridge has no room for one more
+VersionNotSupported = kind(MalformedHttp, 505, "http_version_not_supported")  # not HTTP/1.0 or 1.1
 
 
 class ClientLeft(Exception):
