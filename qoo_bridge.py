@@ -4166,6 +4166,7 @@ table { width: 100%; border-collapse: collapse; font-size: 14px }
 th { text-align: left; font-weight: 400 } th, td { padding: 4px 14px 4px 0; vertical-align: top }
 th:last-child, td:last-child { padding-right: 0 } tbody tr { border-top: 1px solid var(--line) }
 .n { text-align: right; white-space: nowrap } .t { white-space: nowrap } .any { overflow-wrap: anywhere }
+.who { min-width: 8em }
 #recent { max-height: 480px; overflow-y: auto; padding-right: 8px }
 svg { display: block; width: 100%; height: 56px; border-bottom: 1px solid var(--line); margin: 4px 0 }
 rect { fill: var(--fill) } .err { fill: var(--bad) } .hit { fill: transparent } .hit:hover { fill: #8884 }
@@ -4303,7 +4304,7 @@ function render(s) {
     ["Errors", "n", count("failed_requests")], ["In", "n", tokens("input")],
     ["Cached", "n wide", tokens("cached")], ["Out", "n", tokens("output")]);
   table("recent", "No request yet.", s.recent, ["Time", "t", row => clock(row.time, near(s.now - row.time))],
-    ["Client", "any", who], ["Model", "model any", model], ["Path", "wide any", row => brief(row.path)],
+    ["Client", "who any", who], ["Model", "model any", model], ["Path", "wide any", row => brief(row.path)],
     ["First byte", "n wide", row => row.first_byte === null ? "" : span(row.first_byte)],
     ["Total", "n", row => span(row.total)], ["Tokens", "n wide", used], ["Result", "", result]);
   table("errors", "No errors.", s.errors, ["By", "", row => row.by], ["Code", "any", row => row.code],
