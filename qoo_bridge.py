@@ -99,6 +99,7 @@ MAX_BODIES = 1024 * 1024 * 1024  # bytes of request bodies held at once, over al
 STORE_SIZE = 64 * 1024 * 1024  # bytes of conversations kept for previous_response_id
 COMPRESS_FROM = 16 * 1024  # bytes of a request body that is sent compressed
 READ_SIZE = 64 * 1024  # bytes of one read
+SEND_SIZE = 256 * 1024  # bytes of one write: TLS tells of no progress before all of it is taken
 LARGE_READ = 4 * 1024  # bytes of one TLS record, behind which more is likely to be there already
 
 HEAD_TIMEOUT = 20  # seconds for a client to send a request's head once it has begun
@@ -115,6 +116,8 @@ AFTER_TERMINAL = 0.1  # seconds in which upstream may end its body after the ter
 TOKEN_MARGIN = 300  # seconds before expiry at which a token is refreshed; as Codex does (WIRE 2)
 TOKEN_AGE = 8 * 86400  # seconds after last_refresh, where a token's expiry cannot be read (WIRE 2)
 REFRESH_PAUSE = 1  # seconds before a refresh that failed, but not finally, is tried again
+AHEAD_PAUSE = 60  # seconds of the same, while the old token is good for longer than URGENT
+URGENT = 30  # seconds before a token's expiry from which a request waits for another's refresh
 LOCK_SECONDS = 5  # seconds of tries for auth.lock; as Codex does (WIRE 2)
 TORN_SECONDS = 0.3  # seconds in which another program may finish writing auth.json
 ROUTING_AGE = 3600  # seconds between two questions for the account's routing
@@ -2729,6 +2732,7 @@ class Credentials:
         self._torn = False  # and that is that it is empty or not whole
         self._dead: dict[str, str] = {}  # refresh token -> why it was refused for good; one entry
         self._retry_at = 0.0  # monotonic; a refresh that failed for now is not asked for before
+        self._ahead_at = 0.0  # monotonic; the same, of a refresh ahead of time
 
     def current(self) -> SignIn:
         """Return the sign-in as the file has it now, without any refresh.
@@ -2750,12 +2754,15 @@ class Credentials:
         left = held.expires - time.time()
         if not held.expires or left > TOKEN_MARGIN or not held.refresh_token:
             return held
-        if not self._refreshing.acquire(blocking=left < 30):
+        if left > URGENT and time.monotonic() < self._ahead_at:
+            return held  # a sign-in server that hangs must not hold up each request
+        if not self._refreshing.acquire(blocking=left < URGENT):
             return held  # another thread is at it, and this token has time left
         try:
             return self._refresh(held, "proactive_expiry")
         except BridgeError as exc:
             log.warning("refresh ahead of time failed: %s", exc.message)
+            self._ahead_at = time.monotonic() + AHEAD_PAUSE
             if left <= 0 and isinstance(exc, NotSignedIn):
                 raise
             return held
@@ -3090,7 +3097,7 @@ class Peer:
         Raises OSError; TimeoutError, which is one, when nothing is taken for so long.
         """
         try:
-            sent = self.sock.send(payload)
+            sent = self.sock.send(payload if len(payload) <= SEND_SIZE else memoryview(payload)[:SEND_SIZE])
         except NOT_NOW:
             sent = 0
         if sent < len(payload):
@@ -3101,7 +3108,7 @@ class Peer:
         until = time.monotonic() + seconds
         while rest:
             try:
-                rest = rest[self.sock.send(rest):]
+                rest = rest[self.sock.send(rest[:SEND_SIZE]):]
                 until = 0.0
             except NOT_NOW:
                 until = until or time.monotonic() + seconds

@@ -442,6 +442,20 @@ def test_refresh_ahead_that_fails_leaves_the_old_token(
     assert path.read_bytes() == before
 
 
+def test_refresh_ahead_that_fails_is_not_tried_by_each_request(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    expire_in(issuer, path, q.TOKEN_MARGIN - 30)
+    issuer.answers = [q.UpstreamTimeout("slow")]
+    for _ in range(3):
+        credentials.bearer()
+        clock.skew += q.REFRESH_PAUSE + 1
+    assert len(issuer.asked) == 1
+    clock.skew += q.AHEAD_PAUSE
+    credentials.bearer()
+    assert len(issuer.asked) == 2
+
+
 @pytest.mark.parametrize("answer", PASSING, ids=repr)
 def test_passing_failure_is_asked_again_after_a_second(
     answer: q.Answer | q.BridgeError, credentials: q.Credentials, issuer: Issuer, clock: Clock
