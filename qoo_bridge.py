@@ -4548,6 +4548,7 @@ class Budget:
         self._limit = limit
         self._held = 0
         self._lock = threading.Lock()
+        self.expanding = threading.Lock()  # one body at a time: what it comes to is counted only then
 
     def take(self, size: int) -> None:
         """Take room. Raises Overloaded when there is none."""
@@ -4878,8 +4879,11 @@ class Exchange:
             until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
         self._unread = False
         self.peer.ahead = body.rest
-        whole = decompress(b"".join(pieces), self.head.headers.get("content-encoding", ""), limit)
-        self._hold(budget, len(whole) - self._held)
+        whole, coding = b"".join(pieces), self.head.headers.get("content-encoding")
+        if coding:
+            with budget.expanding:
+                whole = decompress(whole, coding, limit)
+                self._hold(budget, len(whole) - self._held)
         return whole
 
     def _hold(self, budget: Budget, size: int) -> None:

@@ -710,6 +710,27 @@ def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch
     assert wire.post(bridge.address, "/v1/responses", body).status == 200
 
 
+def test_bodies_expand_one_at_a_time(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decompress, second, running, most = qoo_bridge.decompress, threading.Event(), [0], [0]
+
+    def watched(body: bytes, coding: str, limit: int) -> bytes:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        second.wait(0.05)  # time for another one to come in
+        running[0] -= 1
+        return decompress(body, coding, limit)
+
+    monkeypatch.setattr(qoo_bridge, "decompress", watched)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(wire.Client(bridge.address)) for _ in range(4)]
+        for client in clients:
+            client.request("POST", "/v1/responses", gzip.compress(BODY), {"Content-Encoding": "gzip"})
+        assert [client.read_reply().status for client in clients] == [200] * 4
+    assert most == [1]
+
+
 def test_body_counts_until_upstream_has_taken_it(
     start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
