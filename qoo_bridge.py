@@ -3889,6 +3889,9 @@ def _printable(text: object) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
+"".encode("unicode_escape")  # loads the codec; tried first when no file can be opened, it is missing for good
+
+
 def _word(*texts: object) -> str:
     """Write a value of the log line: ASCII, no spaces, several joined by commas, none as a dash."""
     words = [_clipped(text).encode("unicode_escape").decode("ascii").replace(" ", "\\x20") for text in texts]
@@ -6040,6 +6043,21 @@ def server_tls(config: Config) -> ssl.SSLContext | None:
     return context
 
 
+def raise_file_limit(connections: int) -> None:
+    """Let the process have the files of so many connections, two each; macOS begins at 256 in all."""
+    try:
+        import resource
+    except ImportError:
+        return  # Windows has no such limit
+    wanted = 2 * connections + 2 * POOL_SIZE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def hang_up(sock: Any) -> None:
     """End a connection that another thread is reading: that thread sees the end and goes."""
     with contextlib.suppress(OSError):
@@ -6263,6 +6281,7 @@ def warn_of_doors(server: Server, config: Config) -> None:
 def serve(config: Config, started: Callable[[Server], None] = lambda server: None) -> int:
     """Serve until SIGTERM or Ctrl-C; running streams get DRAIN_SECONDS to end."""
     set_up_log(config)
+    raise_file_limit(config.max_connections)
     try:
         server = Server(config)
     except OSError as exc:

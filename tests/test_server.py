@@ -332,6 +332,30 @@ def test_start_tells_what_will_turn_clients_away(run: Run, tmp_path: Path) -> No
     assert "none cannot be read" in "".join(running.lines)
 
 
+@posix
+def test_file_limit_is_raised_for_the_connections() -> None:
+    resource = pytest.importorskip("resource")
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        q.raise_file_limit(512)
+        raised = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert raised[0] in (2 * 512 + 2 * q.POOL_SIZE, hard)
+        assert raised[1] == hard
+        q.raise_file_limit(1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == raised  # never lowered
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_log_needs_no_file_to_be_opened_later() -> None:
+    code = ("import sys, encodings; sys.path.insert(0, sys.argv[1]); import qoo_bridge as q; "
+            "encodings.__path__ = []; q.log_line(q.Record('a', 'b', '', 'GET', '/'))")
+    words = [sys.executable, "-I", "-S", "-B", "-c", code, str(Path(q.__file__).parent)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
