@@ -6092,6 +6092,15 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; pause when there is no file left for one: who waits would make us spin."""
+        try:
+            return super().get_request()
+        except OSError as exc:
+            if exc.errno in (errno.EMFILE, errno.ENFILE):
+                self.stopping.wait(0.1)
+            raise
+
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuse whom the networks do not allow, and a connection too many, before a thread is spent."""
         if not network_allows(str(client_address[0]), self.bridge.policy.networks):

@@ -348,6 +348,18 @@ def test_file_limit_is_raised_for_the_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+def test_no_file_left_makes_nothing_spin(bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    naps: list[float] = []
+    monkeypatch.setattr("socketserver.TCPServer.get_request", refuse)
+    monkeypatch.setattr(bridge.server.stopping, "wait", naps.append)
+    with pytest.raises(OSError, match="too many"):
+        bridge.server.get_request()
+    assert naps == [0.1]
+
+
 def test_log_needs_no_file_to_be_opened_later() -> None:
     code = ("import sys, encodings; sys.path.insert(0, sys.argv[1]); import qoo_bridge as q; "
             "encodings.__path__ = []; q.log_line(q.Record('a', 'b', '', 'GET', '/'))")
