@@ -151,7 +151,7 @@ UNSUPPORTED = frozenset((
     "temperature", "top_p", "truncation", "user",
 ))
 NEVER_DROPPED = frozenset((  # a request means nothing without them, or something else
-    "model", "input", "stream", "store", "type", "generate", "previous_response_id",
+    "model", "input", "stream", "store", "type", "generate", "previous_response_id", "tools", "instructions",
 ))
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # in rising order
 
@@ -701,7 +701,10 @@ def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any]
     """
     fired = []
     for rule in RULES:
-        changed = rule.apply(request, context)
+        try:
+            changed = rule.apply(request, context)
+        except RecursionError as exc:
+            raise InvalidRequest("the request is nested too deeply") from exc
         if changed is not request:
             fired.append(rule.name)
             request = changed
@@ -1021,7 +1024,9 @@ FORM_REPAIR = "form"
 MAX_REPAIRS = 4  # of one request
 REPAIRS = (
     Repair("drop-parameter", "the parameter that upstream names is dropped, and remembered for the model",
-           re.compile(r"(?:unsupported|unknown) parameter:? *['\"`\\]*([a-z_][\w.\[\]-]{0,80})",
+           # At the message's beginning only: further on it may quote what a client said.
+           re.compile(r"\A(?:\W*detail)?\W*(?:unsupported|unknown) parameter:? *['\"`\\]*"
+                      r"([a-z_][\w.\[\]-]{0,80})",
                       re.IGNORECASE),
            _drop_named),
     Repair("instructions", "empty instructions are sent",
@@ -2655,6 +2660,9 @@ def file_lock(path: str) -> Iterator[bool]:
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if fcntl else -1
+        if handle >= 0 and os.geteuid() == 0:  # the folder's owner has a Codex that must open it, too
+            folder = os.stat(os.path.dirname(path) or ".")
+            os.fchown(handle, folder.st_uid, folder.st_gid)
     except OSError:
         handle = -1
     try:
@@ -2730,6 +2738,8 @@ class Credentials:
         self._sign_in: SignIn | None = None
         self._problem = ""  # of the file as it was read
         self._torn = False  # and that is that it is empty or not whole
+        self._unreadable = False  # and that is that it cannot be opened
+        self._again = 0.0  # monotonic; the file is read once more then, though nothing tells of a change
         self._dead: dict[str, str] = {}  # refresh token -> why it was refused for good; one entry
         self._retry_at = 0.0  # monotonic; a refresh that failed for now is not asked for before
         self._ahead_at = 0.0  # monotonic; the same, of a refresh ahead of time
@@ -2784,7 +2794,7 @@ class Credentials:
     def _read(self) -> None:
         """Read the file if it changed; one that is torn or gone is read again for TORN_SECONDS."""
         signature = file_signature(self.path)
-        if signature == self.seen:
+        if signature == self.seen and time.monotonic() < self._again:
             return
         until = time.monotonic() + TORN_SECONDS
         problem = self._read_once(signature)
@@ -2793,10 +2803,12 @@ class Credentials:
             signature = file_signature(self.path)
             problem = self._read_once(signature)
         self.seen, self._problem = signature, problem
+        # That a file cannot be opened can pass without a sign of it on the file.
+        self._again = time.monotonic() + REFRESH_PAUSE if self._unreadable else float("inf")
 
     def _read_once(self, signature: Any) -> str:
         """Read the file into the fields; return what is wrong with it, "" when nothing is."""
-        self._torn = False
+        self._torn = self._unreadable = False
         if signature is None:
             return (f"not signed in: there is no {self.path}, or the system keyring holds the sign-in "
                     "(`cli_auth_credentials_store = \"file\"` in config.toml changes that); "
@@ -2806,6 +2818,7 @@ class Credentials:
                 content = json.loads(file.read(MAX_REPLY))
             sign_in = read_sign_in(content, self.path)
         except OSError as exc:
+            self._unreadable = True
             return f"{self.path} cannot be read: {exc.strerror}"
         except (ValueError, RecursionError):
             self._torn = True
@@ -4690,6 +4703,8 @@ class Store:
         size += 500  # what an entry costs beside its text
         with self._lock:
             self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
+            if size > self._limit:
+                return  # it would drive all others out, and then itself
             self._entries[owner, kind, name] = (size, value)
             self._held += size
             while self._held > self._limit:
@@ -5334,7 +5349,10 @@ class Bridge:
             error = self.read_refusal(reply, exchange)
             repaired = self.find_repair(error, context, record)
             if repaired is None:
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame: a cycle would keep the request's body
             context = repaired
             exchange.extra["x-qoo-bridge-repaired"] = ", ".join(record.repairs)
 
@@ -5420,8 +5438,8 @@ class Bridge:
             raise InvalidRequest("sec-websocket-key is not 16 bytes in base64")
         with self._open_websocket(exchange) as reply:
             accept = accept_key(headers["sec-websocket-key"])
-            exchange.start_websocket(accept, downstream_fields(reply.headers))
             self.telemetry.forget(exchange.record)  # each response.create on it has its own record
+            exchange.start_websocket(accept, downstream_fields(reply.headers))
             Socket(self, exchange, reply).run()
 
     def _open_websocket(self, exchange: Exchange) -> Reply:
@@ -5779,14 +5797,15 @@ class Socket:
 
     def _send_create(self, pending: Pending, raw: bytes | None) -> None:
         """Normalize a response.create and send it: its own bytes if no rule fires."""
-        normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
-        unchanged = raw is not None and normalized is pending.frame
         try:
+            normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
+            unchanged = raw is not None and normalized is pending.frame
             self._to_upstream(OP_TEXT, raw if unchanged and raw is not None else encode(normalized))
-        except BridgeError as exc:
+        except (BridgeError, RecursionError) as exc:
             self._pending.remove(pending)
             pending.place.close()
-            self._refuse(pending.record, exc)
+            deep = InvalidRequest("the request is nested too deeply")
+            self._refuse(pending.record, exc if isinstance(exc, BridgeError) else deep)
             self._exchange.idle(not self._pending)
 
     def _without_given(self, pending: Pending) -> dict[str, Any]:

@@ -121,6 +121,19 @@ write_litellm_yaml() {
     mv "$yaml.new" "$yaml"
 }
 
+# Print the address that the options or the environment have the bridge listen on: LiteLLM goes no further.
+own_host() {
+    host=${QOO_BRIDGE_HOST:-0.0.0.0}
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --host) host=${2-} ;;
+            --host=*) host=${1#--host=} ;;
+        esac
+        shift
+    done
+    printf '%s\n' "$host"
+}
+
 # Run LiteLLM for as long as the bridge runs. The bridge has this shell's process id ($$), see the last line:
 # so signals and the exit status are its own, and LiteLLM ends however the bridge does.
 serve_litellm() {
@@ -130,14 +143,15 @@ serve_litellm() {
     log=$here/litellm.log
     write_litellm_yaml "$@" || return 0
     kill -0 $$ 2>/dev/null || return 0  # the bridge has ended: another one may have told the models
+    host=$(own_host "$@")
     # Without the variable, each start waits for a price list from GitHub.
     LITELLM_LOCAL_MODEL_COST_MAP=${LITELLM_LOCAL_MODEL_COST_MAP:-True} \
-        "$litellm" --host 0.0.0.0 --port 4000 --config "$yaml" >"$log" 2>&1 &
+        "$litellm" --host "$host" --port 4000 --config "$yaml" >"$log" 2>&1 &
     door='asks for its master key'
     if grep -q '^ *dangerously_permit_weak_or_unset_master_key: *true' "$yaml"; then
         door='open to everyone who can reach it'
     fi
-    say "LiteLLM starts on http://0.0.0.0:4000, $door; it logs to $log"
+    say "LiteLLM starts on http://$host:4000, $door; it logs to $log"
     while kill -0 $$ 2>/dev/null; do
         if ! kill -0 $! 2>/dev/null; then
             say "LiteLLM ended, and the bridge goes on: see $log"

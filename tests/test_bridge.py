@@ -430,6 +430,13 @@ def test_what_lies_below_a_response_is_not_served(bridge: RunningBridge) -> None
     assert "there is nothing at" in reply.json["error"]["message"]
 
 
+def test_store_keeps_the_rest_when_one_is_too_large() -> None:
+    store = q.Store(10_000)
+    store.put("ann", "turn", "small", 1, 100)
+    store.put("bob", "turn", "large", 2, 20_000)
+    assert (store.get("ann", "turn", "small"), store.get("bob", "turn", "large")) == (1, None)
+
+
 @pytest.mark.parametrize("previous", ["resp_unknown", "", 1, True, [], {}])
 def test_unknown_previous_response_is_400(
     previous: object, bridge: RunningBridge, backend: wire.Backend

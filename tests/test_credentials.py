@@ -442,6 +442,20 @@ def test_refresh_ahead_that_fails_leaves_the_old_token(
     assert path.read_bytes() == before
 
 
+def test_file_that_could_not_be_opened_is_tried_again(
+    path: Path, credentials: q.Credentials, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(q, "open", refuse, raising=False)
+    with pytest.raises(q.NotSignedIn, match="Too many open files"):
+        credentials.current()
+    monkeypatch.delattr(q, "open")
+    clock.skew += q.REFRESH_PAUSE
+    assert credentials.current().access_token
+
+
 def test_refresh_ahead_that_fails_is_not_tried_by_each_request(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:

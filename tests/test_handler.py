@@ -6,6 +6,7 @@ Most rows share one bridge (`door`); a row that needs options or other deadlines
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import json
 import logging
@@ -19,6 +20,7 @@ import threading
 import time
 import tracemalloc
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -729,6 +731,36 @@ def test_bodies_expand_one_at_a_time(
             client.request("POST", "/v1/responses", gzip.compress(BODY), {"Content-Encoding": "gzip"})
         assert [client.read_reply().status for client in clients] == [200] * 4
     assert most == [1]
+
+
+class Kept(dict[str, Any]):
+    """A request whose end can be noticed."""
+
+
+def test_a_refused_request_is_not_kept(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[weakref.ref[Kept]] = []
+
+    def parse(body: bytes) -> Kept:
+        request = Kept(json.loads(body))
+        seen.append(weakref.ref(request))
+        return request
+
+    monkeypatch.setattr(qoo_bridge, "parse_json", parse)
+    backend.on("/responses", wire.refuse(400, "no"))
+    gc.disable()  # what only the collector finds, stays
+    try:
+        assert wire.post(bridge.address, "/v1/responses", TURN).status == 400
+        assert until(lambda: seen[0]() is None)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("depth", [900, 960, 975, 980, 985, 990])
+def test_deep_nesting_is_no_fault(bridge: RunningBridge, depth: int) -> None:
+    body = b'{"model":"gpt-5.5","input":"hi","instructions":%b}' % (b"[" * depth + b"]" * depth)
+    assert wire.post(bridge.address, "/v1/responses", body).status == 400
 
 
 def test_body_counts_until_upstream_has_taken_it(

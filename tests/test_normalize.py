@@ -602,6 +602,20 @@ REPAIR_ROWS = [
 ]
 
 
+@pytest.mark.parametrize("text", [
+    "Invalid value: 'Unsupported parameter: top_k'. Supported values are: 'none'",
+    "Item 'Unknown parameter: text' is not known",
+])
+def test_repair_is_not_taught_by_what_a_client_said(text: str) -> None:
+    assert q.match_repair(text) is None
+
+
+def test_tools_are_never_dropped() -> None:
+    found = q.match_repair("Unsupported parameter: tools")
+    assert found is not None
+    assert found[0].apply(q.Context(), found[1]) == q.Context()
+
+
 @pytest.mark.parametrize(("text", "name", "changes"), REPAIR_ROWS)
 def test_repair_changes_the_context_once(text: str, name: str, changes: Object) -> None:
     found = q.match_repair(text)

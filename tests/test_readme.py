@@ -1,7 +1,9 @@
 """README says what the code says: every option, rule, error and route stands there, and nothing else does."""
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,7 +235,7 @@ def test_flags_are_options() -> None:
 def test_variables_of_run_sh() -> None:
     said = {span.partition("=")[0] for span in spans(section("Commands")) if re.match(r"[A-Z_]+$", span)}
     read = set(re.findall(r"\$\{([A-Z_]+):?-", RUN_SH))
-    assert said == read - {"LITELLM_LOCAL_MODEL_COST_MAP"}  # LiteLLM's own
+    assert said == read - {"LITELLM_LOCAL_MODEL_COST_MAP", "QOO_BRIDGE_HOST"}  # LiteLLM's, the bridge's
 
 
 FILE = re.compile(r"(?:tests|\.ci)/[\w./-]*|[\w-]+\.(?:py|sh|md)|\.gitignore")
@@ -262,3 +264,14 @@ def test_topics(topic: str) -> None:
 
 def test_lines_are_short() -> None:
     assert [line for line in README.splitlines() if len(line) > MAX_LINE or line != line.rstrip()] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="run.sh is for a shell")
+@pytest.mark.parametrize(("words", "host"), [
+    ([], "0.0.0.0"), (["--port", "1", "--host", "127.0.0.1"], "127.0.0.1"), (["--host=::1"], "::1"),
+])
+def test_litellm_listens_where_the_bridge_does(words: list[str], host: str) -> None:
+    function = RUN_SH[RUN_SH.index("own_host() {"):].partition("\n}\n")[0] + "\n}\n"
+    command = ["sh", "-c", f'{function}own_host "$@"', "sh", *words]
+    assert subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout == f"{host}\n"
+    assert '--host "$host" --port 4000' in RUN_SH

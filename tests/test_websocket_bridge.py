@@ -1459,6 +1459,25 @@ def test_a_conversation_goes_on_over_another_connection(
     assert (refused["status"], refused["error"]["param"]) == (400, "previous_response_id")
 
 
+def test_a_client_that_leaves_in_the_handshake_does_not_run_on(
+    bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, send = threading.Event(), q.Exchange.send
+
+    def leave(exchange: q.Exchange, payload: bytes) -> None:
+        if payload.startswith(b"HTTP/1.1 101"):
+            tried.set()
+            raise q.ClientLeft("left")
+        send(exchange, payload)
+
+    monkeypatch.setattr(q.Exchange, "send", leave)
+    left = contextlib.suppress(OSError, wire.PeerLeft)
+    with contextlib.closing(wire.WebSocketClient(bridge.address)) as client, left:
+        client.connect("/v1/responses")
+    assert tried.wait(5)
+    assert [row["id"] for row in bridge.bridge.telemetry.snapshot(0)["open"]] == []
+
+
 def test_a_codex_is_not_stored(backend: wire.Backend, bridge: RunningBridge, dial: Dial) -> None:
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
