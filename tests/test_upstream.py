@@ -798,7 +798,7 @@ def test_http_1_0_reply_is_a_stream(bridge: RunningBridge, backend: wire.Backend
 @pytest.mark.parametrize("tls", [False, True], ids=["tcp", "tls"])
 def test_reader_that_is_slow_but_steady_gets_all(tls: bool) -> None:
     ours, theirs = socket.socketpair()
-    size, taken = 3_000_000, [0]
+    size, taken = 2_000_000, [0]
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
 
     def read_slowly() -> None:
@@ -812,7 +812,7 @@ def test_reader_that_is_slow_but_steady_gets_all(tls: bool) -> None:
     reader.start()
     context = ssl.create_default_context(cafile=str(wire.certificates() / "ca.pem"))
     peer = q.Peer(context.wrap_socket(ours, server_hostname="localhost") if tls else ours)
-    peer.send(bytes(size), 0.4)  # the whole takes longer than that; each part of it does not
+    peer.send(bytes(size), 0.3)  # the whole takes longer than that; each part of it does not
     reader.join(5)
     peer.close()
     assert taken[0] == size
