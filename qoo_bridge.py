@@ -653,9 +653,6 @@ class Context(NamedTuple):
     dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
 
 
-
-
-
 class Rule(NamedTuple):
     """One rule: its name for the log, why it is there for people, and what it does."""
 
@@ -5043,9 +5040,6 @@ def parse_json(body: bytes) -> Any:
     return parsed
 
 
-
-
-
 # -- what to paste on another machine
 
 CODEX_CONFIG = """\
@@ -6761,7 +6755,8 @@ def check_door(doctor: Doctor) -> Finding:
         with open(config.api_key_file, encoding="utf-8") as file:
             keys, mode = read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
     except (UsageError, OSError, ValueError) as exc:
-        return Finding("failed", f"{config.api_key_file or 'TLS'}: {describe(exc)}", "name the right file")
+        where = "" if isinstance(exc, UsageError) else f"{config.api_key_file}: "  # that one says it itself
+        return Finding("failed", where + describe(exc), "name the right file")
     others = os.name == "posix" and mode & 0o077
     path = config.api_key_file
     return Finding("failed" if others else "ok", f"{len(keys)} keys in {path}, mode {mode:04o}",

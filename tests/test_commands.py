@@ -480,8 +480,9 @@ def test_doctor_on_the_door(doctor: Doctor, tmp_path: Path, backend: wire.Backen
     assert doctor(*words)[1]["door"]["todo"] == f"chmod 600 {key_file}"
     key_file.chmod(0o600)
     assert doctor(*words)[1]["door"]["text"] == f"1 keys in {key_file}, mode 0600"
-    status, rows = doctor("--tls-cert", backend.ca_file, "--tls-key", tmp_path / "none")
+    status, rows = doctor(*words, "--tls-cert", backend.ca_file, "--tls-key", tmp_path / "none")
     assert (status, states(rows, "failed")) == (1, {"door"})
+    assert rows["door"]["text"].startswith("--tls-cert, --tls-key: ")  # not the key file, which is well
 
 
 def test_doctor_names_the_file_that_is_wanted(backend: wire.Backend, doctor: Doctor, tmp_path: Path) -> None:
