@@ -17,25 +17,46 @@ The path of one request:
       -> relay: events as they come; silence is filled; the terminal event ends it; a cut stays visible
       -> one log line
 
-Sections; each uses only those above it, and those marked (pure) do no I/O and read no clock:
+Five parts, and their rooms; each room uses only those above it:
 
-     1  constants     routes, limits, field names
-     2  errors        whose fault, which status; the JSON error body
-     3  config        one table of options -> argparse, environment, --help; a frozen Config
-     4  normalize     (pure) request dict -> request dict, by named rules; repairs after a refusal
-     5  chat          (pure) Chat Completions <-> Responses
-     6  headers       (pure) heads and bodies as bytes; which fields cross; session id
-     7  sse           (pure) bytes in, events out; the fold of events into one response
-     8  websocket     (pure) frame codec
-     9  credentials   the only reader and writer of auth.json; refresh, account routing
-    10  upstream      the only opener of sockets: pool, TLS, proxy; foreign exceptions end here
-    11  catalog       the live model list and the aliases
-    12  access        (pure) who may come in
-    13  telemetry     counters, recent requests, the status page
-    14  relay         copies a reply to the client as it comes
-    15  handler       one HTTP exchange: read, check, call down, answer
-    16  server        threads, bound on them, drain, shutdown
-    17  commands      serve, client-config, ...; main(argv=None) -> int
+    A words                 everything here is pure: no I/O, no clock
+         1  constants       routes, limits, names
+         2  errors          whose fault, which status
+         3  json            untrusted JSON: any value can have any type
+         4  refusals        what upstream refused, as an error for the client
+         5  options         one table -> argparse, environment, --help; a frozen Config
+         6  http            heads and bodies as bytes; addresses
+    B the trust kernel      the only code that opens a connection or holds a token
+         7  sockets         connected sockets, never blocking
+         8  upstream        opens connections: pool, TLS, proxy
+         9  sign-in         auth.json: read, refresh, write; the device sign-in
+        10  account         account routing
+    C rules                 pure, but codings may load libzstd
+        11  normalize       request -> request, by named rules; repairs after a refusal
+        12  chat requests   Chat Completions request -> Responses request
+        13  chat answers    Responses events -> Chat Completions chunks
+        14  codings         gzip, deflate, zstd
+        15  fields          which header fields cross; as whom
+        16  events          server-sent events; the fold of events into one response
+        17  frames          WebSocket frame codec
+        18  access          who may come in
+    D the bridge            one request from accept to its log line
+        19  catalog         the live model list and the aliases
+        20  telemetry       counters, recent requests, the log line
+        21  log             standard error and bridge.log
+        22  store           conversations for previous_response_id
+        23  admission       bounds on bodies and on requests a key; the keys
+        24  exchange        one client request and its answer; the relay
+        25  turns           a model request upstream, until it is accepted
+        26  websockets      frames both ways
+        27  pages           the status page; what to paste on a client
+        28  routes          path -> what answers it
+        29  server          threads, their bound, drain, shutdown
+    E commands              what a person types; only here is anything printed
+        30  commands        serve, client-config, new-key, login, litellm-config
+        31  doctor          what stands between this host and an answer
+        32  demo            the bridge before a backend of its own
+        33  main            the command line
 """
 from __future__ import annotations
 
@@ -81,8 +102,16 @@ except ImportError:  # Windows
 
 __version__ = "1.0.0"
 
+
+###############################################################################
+# A  words
+# What every other part speaks in: constants, errors, untrusted JSON, options, HTTP as bytes.
+# Nothing here does I/O, and nothing here holds a secret but the clients' own keys.
+###############################################################################
+
+
 # == 1 constants ==============================================================
-# Routes, limits, field names; each with its unit and its source.
+# Routes, limits, names; each with its unit and its source.
 
 CODEX_VERSION = "0.169.0"  # for clients that are not Codex: the backend gates models by it (WIRE 3)
 CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"  # Codex's own OAuth client, to which auth.json belongs (WIRE 2)
@@ -164,9 +193,13 @@ MAX_CACHE_KEY = 64  # characters of prompt_cache_key
 
 TERMINAL_EVENTS = frozenset(("response.completed", "response.failed", "response.incomplete"))
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+log = logging.getLogger("qoo_bridge")
+
 
 # == 2 errors =================================================================
-# An error's class is its status. Messages say what was got and what was wanted, never a secret.
+# An error's class is its status. A message says what was got and what was wanted, never a secret.
 
 class BridgeError(Exception):
     """Be the answer to a request that cannot be served: status, code for programs, message for people."""
@@ -247,6 +280,116 @@ class ClientLeft(Exception):
     """The client closed its connection: there is nobody to answer."""
 
 
+# == 3 json ===================================================================
+# Untrusted JSON: any value can have any type. (pure)
+
+T = TypeVar("T")
+
+
+def typed(value: Any, kind: type[T]) -> T:
+    """Return `value`, or an empty one of its kind where it is something else."""
+    return value if isinstance(value, kind) else kind()
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects in a list; none where it is no list."""
+    return [entry for entry in typed(value, list) if isinstance(entry, dict)]
+
+
+def number(value: Any) -> float | None:
+    """Return a number within reason; None for anything else, true and false among it."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
+    return value if known else None
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which json would read and write. Raises ValueError."""
+    raise ValueError(f"{name} is no JSON number")
+
+
+def read_finite(digits: str) -> float:
+    """Read a number that can be written again. Raises ValueError for 1e999."""
+    number = float(digits)
+    return number if abs(number) < float("inf") else refuse_constant(digits[:40])
+
+
+UPSTREAM_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_finite)
+
+
+def read_json(text: str | bytes) -> Any:
+    """Parse what upstream sent; None when it is no JSON, or has a number that JSON does not have."""
+    try:
+        return UPSTREAM_JSON.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a request's body: strict UTF-8 JSON. Raises InvalidRequest."""
+    try:
+        parsed = DECODER.decode(body.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest("the body is not UTF-8") from exc
+    except RecursionError as exc:
+        raise InvalidRequest("the body is nested too deeply") from exc
+    except ValueError as exc:
+        raise InvalidRequest(f"the body is not JSON: {exc}"[:300]) from exc
+    return parsed
+
+
+def dump_json(value: Any) -> bytes:
+    """Encode as JSON: UTF-8, or ASCII where a lone surrogate cannot be UTF-8.
+
+    Raises ValueError for NaN and Infinity.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def encode(request: Mapping[str, Any]) -> bytes:
+    """Encode a request that rules have changed. Raises InvalidRequest for numbers that JSON does not have."""
+    try:
+        return dump_json(request)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest("a number is out of range, or the nesting too deep") from exc
+
+
+JSON_TYPES = {
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
+    list: "a list", dict: "an object",
+}
+
+
+def json_type(value: Any) -> str:
+    """Return the name that JSON gives a value's type."""
+    return JSON_TYPES[type(value)]
+
+
+def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return an object less some of its fields; the same object when it has none of them."""
+    if fields.keys().isdisjoint(names):
+        return fields
+    return {key: value for key, value in fields.items() if key not in names}
+
+
+def drop_path(value: Any, path: list[str]) -> Any:
+    """Return a copy of nested objects without the field at `path`; the same object where there is none."""
+    if not isinstance(value, dict) or path[0] not in value:
+        return value
+    if len(path) == 1:
+        return without(value, path[0])
+    inner = drop_path(value[path[0]], path[1:])
+    return value if inner is value[path[0]] else {**value, path[0]: inner}
+
+
+# == 4 refusals ===============================================================
+# What upstream refused or reported as failed, as an error for the client.
+
 class UpstreamRefusal(BridgeError):
     """Upstream's own refusal, made OpenAI-shaped; keeps its status and its further fields."""
 
@@ -269,53 +412,10 @@ class UpstreamRefusal(BridgeError):
         return {"error": {**shaped, **self.error, "message": self.message}}
 
 
-# -- JSON from elsewhere: nothing in it need be what it should
-
-T = TypeVar("T")
-
-
-def typed(value: Any, kind: type[T]) -> T:
-    """Return `value`, or an empty one of its kind where it is something else."""
-    return value if isinstance(value, kind) else kind()
-
-
-def objects(value: Any) -> list[dict[str, Any]]:
-    """Return the objects in a list; none where it is no list."""
-    return [entry for entry in typed(value, list) if isinstance(entry, dict)]
-
-
-def number(value: Any) -> float | None:
-    """Return a number within reason; None for anything else, true and false among it."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
-    return value if known else None
-
-
 def whole_seconds(seconds: Any) -> str:
     """Return a retry-after that is not too early; "" for what is no sensible number of seconds."""
     known = number(seconds)
     return "" if known is None or not 0 <= known < 1e9 else str(int(known) + 1)
-
-
-def read_json(text: str | bytes) -> Any:
-    """Parse what upstream sent; None when it is no JSON, or has a number that JSON does not have."""
-    try:
-        return UPSTREAM_JSON.decode(text if isinstance(text, str) else text.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which json would read and write. Raises ValueError."""
-    raise ValueError(f"{name} is no JSON number")
-
-
-def read_finite(digits: str) -> float:
-    """Read a number that can be written again. Raises ValueError for 1e999."""
-    number = float(digits)
-    return number if abs(number) < float("inf") else refuse_constant(digits[:40])
-
-
-UPSTREAM_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_finite)
 
 
 def error_type(status: int) -> str:
@@ -380,7 +480,7 @@ FAILURE_STATUS = {  # the backend's codes inside `response.failed`; DESIGN "Endp
 }
 
 
-# == 3 config =================================================================
+# == 5 options ================================================================
 # One table of options gives argparse, the environment, --help and README. Nothing else has a default.
 
 class NamedSecret(NamedTuple):
@@ -471,9 +571,6 @@ def read_count(text: str) -> int:
     if re.fullmatch(r"[0-9]{1,6}", text) and int(text) > 0:
         return int(text)
     raise ValueError(f"a positive whole number, not {text!r}")
-
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def read_url(text: str) -> str:
@@ -625,1046 +722,8 @@ def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, s
 OPTION = {option.name: option for option in OPTIONS}
 
 
-# == 4 normalize ==============================================================
-# Request dict in, request dict out. No I/O, no clock, no log.
-# A rule never changes its argument; running the list twice changes nothing.
-
-class Model(NamedTuple):
-    """What the catalogue says of a model, as far as the rules need it."""
-
-    slug: str
-    lite: bool = False
-    efforts: tuple[str, ...] = ()  # that it lists; empty: not known
-    tiers: tuple[str, ...] | None = None  # service tiers it lists; None: not known
-
-
-class Context(NamedTuple):
-    """What the rules may know besides the request; fixed before the first rule runs."""
-
-    slug: str = ""  # what the request's model means
-    model: Model | None = None  # its catalogue entry; None: not known, and no rule of the catalogue fires
-    codex: bool = False  # the client is a Codex, whose own fields are right as they are
-    websocket: bool = False  # the request is a response.create frame
-    session: str = ""  # the client's session header
-    client: str = ""  # the client's key name or address, to tell conversations apart
-    lite_header: bool = False  # the client sent the lite header
-    strict: bool = False  # --continuity strict, or a repair
-    force_instructions: bool = False  # a repair: "Instructions are required"
-    dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
-
-
-class Rule(NamedTuple):
-    """One rule: its name for the log, why it is there for people, and what it does."""
-
-    name: str
-    why: str
-    apply: Callable[[dict[str, Any], Context], dict[str, Any]]
-
-
-WORD = re.compile(r"[\x21-\x7e]{1,128}")  # what is safe in a header
-
-
-def check_request(request: Any) -> None:
-    """Refuse what no rule could mend: the bridge must be able to read `model` and `input`.
-
-    Raises InvalidRequest, naming the parameter.
-    """
-    if not isinstance(request, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {json_type(request)}")
-    model = request.get("model")
-    if not isinstance(model, str) or not model.strip():
-        raise InvalidRequest(f"model must be the name of a model, not {json_type(model)}", "model")
-    if not WORD.fullmatch(model):
-        raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
-    if not isinstance(request.get("input", []), (str, list)):
-        raise InvalidRequest(f"input must be a string or a list, not {json_type(request['input'])}", "input")
-
-
-JSON_TYPES = {
-    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string",
-    list: "a list", dict: "an object",
-}
-
-
-def json_type(value: Any) -> str:
-    """Return the name that JSON gives a value's type."""
-    return JSON_TYPES[type(value)]
-
-
-def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the request as the backend takes it, and the names of the rules that changed it.
-
-    The very same object comes back when no rule fired: the client's own bytes can go upstream then.
-    """
-    fired = []
-    for rule in RULES:
-        try:
-            changed = rule.apply(request, context)
-        except RecursionError as exc:
-            raise InvalidRequest("the request is nested too deeply") from exc
-        if changed is not request:
-            fired.append(rule.name)
-            request = changed
-    return request, tuple(fired)
-
-
-def resolve_alias(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Replace an alias by the slug it means."""
-    if context.slug and request.get("model") != context.slug:
-        return {**request, "model": context.slug}
-    return request
-
-
-def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Make one user message of a string."""
-    text = request.get("input")
-    if isinstance(text, str):
-        return {**request, "input": [message_item("user", text)]}
-    return request
-
-
-def message_item(role: str, text: str) -> dict[str, Any]:
-    """Make a message item of one text."""
-    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
-
-
-def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return an object less some of its fields; the same object when it has none of them."""
-    if fields.keys().isdisjoint(names):
-        return fields
-    return {key: value for key, value in fields.items() if key not in names}
-
-
-REMOVED = object()  # stands for an item that goes
-
-
-def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """Change each object in the input; REMOVED takes it out. The same request comes back when all stay."""
-    items = typed(request.get("input"), list)
-    changed = [change(item) if isinstance(item, dict) else item for item in items]
-    if not any(map(operator.is_not, changed, items)):
-        return request
-    return {**request, "input": [item for item in changed if item is not REMOVED]}
-
-
-def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Name the type of items that are messages by their `role` and `content` only."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
-        bare = item.get("type") is None and "role" in item and "content" in item
-        return {**item, "type": "message"} if bare else item
-    return map_items(request, change)
-
-
-def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Give system messages the developer role, in place."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
-        return {**item, "role": "developer"} if item.get("role") == "system" else item
-    return map_items(request, change)
-
-
-def store_false(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Say that nothing is to be stored: the plan's backend stores nothing."""
-    return request if request.get("store") is False else {**request, "store": False}
-
-
-def stream_true(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Ask for a stream; a client that wants one JSON answer gets it folded."""
-    return request if request.get("stream") is True else {**request, "stream": True}
-
-
-def include_reasoning(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Ask for the encrypted reasoning, which the next turn needs because nothing is stored."""
-    include = request.get("include")
-    if include is None:
-        return {**request, "include": ["reasoning.encrypted_content"]}
-    if isinstance(include, list) and "reasoning.encrypted_content" not in include:
-        return {**request, "include": [*include, "reasoning.encrypted_content"]}
-    return request
-
-
-def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop the fields that the backend refuses by name, known and learned."""
-    unwanted = UNSUPPORTED | context.dropped
-    if not context.websocket:
-        unwanted |= {"previous_response_id"}  # fine on a WebSocket; over HTTP answered from our own store
-    request = without(request, *unwanted)
-    for path in context.dropped:
-        if "." in path:
-            request = drop_path(request, path.split("."))
-    return request
-
-
-def drop_path(value: Any, path: list[str]) -> Any:
-    """Return a copy of nested objects without the field at `path`; the same object where there is none."""
-    if not isinstance(value, dict) or path[0] not in value:
-        return value
-    if len(path) == 1:
-        return without(value, path[0])
-    inner = drop_path(value[path[0]], path[1:])
-    return value if inner is value[path[0]] else {**value, path[0]: inner}
-
-
-def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Call `fast` by its wire name, and drop a tier that the backend or the model does not have."""
-    if "service_tier" not in request:
-        return request
-    tier = request["service_tier"]
-    if tier == "fast":
-        tier = "priority"
-    known = context.model.tiers if context.model else None
-    if tier == "default" or (tier == "priority" and (known is None or tier in known)):
-        return request if tier == request["service_tier"] else {**request, "service_tier": tier}
-    return without(request, "service_tier")
-
-
-def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Bring the reasoning effort to the nearest one that the model lists; the lower of two as near."""
-    reasoning = request.get("reasoning")
-    if not isinstance(reasoning, dict):
-        return request
-    effort = reasoning.get("effort")
-    if not isinstance(effort, str) or effort not in EFFORTS:
-        return request
-    wanted = "max" if effort == "ultra" else effort
-    listed = [known for known in (context.model.efforts if context.model else ()) if known in EFFORTS[:-1]]
-    if listed and wanted not in listed:
-        place = EFFORTS.index(wanted)
-        wanted = min(listed, key=lambda known: (abs(EFFORTS.index(known) - place), EFFORTS.index(known)))
-    return request if wanted == effort else {**request, "reasoning": {**reasoning, "effort": wanted}}
-
-
-def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop what points at nothing under store=false, and then the ids that could demand it.
-
-    A reasoning item with its ciphertext is whole and stays: the ciphertext is bound to the id (WIRE 4).
-    """
-    def dangling(item: dict[str, Any]) -> bool:
-        if item.get("type") == "reasoning":
-            return context.strict or not item.get("encrypted_content")
-        return item.get("type") == "item_reference"
-
-    def change(item: dict[str, Any]) -> Any:
-        if dangling(item):
-            return REMOVED
-        kind = typed(item.get("type"), str)
-        # A message's or a call's id can demand the reasoning item before it.
-        if context.strict or kind == "message" or kind.endswith(("_call", "_output")):
-            return without(item, "id")
-        return item
-
-    wanted = context.strict or any(map(dangling, objects(request.get("input"))))
-    return map_items(request, change) if wanted else request
-
-
-def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop item ids that are too long or have another type's prefix; never rewrite one."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
-        name, prefix = item.get("id"), ID_PREFIXES.get(typed(item.get("type"), str), "")
-        good = isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix)
-        return item if good else without(item, "id")
-    return map_items(request, change)
-
-
-def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Give the conversation a cache key: the client's, else its session, else a hash of its beginning."""
-    key = request.get("prompt_cache_key")
-    if isinstance(key, str) and key:
-        return request
-    session = context.session
-    if session and len(session) > MAX_CACHE_KEY:
-        session = stable_id(session)
-    return {**request, "prompt_cache_key": session or conversation_id(request, context.client)}
-
-
-def conversation_id(request: dict[str, Any], client: str) -> str:
-    """Return an id of what stays in a conversation: who, model, instructions, first user message."""
-    items = objects(request.get("input"))
-    first = next((item.get("content") for item in items if item.get("role") == "user"), None)
-    if isinstance(first, str):
-        first = [{"type": "input_text", "text": first}]  # the same text, however it is written
-    return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
-
-
-def stable_id(text: str) -> str:
-    """Return an id in the form of a UUID, as Codex's session ids are."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
-
-
-def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Send empty instructions for clients that send none: plain models have refused their absence.
-
-    Codex sends none since 0.162 and is left as it is, until upstream refuses that (WIRE 4).
-    """
-    if request.get("instructions") is not None or (context.model and context.model.lite):
-        return request
-    if context.websocket and request.get("previous_response_id") is not None:
-        return request  # the chain has its instructions
-    if context.force_instructions or not context.codex:
-        return {**request, "instructions": ""}
-    return request
-
-
-def is_additional_tools(item: Any) -> bool:
-    """Tell whether an item is the lite form's carrier of tools."""
-    return isinstance(item, dict) and item.get("type") == "additional_tools"
-
-
-def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Bring the request into the form that the catalogue says its model takes."""
-    if context.model is None or not isinstance(request.get("input", []), list):
-        return request
-    return lite_form(request, context) if context.model.lite else plain_form(request, context)
-
-
-def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Move tools and instructions into the input, as lite models want it (WIRE 4)."""
-    reasoning = request.get("reasoning") or {}
-    instructions = request.get("instructions") or ""
-    if not isinstance(request.get("tools") or [], list) or not isinstance(reasoning, dict) \
-            or not isinstance(instructions, str):
-        return request  # mistyped: upstream's refusal says so
-    form = {**without(request, "tools", "instructions")}
-    items = list(request.get("input", []))
-    tools, items = gather_tools(items, request.get("tools") or [])
-    if instructions:
-        items.insert(0, message_item("developer", instructions))
-    if tools:
-        items.insert(0, tools)
-    if context.websocket and "input" not in request and not items:
-        return request
-    form["input"] = items
-    form["parallel_tool_calls"] = False
-    form["reasoning"] = {**reasoning, "context": "all_turns"}
-    if context.websocket:
-        form["client_metadata"] = {**typed(request.get("client_metadata"), dict), LITE_METADATA: "true"}
-    return request if form == request else form
-
-
-def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
-    """Put all tools into one `additional_tools` item; return it, and the items without one."""
-    carriers = [item for item in items if is_additional_tools(item)]
-    if not tools and (not carriers or carriers == items[:1]):
-        return (carriers[0], items[1:]) if carriers else (None, items)
-    gathered: list[Any] = []
-    for given in (*(carrier.get("tools") for carrier in carriers), tools):
-        for tool in typed(given, list):
-            if not any(same_tool(tool, known) for known in gathered):
-                gathered.append(tool)
-    first = carriers[0] if carriers else {"type": "additional_tools", "role": "developer"}
-    return {**first, "tools": gathered}, [item for item in items if not is_additional_tools(item)]
-
-
-def same_tool(tool: Any, other: Any) -> bool:
-    """Tell whether two tools are one: equal, or of the same type and name."""
-    if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
-        return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
-    return bool(tool == other)
-
-
-def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
-    items = request.get("input", [])
-    metadata = typed(request.get("client_metadata"), dict)
-    marked = LITE_METADATA in metadata
-    if not (context.lite_header or marked or any(map(is_additional_tools, items))):
-        return request
-    form = dict(request)
-    carrier, items = gather_tools(items, typed(request.get("tools"), list))
-    if carrier is not None and isinstance(carrier.get("tools"), list):
-        form["tools"], form["input"] = carrier["tools"], items
-    if marked:
-        form["client_metadata"] = without(metadata, LITE_METADATA)
-    plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
-    return plain
-
-
-RULES = (  # in the order of a request's fields; a later rule relies on earlier ones
-    Rule("alias", "the backend knows models, not this host's names for them", resolve_alias),
-    Rule("input-to-list", "upstream wants a list", input_to_list),
-    Rule("type-messages", "upstream wants every item's type", type_bare_messages),
-    Rule("system-to-developer", "upstream refuses the system role", system_to_developer),
-    Rule("store-false", "upstream refuses to store", store_false),
-    Rule("stream-true", "upstream only streams", stream_true),
-    Rule("include-reasoning", "nothing is stored, so the reasoning must travel", include_reasoning),
-    Rule("drop-unsupported", "upstream refuses fields it does not know", drop_unsupported),
-    Rule("service-tier", "upstream knows priority and default, and not every model has both",
-         fit_service_tier),
-    Rule("effort", "every model has its own list of efforts", fit_effort),
-    Rule("continuity", "items that were never stored cannot be referred to", keep_continuity),
-    Rule("item-ids", "upstream refuses malformed ids", drop_bad_ids),
-    Rule("cache-key", "without a key a conversation is not cached", set_cache_key),
-    Rule("instructions", "plain models have refused their absence", fill_instructions),
-    Rule("form", "lite models take only the lite form, plain models only the plain one", set_form),
-)
-
-
-# -- repairs: a refusal's text -> one change of the context -> the rules once more
-
-class Repair(NamedTuple):
-    """One known refusal, and the context under which the rules mend it; the same where they cannot."""
-
-    name: str
-    why: str
-    pattern: re.Pattern[str]
-    apply: Callable[[Context, re.Match[str]], Context]
-
-
-def _drop_named(context: Context, match: re.Match[str]) -> Context:
-    name = re.sub(r"\[\d+\]", "", match[1]).rstrip(".")
-    if name in NEVER_DROPPED or name.partition(".")[0] == "input":
-        return context
-    return context._replace(dropped=context.dropped | {name})
-
-
-FORM_REPAIR = "form"
-MAX_REPAIRS = 4  # of one request
-REPAIRS = (
-    Repair("drop-parameter", "the parameter that upstream names is dropped, and remembered for the model",
-           # At the message's beginning only: further on it may quote what a client said.
-           re.compile(r"\A(?:\W*detail)?\W*(?:unsupported|unknown) parameter:? *['\"`\\]*"
-                      r"([a-z_][\w.\[\]-]{0,80})",
-                      re.IGNORECASE),
-           _drop_named),
-    Repair("instructions", "empty instructions are sent",
-           re.compile(r"instructions are required", re.IGNORECASE),
-           lambda context, match: context._replace(force_instructions=True)),
-    Repair("continuity", "every reasoning item and every item id is dropped",
-           re.compile(r"items are not persisted|item with id '[^']*' not found|without its required|"
-                      r"invalid_encrypted_content|encrypted content .{0,80}could not be", re.IGNORECASE),
-           lambda context, match: context._replace(strict=True)),
-    Repair(FORM_REPAIR, "the model list is fetched anew and the request brought into the form it says",
-           re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE),
-           lambda context, match: context),  # the handler asks the catalogue, see FORM_REPAIR
-)
-
-
-def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
-    """Find the repair that a refusal's text asks for."""
-    for repair in REPAIRS:
-        match = repair.pattern.search(text)
-        if match:
-            return repair, match
-    return None
-
-
-# == 5 chat ===================================================================
-# Chat Completions and legacy completions on the Responses backend: request dict in, request dict out; events
-# in, chunks out. No I/O, no clock, no log: ids and times are arguments, and no argument is ever changed.
-# One fold turns events into deltas. A stream wraps the deltas in chunks; an answer in one piece merges the
-# deltas of the terminal event alone. So the two cannot drift apart.
-
-Object = dict[str, Any]  # a JSON object
-
-# Fields that only tune the answer or serve the account: dropped in silence, as is any field unknown here.
-CHAT_DROPPED = (
-    "best_of", "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "metadata",
-    "prediction", "presence_penalty", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
-    "seed", "stop", "store", "temperature", "top_p", "user",
-)
-
-# Fields without which the answer would be wrong: the values that ask for nothing, and why others are refused.
-Refused = dict[str, tuple[tuple[Any, ...], str]]
-CHAT_REFUSED: Refused = {
-    "n": ((None, 1), "the backend gives one answer to a request"),
-    "logprobs": ((None, False), "the backend reports no log probabilities"),
-    "top_logprobs": ((None, 0), "the backend reports no log probabilities"),
-    "audio": ((None,), "the backend answers in text only"),
-    "modalities": ((None, ["text"]), "the backend answers in text only"),
-    "moderation": ((None,), "the backend reports no moderation results"),
-}
-COMPLETION_REFUSED: Refused = {
-    "n": ((None, 1), "the backend gives one answer to a request"),
-    "best_of": ((None, 1), "the backend gives one answer to a request"),
-    "echo": ((None, False), "the backend does not repeat the prompt"),
-    "logprobs": ((None,), "the backend reports no log probabilities"),
-    "suffix": ((None, ""), "the backend does not fill the gap between two texts"),
-}
-TEXT_PARTS = ("text", "input_text", "output_text")  # clients that speak both APIs mix the names
-THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other providers' reasoning, echoed
-
-
-def _mistyped(param: str, wanted: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"{param} must be {wanted}, got {json_type(value)}", param)
-
-
-class _Node:
-    """A JSON object of a request, and its path there: reading a field checks its type, an error names it."""
-
-    def __init__(self, fields: Object, path: str = "") -> None:
-        self.fields = fields
-        self.path = path
-
-    def at(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def unsupported(self, key: str) -> InvalidRequest:
-        return InvalidRequest(f"{self.at(key)}: {self.fields[key][:60]!r} is not supported", self.at(key))
-
-    def get(self, key: str, kind: type[T]) -> T | None:
-        value = self.fields.get(key)
-        if value is None or isinstance(value, kind):
-            return value
-        raise _mistyped(self.at(key), JSON_TYPES[kind], value)
-
-    def need(self, key: str, kind: type[T]) -> T:
-        value = self.get(key, kind)
-        if value is None:
-            raise _mistyped(self.at(key), JSON_TYPES[kind], None)
-        return value
-
-    def given(self, kind: type, *keys: str) -> Object:
-        """Return those of the fields that are neither missing nor null."""
-        return {key: self.get(key, kind) for key in keys if self.fields.get(key) is not None}
-
-    def node(self, key: str) -> _Node:
-        return _Node(self.need(key, dict), self.at(key))
-
-    def node_or_empty(self, key: str) -> _Node:
-        return _Node(self.get(key, dict) or {}, self.at(key))
-
-    def nodes(self, key: str) -> Iterator[_Node]:
-        for index, entry in enumerate(self.get(key, list) or ()):
-            where = f"{self.at(key)}[{index}]"
-            if not isinstance(entry, dict):
-                raise _mistyped(where, JSON_TYPES[dict], entry)
-            yield _Node(entry, where)
-
-
-def _refuse(body: Object, refused: Refused) -> None:
-    for name, (harmless, why) in refused.items():
-        if body.get(name) not in harmless:
-            raise InvalidRequest(f"{name} is not supported: {why}", name)
-
-
-def _content(message: _Node) -> list[_Node]:
-    """Return the parts of a message; a string is one part of text."""
-    content = message.fields.get("content")
-    if isinstance(content, str):
-        return [_Node({"type": "text", "text": content}, message.at("content"))]
-    if not isinstance(content, list):
-        raise _mistyped(message.at("content"), "a string or a list of parts", content)
-    return list(message.nodes("content"))
-
-
-def _input_part(part: _Node) -> Object:
-    kind = part.need("type", str)
-    if kind in TEXT_PARTS:
-        return {"type": "input_text", "text": part.need("text", str)}
-    if kind == "image_url" and isinstance(part.fields.get("image_url"), str):  # against the letter, but seen
-        return {"type": "input_image", "image_url": part.fields["image_url"]}
-    if kind == "image_url":
-        image = part.node("image_url")
-        return {"type": "input_image", "image_url": image.need("url", str), **image.given(str, "detail")}
-    if kind == "file":
-        fields = part.node("file").given(str, "file_data", "file_id", "filename")
-        if "file_data" not in fields and "file_id" not in fields:
-            raise InvalidRequest(f"{part.at('file')} must have file_data or file_id", part.at("file"))
-        return {"type": "input_file", **fields}
-    raise part.unsupported("type")
-
-
-def _output_part(part: _Node) -> Object:
-    kind = part.need("type", str)
-    if kind in TEXT_PARTS:
-        return {"type": "output_text", "text": part.need("text", str)}
-    if kind == "refusal":
-        return {"type": kind, "refusal": part.need("refusal", str)}
-    if kind in THOUGHT_PARTS:
-        return {}
-    raise part.unsupported("type")
-
-
-class _History:
-    """Translate messages to items, in place and in order.
-
-    Remembers the calls made so far: a custom tool's output is an item type of its own, and a `function`
-    message (the old style) names its function but not the call.
-    """
-
-    def __init__(self) -> None:
-        self.items: list[Object] = []
-        self._custom_ids: set[str] = set()
-        self._function_ids: dict[str, str] = {}  # function's name → the id made up for its last call
-
-    def add(self, message: _Node) -> None:
-        role = message.need("role", str)
-        if role in ("system", "developer", "user"):
-            role = "user" if role == "user" else "developer"
-            parts = [_input_part(part) for part in _content(message)]
-            self.items.append({"type": "message", "role": role, "content": parts})
-        elif role == "assistant":
-            self._answer(message)
-        elif role == "tool":
-            self._output(message, message.need("tool_call_id", str))
-        elif role == "function":
-            name = message.need("name", str)
-            if name not in self._function_ids:
-                where = message.at("name")
-                raise InvalidRequest(f"{where}: {name[:60]!r} was not called before", where)
-            self._output(message, self._function_ids[name])
-        else:
-            raise message.unsupported("role")
-
-    def _answer(self, message: _Node) -> None:
-        content = _content(message) if message.fields.get("content") is not None else []
-        parts = [_output_part(part) for part in content]
-        parts.append({"type": "refusal", "refusal": message.get("refusal", str)})
-        parts = [part for part in parts if part.get("text") or part.get("refusal")]
-        if parts:
-            self.items.append({"type": "message", "role": "assistant", "content": parts})
-        for call in message.nodes("tool_calls"):
-            if call.get("type", str) in (None, "function"):
-                self._call("function_call", call.need("id", str), call.node("function"), "arguments")
-            elif call.fields["type"] == "custom":
-                self._call("custom_tool_call", call.need("id", str), call.node("custom"), "input")
-                self._custom_ids.add(call.fields["id"])
-            else:
-                raise call.unsupported("type")
-        if message.get("function_call", dict) is not None:
-            function, call_id = message.node("function_call"), f"call_function_{len(self.items)}"
-            self._call("function_call", call_id, function, "arguments")
-            self._function_ids[function.fields["name"]] = call_id
-
-    def _call(self, kind: str, call_id: str, call: _Node, field: str) -> None:
-        texts = {key: call.need(key, str) for key in ("name", field)}
-        self.items.append({"type": kind, "call_id": call_id, **texts})
-
-    def _output(self, message: _Node, call_id: str) -> None:
-        kind = "custom_tool_call_output" if call_id in self._custom_ids else "function_call_output"
-        parts, content = [_input_part(part) for part in _content(message)], message.fields["content"]
-        output = content if isinstance(content, str) else parts
-        self.items.append({"type": kind, "call_id": call_id, "output": output})
-
-
-def _items(body: _Node) -> list[Object]:
-    if not body.need("messages", list):
-        raise InvalidRequest("messages must not be empty", "messages")
-    history = _History()
-    for message in body.nodes("messages"):
-        history.add(message)
-    return history.items
-
-
-def _function_tool(function: _Node) -> Object:
-    return {
-        "type": "function",
-        "name": function.need("name", str),
-        **function.given(str, "description"),
-        "parameters": function.get("parameters", dict) or {"type": "object", "properties": {}},
-        "strict": bool(function.get("strict", bool)),  # missing: false in this API, true in the other
-    }
-
-
-def _custom_tool(custom: _Node) -> Object:
-    tool = {"type": "custom", "name": custom.need("name", str), **custom.given(str, "description")}
-    if custom.get("format", dict) is not None:
-        form = custom.node("format")
-        tool["format"] = {"type": form.need("type", str)}
-        if tool["format"]["type"] == "grammar":
-            grammar = form.node("grammar")
-            tool["format"].update({key: grammar.need(key, str) for key in ("syntax", "definition")})
-    return tool
-
-
-def _tool(tool: _Node) -> Object:
-    kind = tool.need("type", str)
-    if kind == "function":
-        return _function_tool(tool.node("function"))
-    if kind == "custom":
-        return _custom_tool(tool.node("custom"))
-    return tool.fields  # the backend's own tools are the same in both APIs
-
-
-def _web_search_tool(options: _Node) -> Object:
-    tool = {"type": "web_search", **options.given(str, "search_context_size")}
-    if options.get("user_location", dict) is not None:
-        place = options.node("user_location").node_or_empty("approximate")
-        fields = place.given(str, "city", "country", "region", "timezone")
-        tool["user_location"] = {"type": "approximate", **fields}
-    return tool
-
-
-def _named_tool(choice: _Node) -> Object:
-    kind = choice.need("type", str)
-    if kind in ("function", "custom"):
-        return {"type": kind, "name": choice.node(kind).need("name", str)}
-    return choice.fields
-
-
-def _tool_choice(body: _Node) -> str | Object | None:
-    field = "function_call" if body.fields.get("tool_choice") is None else "tool_choice"
-    choice = body.fields.get(field)
-    if choice is None or choice in ("none", "auto", "required"):
-        return choice
-    if isinstance(choice, str):
-        raise body.unsupported(field)
-    if not isinstance(choice, dict):
-        raise _mistyped(field, "a string or an object", choice)
-    node = body.node(field)
-    if field == "function_call":
-        return {"type": "function", "name": node.need("name", str)}
-    if choice.get("type") != "allowed_tools":
-        return _named_tool(node)
-    allowed = node.node("allowed_tools")
-    tools = [_named_tool(tool) for tool in allowed.nodes("tools")]
-    return {"type": "allowed_tools", "mode": allowed.need("mode", str), "tools": tools}
-
-
-def _tool_fields(body: _Node) -> Object:
-    tools = [_tool(tool) for tool in body.nodes("tools")]
-    functions = [_function_tool(function) for function in body.nodes("functions")]
-    wants_search = body.get("web_search_options", dict) is not None
-    if wants_search and not any(tool["type"].startswith("web_search") for tool in tools):
-        tools.append(_web_search_tool(body.node("web_search_options")))
-    fields: Object = {"tools": tools + functions, "tool_choice": _tool_choice(body)}
-    if functions:
-        fields["parallel_tool_calls"] = False  # an answer of the old style has room for one call
-    return {field: value for field, value in fields.items() if value not in (None, [])}
-
-
-def _reasoning(body: _Node) -> Object:
-    """Gather the reasoning fields; `summary` is `auto` where the client does not mention it, null is none."""
-    if isinstance(body.fields.get("reasoning_effort"), dict):  # LiteLLM's way to name a summary
-        said, effort = body.node("reasoning_effort"), {}
-    else:
-        said, effort = body.node_or_empty("reasoning"), body.given(str, "reasoning_effort")
-    reasoning = said.given(str, "effort", "summary", "context")
-    if effort:
-        reasoning["effort"] = effort["reasoning_effort"]
-    return reasoning if "summary" in said.fields else {**reasoning, "summary": "auto"}
-
-
-def _text_format(chosen: _Node) -> Object:
-    kind = chosen.need("type", str)
-    if kind in ("text", "json_object"):
-        return {"type": kind}
-    if kind != "json_schema":
-        raise chosen.unsupported("type")
-    schema = chosen.node("json_schema")
-    required = {"name": schema.need("name", str), "schema": schema.need("schema", dict)}
-    return {"type": kind, **required, **schema.given(str, "description"), **schema.given(bool, "strict")}
-
-
-def wants_usage(body: Object) -> bool:
-    """Tell whether a stream is to end with a usage chunk."""
-    return bool(_Node(body).node_or_empty("stream_options").get("include_usage", bool))
-
-
-def chat_request(body: Object) -> Object:
-    """Translate a Chat Completions request to a Responses request, in the plain form.
-
-    Raises InvalidRequest, with the field's path as `param`, for a mistyped field, and for one that asks for
-    what the backend cannot do and without which the answer would be wrong.
-    """
-    _refuse(body, CHAT_REFUSED)
-    wants_usage(body)  # for the stream to obey; mistyped, it is refused here
-    node = _Node(body)
-    text = node.given(str, "verbosity")
-    if node.get("response_format", dict) is not None:
-        text["format"] = _text_format(node.node("response_format"))
-    return {
-        "model": node.need("model", str),
-        "input": _items(node),
-        "stream": bool(node.get("stream", bool)),
-        "reasoning": _reasoning(node),
-        **({"text": text} if text else {}),
-        **node.given(str, "prompt_cache_key", "service_tier"),
-        **node.given(bool, "parallel_tool_calls"),
-        **_tool_fields(node),
-    }
-
-
-def completion_request(body: Object) -> Object:
-    """Translate a legacy completions request to a Responses request: the prompt is one user message."""
-    _refuse(body, COMPLETION_REFUSED)
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise InvalidRequest("prompt must be one string, not several and not token ids", "prompt")
-    return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
-
-
-# Event type, less `.delta` or `.done` → the type of the part or item whose text it brings.
-TEXT_EVENTS = {
-    "response.output_text": "output_text",
-    "response.refusal": "refusal",
-    "response.reasoning_summary_text": "summary_text",
-    "response.reasoning_text": "reasoning_text",
-    "response.function_call_arguments": "function_call",
-    "response.custom_tool_call_input": "custom_tool_call",
-}
-PART_EVENTS = ("response.content_part.done", "response.reasoning_summary_part.done")
-# Type of part → its field in a delta, its own field with the text; type of call → the same, in a call.
-PARTS = {
-    "output_text": ("content", "text"),
-    "refusal": ("refusal", "refusal"),
-    "summary_text": ("reasoning_content", "text"),
-    "reasoning_text": ("reasoning_content", "text"),
-}
-CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input")}
-INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
-
-
-def usage_chat(usage: Object | None) -> Object | None:
-    """Translate a response's token counts; None where there are none."""
-    if not isinstance(usage, dict) or not usage:
-        return None
-    prompt, answer = typed(usage.get("input_tokens"), int), typed(usage.get("output_tokens"), int)
-    cached = typed(usage.get("input_tokens_details"), dict).get("cached_tokens")
-    reasoning = typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": answer,
-        "total_tokens": typed(usage.get("total_tokens"), int) or prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": typed(cached, int)},
-        "completion_tokens_details": {"reasoning_tokens": typed(reasoning, int)},
-    }
-
-
-class _Fold:
-    """Turn Responses events into chat deltas, each piece of text exactly once.
-
-    `_sent` counts, for each text (its type, item and part), the characters that went out, so that an event
-    which repeats the text in full (`*.done`, the item, the terminal event) adds only what is missing.
-    """
-
-    def __init__(self, legacy_functions: bool = False) -> None:
-        self.done = False
-        self.failed = False
-        self.usage: Object | None = None
-        self._finish_reason = "stop"
-        self._legacy_functions = legacy_functions
-        self._sent: dict[tuple[str, int | str, int], int] = {}
-        self._calls: dict[int | str, int] = {}  # item → index of its call
-        self._last: dict[str, Any] = {}  # delta field → the item or part that its last piece was of
-        self._content_length = 0
-        self._starts: dict[tuple[int | str, int], int] = {}  # item and part → its offset in the content
-        self._annotations: dict[tuple[int | str, int, int], Object] = {}
-
-    def _deltas(self, event: Object) -> Iterator[Object]:
-        kind, item = typed(event.get("type"), str), typed(event.get("item"), dict)
-        stem, _, verb = kind.rpartition(".")
-        key = _item_key(event, item)
-        index = typed(event.get("summary_index", event.get("content_index")), int)
-        if stem in TEXT_EVENTS and verb == "delta":
-            yield from self._piece(TEXT_EVENTS[stem], key, index, typed(event.get("delta"), str))
-        elif stem in TEXT_EVENTS and verb == "done":
-            yield from self._rest({**event, "type": TEXT_EVENTS[stem]}, key, index)
-        elif kind in PART_EVENTS:
-            yield from self._rest(event.get("part"), key, index)
-        elif kind == "response.output_text.annotation.added":
-            number = typed(event.get("annotation_index"), int)
-            self._annotate(event.get("annotation"), (key, index, number))
-        elif kind == "response.output_item.added":
-            yield from self._open_call(item, key)
-        elif kind == "response.output_item.done":
-            yield from self._whole_item(item, key)
-        else:
-            yield from self._end(kind, event)
-
-    def _piece(self, kind: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
-        if not piece or (kind in CALLS and key not in self._calls):
-            return  # a call without its head waits for the whole item
-        slot = (kind, key, index)
-        self._sent[slot] = self._sent.get(slot, 0) + len(piece)
-        if kind in CALLS:
-            form, field = CALLS[kind]
-            yield from self._call_delta(key, {}, form, {field: piece})
-            return
-        field = PARTS[kind][0]
-        # A blank line between two parts of the reasoning, or two messages; a message's parts are one text.
-        place = slot if field == "reasoning_content" else key
-        lead = "\n\n" if self._last.get(field, place) != place else ""
-        self._last[field] = place
-        if field == "content":
-            self._starts.setdefault((key, index), self._content_length + len(lead))
-            self._content_length += len(lead) + len(piece)
-        yield {field: lead + piece}
-
-    def _rest(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
-        """Yield what is still missing of a whole text; take the citations in it."""
-        part = typed(part, dict)
-        kind = typed(part.get("type"), str)
-        _, field = PARTS.get(kind) or CALLS.get(kind) or ("", "")
-        text = typed(part.get(field), str)
-        if text:
-            yield from self._piece(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
-        for number, annotation in enumerate(typed(part.get("annotations"), list)):
-            self._annotate(annotation, (key, index, number))
-
-    def _whole_item(self, item: Object, key: int | str) -> Iterator[Object]:
-        if item.get("type") in ("message", "reasoning"):
-            for parts in ("summary", "content"):
-                for index, part in enumerate(typed(item.get(parts), list)):
-                    yield from self._rest(part, key, index)
-        else:
-            yield from self._open_call(item, key)
-            yield from self._rest(item, key, 0)
-
-    def _open_call(self, item: Object, key: int | str) -> Iterator[Object]:
-        form, field = CALLS.get(typed(item.get("type"), str), ("", ""))
-        call_id, name = item.get("call_id"), item.get("name")
-        if form and key not in self._calls and isinstance(call_id, str) and isinstance(name, str):
-            self._calls[key] = len(self._calls)
-            head = {"id": call_id, "type": form}
-            yield from self._call_delta(key, head, form, {"name": name, field: ""})
-
-    def _call_delta(self, key: int | str, head: Object, form: str, texts: Object) -> Iterator[Object]:
-        index = self._calls[key]
-        if not self._legacy_functions:
-            yield {"tool_calls": [{"index": index, **head, form: texts}]}
-        elif index == 0:
-            yield {"function_call": texts}
-
-    def _annotate(self, annotation: Any, place: tuple[int | str, int, int]) -> None:
-        """Keep a citation for the end: the OpenAI SDK cannot add a second list of them to the first."""
-        annotation = typed(annotation, dict)
-        if annotation.get("type") != "url_citation":
-            return  # the chat form has no other
-        numbers = ("start_index", "end_index")
-        start = self._starts.get(place[:2], 0)
-        citation: Object = {field: start + typed(annotation.get(field), int) for field in numbers}
-        citation.update({field: typed(annotation.get(field), str) for field in ("title", "url")})
-        self._annotations[place] = {"type": "url_citation", "url_citation": citation}
-
-    def _end(self, kind: str, event: Object) -> Iterator[Object]:
-        """Take a terminal event, or `error`; other events have no place in a chat."""
-        if kind in ("response.failed", "error"):
-            self.done = self.failed = True
-        if kind not in ("response.completed", "response.incomplete"):
-            return
-        response = typed(event.get("response"), dict)
-        if not self._sent and not self._calls:  # the terminal event is all there is
-            for index, item in enumerate(typed(response.get("output"), list)):
-                yield from self._whole_item(typed(item, dict), index)
-        if self._annotations:
-            yield {"annotations": list(self._annotations.values())}
-        if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
-            yield {"content": ""}  # null would mean that there are calls
-        self.done, self.usage = True, usage_chat(response.get("usage"))
-        if kind == "response.incomplete":
-            reason = typed(response.get("incomplete_details"), dict).get("reason")
-            self._finish_reason = INCOMPLETE_REASONS.get(typed(reason, str), "length")
-        elif self._calls:
-            self._finish_reason = "function_call" if self._legacy_functions else "tool_calls"
-
-
-def _item_key(event: Object, item: Object) -> int | str:
-    """Return what tells an event's item from others: the index first, since ids may differ between events."""
-    for name in (event.get("output_index"), event.get("item_id"), item.get("id"), item.get("call_id")):
-        if isinstance(name, (int, str)):
-            return name
-    return ""
-
-
-class ChatStream(_Fold):
-    """Turn Responses events into Chat Completions chunks.
-
-    `done` is set by the terminal event or an `error`; `failed`, where that tells of a failure. No chunk comes
-    before the first delta, so a failure until then can be an HTTP error.
-    """
-
-    kind = "chat.completion.chunk"
-
-    def __init__(
-        self, completion_id: str, created: int, model: str,
-        include_usage: bool = False, legacy_functions: bool = False,
-    ) -> None:
-        super().__init__(legacy_functions)
-        self._head: Object = {"id": completion_id, "object": self.kind, "created": created, "model": model}
-        self._include_usage = include_usage
-        self._started = False
-
-    def feed(self, event: Object) -> list[Object]:
-        """Return the chunks that an event makes, in order; none after the terminal event."""
-        if self.done:
-            return []
-        choices = [choice for delta in self._deltas(event) for choice in self._choices(delta)]
-        if self.done and not self.failed:
-            choices.append(self._choice({}, self._finish_reason))
-        no_usage = {"usage": None} if self._include_usage else {}
-        chunks = [{**self._head, "choices": [choice], **no_usage} for choice in choices]
-        if self._include_usage and self.usage:
-            chunks.append({**self._head, "choices": [], "usage": self.usage})
-        return chunks
-
-    def whole(self, kind: str, choice: Object) -> Object:
-        """Return an answer in one piece, with the head and the usage of this stream."""
-        return {**self._head, "object": kind, "choices": [choice], "usage": self.usage}
-
-    def _choices(self, delta: Object) -> Iterator[Object]:
-        if not self._started:
-            self._started = True
-            yield self._choice({"role": "assistant", "content": "" if "content" in delta else None})
-        yield self._choice(delta)
-
-    def _choice(self, delta: Object, finish_reason: str | None = None) -> Object:
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-class CompletionStream(ChatStream):
-    """Turn Responses events into legacy completion chunks: text only, a refusal being text as well."""
-
-    kind = "text_completion"
-
-    def _choices(self, delta: Object) -> Iterator[Object]:
-        if delta.get("content") or delta.get("refusal"):
-            yield self._choice(delta)
-
-    def _choice(self, delta: Object, finish_reason: str | None = None) -> Object:
-        text = delta.get("content") or delta.get("refusal") or ""
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _merge(message: Object, delta: Object) -> None:
-    """Add one of this section's own deltas to a message: texts grow, calls meet by their index."""
-    for name, value in delta.items():
-        held = message.get(name)
-        if held is None:
-            message[name] = value
-        elif isinstance(value, str):
-            message[name] = held + value
-        elif isinstance(value, dict):
-            _merge(held, value)
-        elif isinstance(value, list):
-            for entry in value:
-                if entry["index"] < len(held):
-                    _merge(held[entry["index"]], entry)
-                else:
-                    held.append(entry)
-
-
-def _all_choices(stream: ChatStream, response: Object) -> list[Object]:
-    kind = "response.incomplete" if response.get("status") == "incomplete" else "response.completed"
-    return [chunk["choices"][0] for chunk in stream.feed({"type": kind, "response": response})]
-
-
-def chat_completion(
-    response: Object, completion_id: str, created: int, model: str, legacy_functions: bool = False
-) -> Object:
-    """Translate a whole response, one that did not fail, to one chat completion."""
-    stream = ChatStream(completion_id, created, model, legacy_functions=legacy_functions)
-    *choices, last = _all_choices(stream, response)
-    message: Object = {"role": None, "content": None, "refusal": None}
-    for choice in choices:
-        _merge(message, choice["delta"])
-    for call in message.get("tool_calls", ()):
-        del call["index"]
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last["finish_reason"]}
-    return stream.whole("chat.completion", choice)
-
-
-def text_completion(response: Object, completion_id: str, created: int, model: str) -> Object:
-    """Translate a whole response, one that did not fail, to one legacy completion."""
-    stream = CompletionStream(completion_id, created, model)
-    choices = _all_choices(stream, response)
-    return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
-
-
-# == 6 headers ================================================================
-# Heads and bodies as bytes, read strictly and the same way on both sides; which fields cross; the session id.
+# == 6 http ===================================================================
+# Heads and bodies as bytes, read strictly and the same way on both sides.
 # http.server and http.client are not used for reading: they take signed lengths, folded lines and bare line
 # feeds, hide a body cut short, hang on a 304 that is marked chunked, and cost 90 µs a head (WIRE 8).
 
@@ -1927,616 +986,37 @@ def keeps_alive(minor: int, headers: Mapping[str, str]) -> bool:
     return "close" not in tokens and (minor == 1 or "keep-alive" in tokens)
 
 
-# -- content codings
-
-ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
-ZSTD_LEVEL = 3  # zstd's own default, and Codex's
-
-
-@functools.lru_cache(maxsize=1)
-def libzstd() -> Any:
-    """Load the system's libzstd, for Pythons before 3.14; None where there is none."""
-    import ctypes  # late, as below: it costs 5 ms, and the start is to be quick
-
-    for name in ZSTD_NAMES:
-        with contextlib.suppress(OSError):
-            library = ctypes.CDLL(name)
-            for function in ("compressBound", "compress", "decompressStream", "freeDStream"):
-                getattr(library, f"ZSTD_{function}").restype = ctypes.c_size_t
-            library.ZSTD_createDStream.restype = ctypes.c_void_p
-            return library
-    return None
-
-
-def zstd_module() -> Any:
-    """Return Python 3.14's own zstd; None before."""
-    if sys.version_info < (3, 14):
-        return None
-    with contextlib.suppress(ImportError):
-        from compression import zstd  # type: ignore[import-not-found]
-        return zstd
-    return None
-
-
-def zstd_compress(body: bytes) -> bytes | None:
-    """Compress, where zstd is at hand."""
-    if zstd_module():
-        return zstd_module().compress(body, ZSTD_LEVEL)  # type: ignore[no-any-return]
-    library = libzstd()
-    if library is None:
-        return None
-    import ctypes
-
-    bound = library.ZSTD_compressBound(ctypes.c_size_t(len(body)))
-    target = ctypes.create_string_buffer(bound)
-    size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
-    return target.raw[:size] if size <= bound else None  # an error is a size near 2^64
-
-
-def zstd_decompress(body: bytes, limit: int) -> bytes:
-    """Decompress one zstd frame, within `limit` bytes. Raises as `decompress` does."""
-    if zstd_module():
-        reader = zstd_module().ZstdDecompressor()
-        try:
-            whole = reader.decompress(body, limit + 1)
-        except zstd_module().ZstdError as exc:
-            raise InvalidRequest("the body is not zstd") from exc
-        complete = reader.eof and not reader.unused_data
-    else:
-        whole, complete = _libzstd_decompress(body, limit)
-    if len(whole) > limit:
-        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
-    if not complete:
-        raise InvalidRequest("the body is not one whole zstd frame")
-    return bytes(whole)
-
-
-def _libzstd_decompress(body: bytes, limit: int) -> tuple[bytes, bool]:
-    """Decompress with libzstd, a piece at a time; tell whether the frame ended with the body."""
-    library = libzstd()
-    if library is None:
-        raise UnsupportedEncoding("zstd is not at hand on the bridge's host: install libzstd there, or set "
-                                  "`enable_request_compression = false` in [features] of Codex's config.toml")
-    import ctypes
-
-    buffer = ctypes.c_size_t * 3  # libzstd's ZSTD_inBuffer and ZSTD_outBuffer: address, size, bytes used
-    stream = ctypes.c_void_p(library.ZSTD_createDStream())
-    source = ctypes.create_string_buffer(body, len(body))
-    target = ctypes.create_string_buffer(1 << 17)
-    pieces, size, left = [], 0, 1
-    read = buffer(ctypes.addressof(source), len(body), 0)
-    try:
-        while size <= limit:
-            written = buffer(ctypes.addressof(target), len(target), 0)
-            before = read[2]
-            left = library.ZSTD_decompressStream(stream, ctypes.byref(written), ctypes.byref(read))
-            if left > 1 << 63:  # an error is a size near 2^64
-                raise InvalidRequest("the body is not zstd")
-            pieces.append(target.raw[:written[2]])
-            size += written[2]
-            if left == 0 or (written[2] == 0 and read[2] == before):
-                break
-    finally:
-        library.ZSTD_freeDStream(stream)
-    return b"".join(pieces), left == 0 and read[2] == len(body)
-
-
-def decompress(body: bytes, coding: str, limit: int) -> bytes:
-    """Undo a content coding, within `limit` bytes.
-
-    Raises UnsupportedEncoding, BodyTooLarge, InvalidRequest.
-    """
-    coding = coding.strip().lower()
-    if coding in ("", "identity"):
-        return body
-    if coding == "zstd":
-        return zstd_decompress(body, limit)
-    if coding not in ("gzip", "x-gzip", "deflate"):
-        raise UnsupportedEncoding(f"the content coding {coding!r} is not taken; gzip, deflate and zstd are")
-    reader = zlib.decompressobj(47 if coding != "deflate" or body[:1] == b"\x78" else -15)
-    try:
-        whole = reader.decompress(body, limit + 1)
-    except zlib.error as exc:
-        raise InvalidRequest(f"the body is not {coding}: {exc}") from exc
-    if len(whole) > limit:
-        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
-    if not reader.eof or reader.unused_data:
-        raise InvalidRequest(f"the body is not one whole {coding} stream")
-    return whole
-
-
-# -- which fields cross
-
-CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
-PASSED_UP = frozenset((
-    "originator", "session-id", "thread-id", "user-agent", "version", "x-client-request-id",
-    "x-openai-subagent",
-))  # and x-codex-*, the names of which change with Codex; all else stays here
-NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # set by the bridge
-PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # of clients that are not Codex, too
-PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # and x-*, openai-*
-NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy would obey the first two
-SESSION_FIELDS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
-
-
-def codex_version(headers: Mapping[str, str]) -> str:
-    """Return the version of the Codex that sent these fields; "" when the client is not a Codex."""
-    match = CODEX_AGENT.match(headers.get("user-agent", ""))
-    return match[1] if match else ""
-
-
-def is_codex(headers: Mapping[str, str]) -> bool:
-    """Tell whether the client is a Codex, whose own values pass upstream unchanged."""
-    return bool(codex_version(headers)) or headers.get("originator", "").lower().startswith("codex") \
-        or "x-codex-turn-metadata" in headers or "x-codex-window-id" in headers
-
-
-def client_session(headers: Mapping[str, str]) -> str:
-    """Return the client's own session id, under any of its names; "" when there is none."""
-    return next((headers[name] for name in SESSION_FIELDS if headers.get(name)), "")
-
-
-class Identity(NamedTuple):
-    """As whom requests are sent for clients that are not Codex."""
-
-    originator: str
-    version: str
-
-    def fields(self) -> dict[str, str]:
-        """Return the fields that say so, for requests that no client asked for."""
-        return {"version": self.version, "originator": self.originator, "user-agent": USER_AGENT}
-
-
-def upstream_fields(headers: Mapping[str, str], identity: Identity, session: str) -> dict[str, str]:
-    """Choose, from a client's fields, those that go upstream, and add what Codex adds for ChatGPT.
-
-    An allow-list: what is not named here stays here, the client's credentials and addresses above all.
-    Sign-in, routing and framing are added when the request is sent.
-    """
-    codex = is_codex(headers)
-    if codex:
-        passed = {name: value for name, value in headers.items()
-                  if name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)}
-    else:
-        passed = {name: headers[name] for name in PASSED_FOR_ALL if name in headers}
-    passed = {name: value for name, value in passed.items() if value}
-    if headers.get("thread_id"):
-        passed.setdefault("thread-id", headers["thread_id"])
-    passed.setdefault("session-id", session if WORD.fullmatch(session) else stable_id(session))
-    fields = {"version": codex_version(headers) or identity.version, **passed}
-    fields.setdefault("originator", identity.originator)
-    if not codex or not fields.get("user-agent"):
-        fields["user-agent"] = USER_AGENT
-    return fields
-
-
-def routing_hint(request: Mapping[str, Any]) -> str:
-    """Return Codex's x-codex-routing-hint: `model=<slug>[;tier=<tier>]` (WIRE 3)."""
-    tier = request.get("service_tier")
-    return f"model={request.get('model')}" + (f";tier={tier}" if isinstance(tier, str) else "")
-
-
-def downstream_fields(headers: Mapping[str, str]) -> dict[str, str]:
-    """Choose, from upstream's fields, those that the client gets."""
-    return {name: value for name, value in headers.items() if not name.startswith(NOT_PASSED_DOWN)
-            and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
-
-
-# == 7 sse ====================================================================
-# Bytes in, events out; the fold of events into one response. Bytes are cut at CR and LF only: str.splitlines
-# would split a text at U+2028.
-
-BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
-NOTABLE = re.compile(rb"response\.(?:output_item\.done|completed|failed|incomplete)")  # what matters here
-TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
-
-
-class Events:
-    """Cut a stream of bytes into whole events; what is not whole yet is kept back."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []  # of the event that is not whole yet
-        self._size = 0  # of those parts, in bytes
-        self._carriage = False  # a CR was seen: lines may end in other ways than LF
-
-    def feed(self, payload: bytes) -> bytes:
-        """Return the bytes of all events that are whole now, as they came.
-
-        Raises BadUpstream for an event above MAX_EVENT.
-        """
-        if self._carriage or b"\r" in payload:
-            return self._feed_any(payload)
-        cut = payload.rfind(b"\n\n") + 2
-        if cut == 1:  # none in it; but a blank line may have been cut in two
-            cut = int(bool(self._parts) and self._parts[-1][-1:] == b"\n" == payload[:1])
-        if cut == 0:
-            self._keep(payload)
-            return b""
-        return self._take(payload, cut)
-
-    def _feed_any(self, payload: bytes) -> bytes:
-        """Feed a stream whose lines end in CRLF or CR as well: rare, so simple rather than fast."""
-        self._carriage = True
-        joined = self._drain() + payload
-        cut = 0
-        for match in BLANK_LINE.finditer(joined):
-            if match.end() < len(joined) or not joined.endswith(b"\r\n\r"):  # else its LF is on the way
-                cut = match.end()
-        self._keep(joined[cut:])
-        return joined[:cut]
-
-    def _take(self, payload: bytes, cut: int) -> bytes:
-        """Return what was kept and `payload` up to `cut`; keep the rest."""
-        whole = payload if cut == len(payload) else payload[:cut]
-        if self._parts:
-            whole = self._drain() + whole
-        if cut < len(payload):
-            self._keep(payload[cut:])
-        return whole
-
-    def _drain(self) -> bytes:
-        kept = b"".join(self._parts)
-        self._parts, self._size = [], 0
-        return kept
-
-    def _keep(self, part: bytes) -> None:
-        if part:
-            self._parts.append(part)
-            self._size += len(part)
-        if self._size > MAX_EVENT:
-            raise BadUpstream(f"upstream sent an event of more than {MAX_EVENT} bytes")
-
-
-def split_events(whole: bytes) -> list[bytes]:
-    """Split whole events' bytes into one piece an event, with its blank line."""
-    if b"\r" not in whole:
-        return [piece + b"\n\n" for piece in whole.split(b"\n\n")[:-1]]
-    pieces, at = [], 0
-    for match in BLANK_LINE.finditer(whole):
-        pieces.append(whole[at:match.end()])
-        at = match.end()
-    return pieces
-
-
-def event_json(event: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that an event carries; None when it carries none."""
-    lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
-    parts = [line[5:] for line in lines if line.startswith(b"data:")]
-    parsed = read_json(b"\n".join(parts)) if parts else None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def event_type(parsed: Mapping[str, Any] | None) -> str:
-    """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
-    return typed(parsed.get("type"), str) if parsed else ""
-
-
-def render_event(parsed: Mapping[str, Any]) -> bytes:
-    """Write an event as upstream writes them; a type that is no word does not get a line of its own."""
-    kind = event_type(parsed)
-    name = f"event: {kind}\n".encode() if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII) else b""
-    return b"%bdata: %b\n\n" % (name, dump_json(parsed))
-
-
-def dump_json(value: Any) -> bytes:
-    """Encode as JSON: UTF-8, or ASCII where a lone surrogate cannot be UTF-8.
-
-    Raises ValueError for NaN and Infinity.
-    """
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
-KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients have timers on bytes; SDKs trip over an unknown event
-
-
-class Fold:
-    """Collect what a response's events carry, for the one object that they amount to.
-
-    Upstream's terminal event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5).
-    """
-
-    def __init__(self) -> None:
-        self.final: dict[str, Any] | None = None  # the terminal event
-        self.error: Any = None  # of a bare `error` event
-        self._items: dict[tuple[int, int], Any] = {}  # those without an index come last
-        self._pending: list[bytes] = []  # events that look like output_item.done; parsed only if needed
-        self._size = 0
-
-    def keep(self, event: bytes) -> None:
-        """Keep an event that looks like output_item.done, within MAX_EVENT bytes in all."""
-        self._size += len(event)
-        if self._size <= MAX_EVENT:
-            self._pending.append(event)
-
-    def add(self, parsed: Mapping[str, Any]) -> None:
-        """Add one event."""
-        kind = event_type(parsed)
-        if kind == "response.output_item.done" and parsed.get("item") is not None:
-            index = parsed.get("output_index")
-            place = (0, index) if type(index) is int else (1, len(self._items))
-            self._items[place] = parsed.get("item")
-        elif kind in TERMINAL_EVENTS:
-            self.final = dict(parsed)
-        elif kind == "error":
-            flat = without(dict(parsed), "type", "sequence_number")
-            self.error = parsed["error"] if isinstance(parsed.get("error"), dict) else flat
-
-    def fill(self) -> bool:
-        """Fill the terminal event's empty `output` from the items seen; tell whether anything was filled."""
-        response = self.final.get("response") if self.final else None
-        if not isinstance(response, dict) or response.get("output"):
-            return False
-        for event in self._pending:
-            parsed = event_json(event)
-            if event_type(parsed) == "response.output_item.done":  # a text may only speak of it
-                self.add(parsed or {})
-        items = [self._items[index] for index in sorted(self._items)]
-        if not items or self.final is None:
-            return False
-        self.final["response"] = {**response, "output": items}
-        return True
-
-    def failure(self) -> BridgeError:
-        """Return why there is no response: upstream's own error (429, 503, 400, 502), or that it was cut."""
-        if self.final is not None:
-            return failure(typed(self.final.get("response"), dict).get("error"))
-        if self.error is not None:
-            return failure(self.error)
-        return BadUpstream("upstream ended the answer without its terminal event")
-
-    def response(self) -> dict[str, Any]:
-        """Return the one response object. Raises what `failure` returns."""
-        if self.final is None or event_type(self.final) == "response.failed":
-            raise self.failure()
-        self.fill()
-        return typed(self.final.get("response"), dict)
-
-
-def usage_counts(response: Any) -> dict[str, int]:
-    """Return a response's token counts: input, cached, output, reasoning."""
-    usage = typed(typed(response, dict).get("usage"), dict)
-    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens"),
-             "cached": typed(usage.get("input_tokens_details"), dict).get("cached_tokens"),
-             "reasoning": typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")}
-    return {name: count for name, count in found.items() if type(count) is int}
-
-
-# == 8 websocket ==============================================================
-# Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
-# No extension is ever agreed on, so every reserved bit is an error.
-
-WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-WEBSOCKET_VERSION = "13"
-
-OP_CONTINUATION, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
-OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA  # control frames: never fragmented, 125 bytes at most
-OPCODES = frozenset((OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
-
-CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1001, 1002, 1003
-CLOSE_NO_STATUS = 1005  # stands for a close frame without a code; never on the wire
-CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_BAD_GATEWAY = 1007, 1009, 1014
-# What a close frame may say: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
-CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
-
-FIN_BIT, RESERVED_BITS, OPCODE_BITS = 0x80, 0x70, 0x0F  # of a frame's first byte
-MASK_BIT, LENGTH_BITS = 0x80, 0x7F  # of its second
-LENGTH_16, LENGTH_64 = 126, 127  # stand for a length that follows, in 16 or 64 bits
-SMALLEST_16, SMALLEST_64, LARGEST_64 = 126, 1 << 16, (1 << 63) - 1  # the shortest form is a must
-HEAD_BYTES, MASK_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES = 2, 4, 125, 123
-
-# One long integer masks faster below this size, table look-ups in four lanes above it. On 3.13: 150 MB/s
-# at 100 bytes, 750 at 10 kB, 500 to 900 at 1 MB, where the integer is out of the cache and down to 300.
-MASK_BY_TABLE_BYTES = 4096
-EVERY_BYTE = int.from_bytes(bytes(range(256)), "little")
-ONE_IN_EVERY_BYTE = int.from_bytes(b"\x01" * 256, "little")
-
-
-class FrameError(Exception):
-    """A breach of RFC 6455 by the peer; `code` is the close code that it is answered with."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class Message(NamedTuple):
-    """One whole text or binary message, or one control frame."""
-
-    opcode: int
-    payload: bytes  # unmasked
-    frames: bytes  # as they came over the wire, to be passed on; empty if masked: a mask is for one use
-
-
-def is_upgrade(headers: Mapping[str, str]) -> bool:
-    """Tell whether headers, named in lower case, ask for a WebSocket, or agree to it."""
-    for name, token in (("connection", "upgrade"), ("upgrade", "websocket")):
-        if token not in (part.strip().lower() for part in headers.get(name, "").split(",")):
-            return False
-    return True
-
-
-def valid_key(key: str) -> bool:
-    """Tell whether a Sec-WebSocket-Key is 16 bytes in base64."""
-    return re.fullmatch("[A-Za-z0-9+/]{22}==", key) is not None
-
-
-def accept_key(key: str) -> str:
-    """Return the Sec-WebSocket-Accept that answers a valid key."""
-    digest = hashlib.sha1((key + WEBSOCKET_GUID).encode("ascii"), usedforsecurity=False).digest()
-    return base64.b64encode(digest).decode("ascii")
-
-
-def apply_mask(payload: bytes, mask: bytes) -> bytes:
-    """Mask or unmask a payload with four bytes."""
-    size = len(payload)
-    if size < MASK_BY_TABLE_BYTES:
-        key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
-        return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
-    masked = bytearray(payload)
-    for lane, key in enumerate(mask):
-        table = (EVERY_BYTE ^ ONE_IN_EVERY_BYTE * key).to_bytes(256, "little")
-        masked[lane::MASK_BYTES] = masked[lane::MASK_BYTES].translate(table)
-    return bytes(masked)
-
-
-def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bool = True) -> bytes:
-    """Return one frame; a client's has a mask of four random bytes, new for each frame."""
-    first = opcode | (FIN_BIT if fin else 0)
-    mask_bit = 0 if mask is None else MASK_BIT
-    size = len(payload)
-    if size < SMALLEST_16:
-        head = bytes((first, mask_bit | size))
-    elif size < SMALLEST_64:
-        head = struct.pack("!BBH", first, mask_bit | LENGTH_16, size)
-    else:
-        head = struct.pack("!BBQ", first, mask_bit | LENGTH_64, size)
-    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
-
-
-def close_payload(code: int, reason: str = "") -> bytes:
-    """Return a close frame's payload, the reason cut to fit; CLOSE_NO_STATUS makes it empty."""
-    if code == CLOSE_NO_STATUS:
-        return b""
-    cut = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
-    return struct.pack("!H", code) + cut.decode("utf-8", "ignore").encode("utf-8")
-
-
-def parse_close(payload: bytes) -> tuple[int, str]:
-    """Return the code and reason of a close frame; raises FrameError."""
-    if not payload:
-        return CLOSE_NO_STATUS, ""
-    code = int.from_bytes(payload[:2], "big")  # of a single byte: less than any code
-    if code not in CLOSE_CODES:
-        raise FrameError(CLOSE_PROTOCOL_ERROR, f"close frame begins with {payload[:2]!r}, no close code")
-    return code, _decode(payload[2:])
-
-
-def _decode(text: bytes) -> str:
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as exc:
-        raise FrameError(CLOSE_INVALID_TEXT, f"text is not UTF-8 at byte {exc.start}") from exc
-
-
-class FrameReader:
-    """Cut the bytes of one side of a connection into messages.
-
-    `masked` says which side: a client must mask, a server must not. `max_message` bounds a message in bytes;
-    a frame's head is enough to refuse it. Look at `error` after each `feed`: what it returned came before the
-    error. Nothing is read after an error or a close frame.
-    """
-
-    def __init__(self, masked: bool, max_message: int) -> None:
-        self.error: FrameError | None = None
-        self._masked = masked
-        self._max_message = max_message
-        self._done = False
-        self._pending = bytearray()  # a frame that has begun
-        self._wanted_bytes = 0  # of it, until there is more to tell
-        self._opcode = OP_CONTINUATION  # of the message that has begun, once a fragment of it is here
-        self._payload, self._frames = bytearray(), bytearray()  # its fragments
-
-    def feed(self, received: bytes) -> list[Message]:
-        """Return the messages and control frames that these bytes complete, in their order."""
-        messages: list[Message] = []
-        if self._pending:
-            self._pending += received
-            if len(self._pending) < self._wanted_bytes:
-                return messages  # nothing is copied yet: a frame in small pieces takes linear time
-            received = bytes(self._pending)
-            self._pending = bytearray()
-        try:
-            self._cut(received, messages)
-        except FrameError as exc:
-            # A new one: the traceback of the one raised would hold the bytes, in a cycle.
-            self.error, self._done = FrameError(exc.code, str(exc)), True
-        return messages
-
-    def _cut(self, wire: bytes, messages: list[Message]) -> None:
-        """Append the messages that end in `wire`; keep the frame that only begins there."""
-        start = 0
-        while not self._done:
-            payload_start, end = self._span(wire, start)
-            if end > len(wire):
-                self._wanted_bytes = end - start
-                self._pending += wire[start:]
-                return
-            message = self._take(wire[start:end], payload_start - start)
-            start = end
-            if message is not None:
-                messages.append(message)
-                self._done = message.opcode == OP_CLOSE
-
-    def _span(self, wire: bytes, start: int) -> tuple[int, int]:
-        """Return where a frame's payload starts and ends: beyond `wire` while bytes are missing."""
-        payload_start = start + HEAD_BYTES
-        if payload_start > len(wire):
-            return payload_start, payload_start
-        first, second = wire[start], wire[start + 1]
-        self._check_head(first, second)
-        size = second & LENGTH_BITS
-        if size >= LENGTH_16:
-            width, smallest = (2, SMALLEST_16) if size == LENGTH_16 else (8, SMALLEST_64)
-            payload_start += width
-            if payload_start > len(wire):
-                return payload_start, payload_start
-            size = int.from_bytes(wire[payload_start - width : payload_start], "big")
-            if not smallest <= size <= LARGEST_64:
-                raise FrameError(CLOSE_PROTOCOL_ERROR, f"length {size} may not stand in {width} bytes")
-        # The heads of unmasked fragments count, or empty ones could fill the memory without end.
-        if first & OPCODE_BITS < OP_CLOSE and len(self._frames or self._payload) + size > self._max_message:
-            raise FrameError(CLOSE_TOO_BIG, f"message has more than {self._max_message} bytes")
-        payload_start += MASK_BYTES if self._masked else 0
-        return payload_start, payload_start + size
-
-    def _check_head(self, first: int, second: int) -> None:
-        """Raise FrameError unless these two bytes may begin the next frame."""
-        opcode = first & OPCODE_BITS
-        breach = None
-        if first & RESERVED_BITS or opcode not in OPCODES:
-            breach = "has a reserved bit or opcode"
-        elif (second & MASK_BIT != 0) != self._masked:
-            breach = "is not masked" if self._masked else "is masked"
-        elif opcode >= OP_CLOSE:
-            if not first & FIN_BIT or second & LENGTH_BITS > MAX_CONTROL_BYTES:
-                breach = "is a control frame that is fragmented or too long"
-        elif (opcode == OP_CONTINUATION) != (self._opcode != OP_CONTINUATION):
-            breach = "continues no message" if opcode == OP_CONTINUATION else "interrupts a message"
-        if breach:
-            raise FrameError(CLOSE_PROTOCOL_ERROR, f"frame {first:#04x} {second:#04x} {breach}")
-
-    def _take(self, frame: bytes, payload_start: int) -> Message | None:
-        """Return the message that this frame ends, or None if there is more to come."""
-        opcode, fin = frame[0] & OPCODE_BITS, frame[0] & FIN_BIT
-        payload = frame[payload_start:]
-        if self._masked:
-            payload = apply_mask(payload, frame[payload_start - MASK_BYTES : payload_start])
-            frame = b""
-        if not fin or opcode == OP_CONTINUATION:
-            self._opcode = self._opcode or opcode
-            self._payload += payload
-            self._frames += frame
-            if not fin:
-                return None
-            opcode, payload, frame = self._opcode, bytes(self._payload), bytes(self._frames)
-            self._opcode, self._payload, self._frames = OP_CONTINUATION, bytearray(), bytearray()
-        if opcode == OP_TEXT and not payload.isascii():
-            _decode(payload)
-        elif opcode == OP_CLOSE:
-            parse_close(payload)
-        return Message(opcode, payload, frame)
-
-
-# == 9 credentials ============================================================
-# The only reader and writer of auth.json. Refresh tokens are used once and rotate, and a Codex on this host
-# may refresh too: re-read first, hold auth.lock, compare before the write, lose nothing (WIRE 2).
-
-log = logging.getLogger("qoo_bridge")
-Fetch = Callable[..., "Answer"]  # (method, url, headers, body, timeout) -> Answer; section 10's, handed in
+def find_head_end(head: bytes, start: int) -> int:
+    """Return where a head ends, looked for from `start` on; -1 before it does. Raises MalformedHttp."""
+    end = head.find(b"\r\n\r\n", start)
+    if (end if end >= 0 else len(head)) > MAX_HEAD:
+        raise HeadTooLarge(f"the head is above {MAX_HEAD} bytes")
+    if end < 0 and head.count(b"\n") != head.count(b"\r\n"):
+        raise MalformedHttp("a line ends in a bare LF")
+    return end
+
+
+class Target(NamedTuple):
+    """An upstream address, taken apart; the key of its pooled connections."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def of(cls, url: str) -> tuple[Target, str]:
+        """Split an address into its target and its path."""
+        parts = urllib.parse.urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.scheme, parts.hostname or "", port), path or "/"
+
+    @property
+    def name(self) -> str:
+        """Return the Host field's value."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
 class Answer(NamedTuple):
@@ -2559,6 +1039,555 @@ class Answer(NamedTuple):
         if self.status != 200:
             raise self.refusal()
         return self.json()
+
+
+###############################################################################
+# B  the trust kernel
+# The only code that opens a connection, reads or writes auth.json, or ever holds a token.
+# What leaves it: replies, results, and what a sign-in is worth (plan, account, expiry); never a token.
+###############################################################################
+
+
+# == 7 sockets ================================================================
+# Connected sockets that never block, and the few questions a command has for the network.
+
+HAS_POLL = hasattr(select, "poll")  # not on Windows
+NOT_NOW = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
+
+
+class Peer:
+    """A connected socket, never blocking, with the bytes that were read ahead of need. One thread uses it."""
+
+    __slots__ = ("_poller", "_receive", "_tls", "_watched", "ahead", "number", "sock")
+
+    def __init__(self, sock: Any) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.number = sock.fileno()
+        self.ahead = b""
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._receive = sock.read if self._tls else sock.recv  # SSLSocket.recv only calls its read
+        self._watched: Peer | None = None
+        self._poller: Any = None
+
+    def read(self) -> bytes | None:
+        """Read what is there, READ_SIZE at most: None for nothing yet, b"" for the end.
+
+        Raises OSError when the connection is broken.
+        """
+        if self.ahead:
+            raw, self.ahead = self.ahead, b""
+            return raw
+        try:
+            received: bytes = self._receive(READ_SIZE)
+        except NOT_NOW:
+            return None
+        except ssl.SSLEOFError:
+            return b""  # the other side ended without close_notify, as many do; framing tells a cut
+        return received if len(received) < LARGE_READ or not self._tls else self._read_on(received)
+
+    def _read_on(self, first: bytes) -> bytes:
+        """Read what more is there behind a large TLS record: large pieces cost less a byte."""
+        pieces, size = [first], len(first)
+        with contextlib.suppress(OSError):  # nothing more yet, or what the next read will meet again
+            while size < READ_SIZE and len(pieces[-1]) >= LARGE_READ:
+                pieces.append(self._receive(READ_SIZE - size))
+                size += len(pieces[-1])
+        return b"".join(pieces)
+
+    def buffered(self) -> bool:
+        """Tell whether bytes are at hand that the system does not know of."""
+        return bool(self.ahead) or (self._tls and self.sock.pending() > 0)
+
+    def forget(self) -> None:
+        """Let go of the client that was watched."""
+        self._poller = self._watched = None
+
+    def wait(self, seconds: float, client: Peer | None = None) -> bool:
+        """Wait until something can be read; False when `seconds` pass.
+
+        While waiting for upstream, `client` is watched: what it sends is read ahead, and when it leaves,
+        ClientLeft is raised. A client's FIN counts as leaving.
+        """
+        if self.buffered():
+            return True
+        until = time.monotonic() + seconds
+        while True:
+            mine, its = self.poll(max(0.0, seconds), client)
+            if mine:
+                return True
+            if its and client is not None:
+                client.look_ahead()
+            seconds = until - time.monotonic()
+            if seconds <= 0 and not its:
+                return False
+
+    def poll(self, seconds: float, client: Peer | None) -> tuple[bool, bool]:
+        """Wait for either socket; tell which of the two can be read."""
+        if client is not None and len(client.ahead) >= READ_SIZE:
+            client = None  # it pipelines: what more it sends waits in the system's buffer
+        if not HAS_POLL:
+            socks = [self.sock] if client is None else [self.sock, client.sock]
+            readable = select.select(socks, [], [], seconds)[0]
+            return self.sock in readable, len(readable) > (self.sock in readable)
+        if self._poller is None or self._watched is not client:
+            self._poller, self._watched = select.poll(), client
+            self._poller.register(self.number, select.POLLIN)
+            if client is not None:
+                self._poller.register(client.number, select.POLLIN)
+        ready = self._poller.poll(seconds * 1000)
+        if len(ready) == 1:
+            mine = ready[0][0] == self.number
+            return mine, not mine
+        return bool(ready), bool(ready)
+
+    def check(self) -> None:
+        """Raise ClientLeft if this client has gone; what it sent is read ahead."""
+        if len(self.ahead) < READ_SIZE and self.poll(0, None)[0]:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Read what a client sends while it waits for its answer; raise ClientLeft when it is gone."""
+        try:
+            raw = self.sock.recv(READ_SIZE)
+        except (ssl.SSLWantReadError, BlockingIOError, InterruptedError):
+            return
+        except OSError as exc:
+            raise ClientLeft("reset") from exc
+        if not raw:
+            raise ClientLeft("closed")
+        self.ahead += raw
+
+    def read_head(self, until: float, client: Peer | None = None) -> bytes | None:
+        """Read up to an empty line, by a monotonic time; return the head without it, None for an early end.
+
+        Raises TimeoutError, MalformedHttp, OSError before the first byte, and EOFError when the connection
+        ends or breaks within the head.
+        """
+        head = b""
+        while True:
+            if not self.wait(until - time.monotonic(), client):
+                raise TimeoutError
+            try:
+                raw = self.read()
+            except OSError as exc:
+                if head:
+                    raise EOFError(describe(exc)) from exc
+                raise
+            if raw == b"":
+                if head:
+                    raise EOFError("the connection ended within the head")
+                return None
+            if raw:
+                head += raw
+                end = find_head_end(head, max(0, len(head) - len(raw) - 3))
+                if end >= 0:
+                    self.ahead = head[end + 4:]
+                    return head[:end]
+
+    def send(self, payload: bytes | memoryview, seconds: float) -> None:
+        """Send all, waiting at most `seconds` for each piece to be taken.
+
+        Raises OSError; TimeoutError, which is one, when nothing is taken for so long.
+        """
+        try:
+            sent = self.sock.send(payload if len(payload) <= SEND_SIZE else memoryview(payload)[:SEND_SIZE])
+        except NOT_NOW:
+            sent = 0
+        if sent < len(payload):
+            self._send_rest(memoryview(payload)[sent:], seconds)
+
+    def _send_rest(self, rest: memoryview, seconds: float) -> None:
+        """Send what did not fit at once; wait for room when nothing does."""
+        until = time.monotonic() + seconds
+        while rest:
+            try:
+                rest = rest[self.sock.send(rest[:SEND_SIZE]):]
+                until = 0.0
+            except NOT_NOW:
+                until = until or time.monotonic() + seconds
+                if not wait_writable(self.sock, until - time.monotonic()):
+                    raise TimeoutError("nothing was taken in time") from None
+
+    def close(self) -> None:
+        """Close the socket; what is on its way out is still sent."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+def wait_writable(sock: Any, seconds: float) -> bool:
+    """Wait until a socket takes more bytes; False when `seconds` pass."""
+    seconds = max(0.0, seconds)
+    if not HAS_POLL:
+        return bool(select.select([], [sock], [], seconds)[1])
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    return bool(poller.poll(seconds * 1000))
+
+
+def describe(exc: BaseException) -> str:
+    """Say in a few words what went wrong, for a person."""
+    if isinstance(exc, BridgeError):
+        return exc.message
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {exc.verify_message}"
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror.lower() if exc.errno != errno.ECONNRESET else "connection reset"
+    return str(exc) or type(exc).__name__
+
+
+def linger(peer: Peer) -> None:
+    """End a connection so that the client gets the answer: what it still sends is read for a moment."""
+    try:
+        socket.socket.shutdown(peer.sock, socket.SHUT_WR)  # see hang_up
+        until = time.monotonic() + 1
+        while (left := until - time.monotonic()) > 0 and peer.wait(left):
+            if peer.read() == b"":
+                break
+    except OSError:
+        pass
+
+
+def hang_up(sock: Any) -> None:
+    """End a connection that another thread is reading: that thread sees the end and goes."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would pull TLS from under the thread
+
+
+def lan_address() -> str:
+    """Return this host's address on its LAN. Nothing is sent: to connect a UDP socket finds a route only."""
+    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((probe, 9))
+            return str(sock.getsockname()[0])
+    return "127.0.0.1"
+
+
+# == 8 upstream ===============================================================
+# The only opener of connections: pool, TLS, proxy, retry on a stale one. Exceptions of socket, ssl and
+# http.client become the errors of part A here. http.client connects; reading is room http's.
+
+class Sent(NamedTuple):
+    """A request on its way upstream."""
+
+    method: str
+    target: Target
+    head: bytes
+    body: bytes
+    seconds: float  # of silence, after which it is given up
+
+
+class Reply:
+    """Upstream's answer: its head, and its body piece by piece."""
+
+    def __init__(self, peer: Peer, target: Target, head: ReplyHead, method: str,
+                 release: Callable[..., None]) -> None:
+        self.peer = peer
+        self.status = head.status
+        self.headers = head.headers
+        self.body = reply_body(head, method)
+        self._target = target
+        self._release = release
+        self._reusable = keeps_alive(head.minor, head.headers) and head.status != 101
+        self._closed = False
+
+    def read(self, seconds: float, client: Peer | None = None) -> bytes | None:
+        """Return the next piece of the body: b"" at its end, None when there is none within `seconds`.
+
+        Raises ClientLeft, and BadUpstream when the body is cut or malformed.
+        """
+        while not self.body.done:
+            if not self.peer.wait(seconds, client):
+                return None
+            try:
+                raw = self.peer.read()
+                if raw is None:
+                    continue  # a part of a TLS record, or a session ticket
+                payload = self.body.feed(raw)
+            except (OSError, MalformedHttp) as exc:
+                self.close()
+                raise BadUpstream(f"upstream broke off within its answer: {describe(exc)}") from exc
+            if payload:
+                return payload
+            if not raw:
+                self.close()
+                if not isinstance(self.body, CloseBody):
+                    raise BadUpstream("upstream broke off within its answer")
+                self.body.done = True
+        return b""
+
+    def read_all(self, limit: int, seconds: float, client: Peer | None = None) -> bytes:
+        """Return the whole body, cut at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
+        pieces, size, until = [], 0, time.monotonic() + seconds
+        while size < limit:
+            piece = self.read(max(0.0, until - time.monotonic()), client)
+            if piece is None:
+                self.close()
+                raise UpstreamTimeout(f"upstream did not end its answer within {seconds:g} s")
+            if not piece:
+                break
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)[:limit]
+
+    def whole(self, limit: int, seconds: float) -> Answer:
+        """Return the answer read whole, and give the connection back. Raises as `read_all` does."""
+        with self:
+            return Answer(self.status, self.headers, self.read_all(limit, seconds))
+
+    def finish(self) -> None:
+        """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
+        if self._closed:
+            return
+        until = time.monotonic() + AFTER_TERMINAL
+        with contextlib.suppress(BadUpstream):
+            while not self.body.done and time.monotonic() < until:
+                if self.read(until - time.monotonic()) in (None, b""):
+                    break
+        if self.body.done and self._reusable and not self.body.rest and not self._closed:
+            self._closed = True
+            self._release(self._target, self.peer)
+        else:
+            self.close()
+
+    def __enter__(self) -> Reply:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
+        """Leave no connection behind: one whose answer was read to its end is kept."""
+        if kind is None or (self.body.done and issubclass(kind, BridgeError)):
+            self.finish()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection: upstream stops working for us."""
+        if not self._closed:
+            self._closed = True
+            self.peer.close()
+
+
+class Upstream:
+    """Opens connections to upstream, keeps and reuses them.
+
+    `_lock` guards the pool. Any thread may call any method.
+    """
+
+    def __init__(self, connect_timeout: float, idle_timeout: float,
+                 count: Callable[[str], None] = lambda name: None) -> None:
+        self._connect_timeout = connect_timeout
+        self._idle_timeout = idle_timeout
+        self._count = count
+        self._lock = threading.Lock()
+        self._idle: list[tuple[float, Target, Peer]] = []  # newest last
+        self._context: ssl.SSLContext | None = None
+        self._opening: set[Target] = set()  # connections being opened ahead
+        self._closed = False
+
+    def open(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
+             client: Peer | None = None, timeout: float = 0) -> Reply:
+        """Send one request and return the reply, its body unread; `timeout` in seconds, else --idle-timeout.
+
+        A kept connection that turns out closed before a reply's first byte is replaced once by a new one.
+        Raises BadUpstream, UpstreamTimeout, and ClientLeft when `client` goes while waiting.
+        """
+        target, path = Target.of(url)
+        head = render_head(f"{method} {path} HTTP/1.1", [
+            *fields.items(), ("accept-encoding", "identity"), ("host", target.name),
+            *([("content-length", str(len(body)))] if body or method == "POST" else [])])
+        sent = Sent(method, target, head, body, timeout or self._idle_timeout)
+        peer = self._take(target)
+        if peer is not None:
+            self._count("upstream_reused")
+            reply = self._exchange(peer, sent, client, kept=True)
+            if reply is not None:
+                return reply
+        reply = self._exchange(self._connect(target), sent, client, kept=False)
+        if reply is None:
+            raise BadUpstream(f"{target.host} closed the connection without an answer")
+        return reply
+
+    def fetch(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
+              timeout: float = 10) -> Answer:
+        """Make one small exchange, the answer read whole. Raises BadUpstream and UpstreamTimeout."""
+        fields = {"accept": "application/json", **fields}
+        return self.open(method, url, fields, body, timeout=timeout).whole(MAX_REPLY, timeout)
+
+    def open_ahead(self, url: str) -> None:
+        """Open a connection in the background, so that the next request finds one; one at a time."""
+        target, _ = Target.of(url)
+        with self._lock:
+            if target in self._opening or any(kept == target for _, kept, _ in self._idle):
+                return
+            self._opening.add(target)
+        threading.Thread(target=self._open_ahead, args=(target,), name="open-ahead", daemon=True).start()
+
+    def close(self) -> None:
+        """Close the kept connections; later ones are not kept."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for _, _, peer in idle:
+            peer.close()
+
+    def _open_ahead(self, target: Target) -> None:
+        try:
+            self._release(target, self._connect(target))
+        except BridgeError as exc:
+            log.debug("no connection ahead: %s", exc.message)
+        finally:
+            with self._lock:
+                self._opening.discard(target)
+
+    def _take(self, target: Target) -> Peer | None:
+        """Take the newest kept connection that is still alive."""
+        oldest = time.monotonic() - POOL_IDLE
+        while True:
+            with self._lock:
+                places = [place for place, (_, kept, _) in enumerate(self._idle) if kept == target]
+                if not places:
+                    return None
+                since, _, peer = self._idle.pop(places[-1])
+            if since > oldest and still_open(peer):
+                return peer
+            peer.close()
+
+    def _release(self, target: Target, peer: Peer) -> None:
+        """Keep a connection for the next request; the oldest goes when there are too many."""
+        peer.forget()
+        oldest = time.monotonic() - POOL_IDLE
+        with self._lock:
+            self._idle.append((time.monotonic(), target, peer))
+            kept = [] if self._closed else [entry for entry in self._idle if entry[0] > oldest][-POOL_SIZE:]
+            gone = [entry for entry in self._idle if entry not in kept]
+            self._idle = kept
+        for _, _, old in gone:
+            old.close()
+
+    def _connect(self, target: Target) -> Peer:
+        """Open a connection, through HTTPS_PROXY where the environment says so."""
+        self._count("upstream_opened")
+        proxy = find_proxy(target)
+        host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
+        connection: http.client.HTTPConnection
+        if target.scheme == "https":
+            connection = http.client.HTTPSConnection(host, port, timeout=self._connect_timeout,
+                                                     context=self._tls())
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
+        try:
+            if proxy:
+                connection.set_tunnel(target.host, target.port, proxy_fields(proxy))
+            connection.connect()
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            connection.close()
+            if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
+                raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
+            raise BadUpstream(f"{host} cannot be reached: {describe(exc)}") from exc
+        return Peer(connection.sock)
+
+    def _tls(self) -> ssl.SSLContext:
+        """Return the verifying TLS context; SSL_CERT_FILE is honoured by OpenSSL itself."""
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+                self._context.set_alpn_protocols(["http/1.1"])
+            return self._context
+
+    def _exchange(self, peer: Peer, sent: Sent, client: Peer | None, kept: bool) -> Reply | None:
+        """Send a request and read the reply's head; None when a kept connection was closed before it."""
+        target, begun = sent.target, False
+        try:
+            self._send(peer, sent, kept)
+            until = time.monotonic() + sent.seconds
+            raw = peer.read_head(until, client)
+            while raw is not None:
+                begun = True
+                reply = Reply(peer, target, parse_reply(raw), sent.method, self._release)
+                if reply.status >= 200 or reply.status == 101:
+                    return reply
+                if time.monotonic() > until:
+                    raise TimeoutError
+                raw = peer.read_head(until, client)  # 1xx: not yet the answer
+        except TimeoutError as exc:
+            peer.close()
+            raise UpstreamTimeout(f"{target.host} did not answer within {sent.seconds:g} s") from exc
+        except (OSError, EOFError, MalformedHttp) as exc:
+            peer.close()
+            if kept and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
+                return None
+            raise BadUpstream(f"{target.host} broke off before an answer: {describe(exc)}") from exc
+        except BaseException:
+            peer.close()
+            raise
+        peer.close()
+        if begun:
+            raise BadUpstream(f"{target.host} closed the connection without a final answer")
+        return None
+
+    @staticmethod
+    def _send(peer: Peer, sent: Sent, kept: bool) -> None:
+        """Send head and body. An upstream that stops reading may have an early answer: go on to that."""
+        try:
+            if len(sent.body) < READ_SIZE:
+                peer.send(sent.head + sent.body, sent.seconds)
+            else:
+                peer.send(sent.head, sent.seconds)
+                peer.send(sent.body, sent.seconds)
+        except (BrokenPipeError, ConnectionResetError):
+            if kept:
+                raise
+
+
+def still_open(peer: Peer) -> bool:
+    """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
+
+    A TLS session ticket makes the socket readable without being either: reading tells.
+    """
+    try:
+        return not peer.wait(0) or peer.read() is None
+    except OSError:
+        return False
+
+
+def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
+    """Return the proxy that the environment names for an https target (HTTPS_PROXY, NO_PROXY), if any.
+
+    Raises BadUpstream for one that is not http://host:port.
+    """
+    named = any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ)
+    if target.scheme != "https" or not named:
+        return None
+    import urllib.request  # late: it costs 20 ms, and few need it
+
+    proxies = urllib.request.getproxies_environment()
+    address = proxies.get("https") or proxies.get("all")
+    if not address or urllib.request.proxy_bypass_environment(target.host):  # type: ignore[attr-defined]
+        return None
+    try:
+        proxy = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+        usable = proxy.scheme == "http" and proxy.hostname and proxy.port != 0
+    except ValueError:
+        usable = None
+    if not usable:
+        raise BadUpstream("HTTPS_PROXY must be http://host:port")
+    return proxy
+
+
+def proxy_fields(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """Return the fields for the proxy itself: its user and password, where its address has them."""
+    if proxy.username is None:
+        return {}
+    user = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode("ascii")}
+
+
+# == 9 sign-in ================================================================
+# The only reader and writer of auth.json. Refresh tokens are used once and rotate, and a Codex on this host
+# may refresh too: re-read first, hold auth.lock, compare before the write, lose nothing (WIRE 2).
+
+Fetch = Callable[..., "Answer"]  # (method, url, headers, body, timeout) -> Answer; section 10's, handed in
 
 
 class SignIn(NamedTuple):
@@ -2895,6 +1924,87 @@ class Credentials:
         return sign_in
 
 
+DEVICE_SECONDS = 15 * 60  # in which the person has typed the code
+POLL_SECONDS = 5.0  # between two polls, where the server does not say
+
+
+def device_tokens(fetch: Fetch, issuer: str) -> dict[str, str]:
+    """Ask for a code, show it, wait until it is typed, and trade it for tokens. Raises BridgeError."""
+    answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
+    if answer.status == 404:
+        raise NotSignedIn("device sign-in is not enabled for this account or workspace: turn it on in "
+                          "ChatGPT's security settings (or ask its administrator), or use `codex login`")
+    device = texts_of(answer, "device_auth_id", "user_code")
+    print(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
+          f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.", flush=True)
+    interval = str(answer.json().get("interval"))
+    seconds = float(interval) if re.fullmatch(r"[0-9]{1,2}", interval) else POLL_SECONDS
+    granted = wait_for_code(fetch, issuer, device, max(seconds, 0.1))
+    trade = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
+             "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
+             "redirect_uri": f"{issuer}/deviceauth/callback"}
+    answer = ask_issuer(fetch, f"{issuer}/oauth/token", trade, form=True)
+    return texts_of(answer, "id_token", "access_token", "refresh_token")
+
+
+def ask_issuer(fetch: Fetch, url: str, wish: Mapping[str, str], form: bool = False) -> Answer:
+    """Post to the sign-in server, in JSON or as a form."""
+    body = urllib.parse.urlencode(wish).encode("ascii") if form else dump_json(wish)
+    kind = "application/x-www-form-urlencoded" if form else "application/json"
+    return fetch("POST", url, {"content-type": kind, "user-agent": USER_AGENT}, body, 30)
+
+
+def texts_of(answer: Answer, *names: str) -> dict[str, str]:
+    """Return the texts that an answer must have. Raises its refusal; BadUpstream when one is not there."""
+    texts = {name: text for name, text in answer.good().items()
+             if name in names and isinstance(text, str) and TOKEN.fullmatch(text)}
+    if len(texts) < len(names):
+        raise BadUpstream(f"the sign-in server's answer does not have {', '.join(names)}")
+    return texts
+
+
+def wait_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
+    """Poll until the code is typed; a server that fails for now is asked again. Raises BridgeError."""
+    until = time.monotonic() + DEVICE_SECONDS
+    while time.monotonic() < until:
+        time.sleep(interval)
+        try:
+            answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/token", device)
+        except (BadUpstream, UpstreamTimeout):
+            continue
+        if answer.status not in (403, 404, 429) and answer.status < 500:
+            return texts_of(answer, "authorization_code", "code_verifier")
+    raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new one")
+
+
+def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
+    """Write a new sign-in as Codex does, the file's other keys kept. Raises OSError, NotSignedIn."""
+    claims = typed(jwt_claims(tokens["id_token"]).get(AUTH_CLAIM), dict)
+    account = typed(claims.get("chatgpt_account_id"), str) or None
+    folder = os.path.dirname(path) or "."
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with file_lock(os.path.join(folder, "auth.lock")):
+        kept = read_object(path)
+        content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
+                   "tokens": {**tokens, "account_id": account},
+                   "last_refresh": timestamp()}
+        sign_in = read_sign_in(content, "the sign-in server's answer")
+        write_private(path, content)
+    return sign_in
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return a file's JSON object; {} when there is none. Raises OSError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return Answer(200, {}, file.read(MAX_REPLY)).json()
+    except FileNotFoundError:
+        return {}
+
+
+# == 10 account ===============================================================
+# Where the account's requests go.
+
 class Routing:
     """Where the account's requests go: asked at the upstream's origin, at the start and hourly (WIRE 2).
 
@@ -2963,545 +2073,1734 @@ class Routing:
         return upstream, "" if not known or override == "NO_CONSTRAINT" else override
 
 
-# == 10 upstream ==============================================================
-# The only opener of sockets: pool, TLS, proxy, retry on a stale connection. Exceptions of socket, ssl and
-# http.client become section 2's here. http.client connects (TLS, proxy tunnel); reading is section 6's.
-
-HAS_POLL = hasattr(select, "poll")  # not on Windows
-NOT_NOW = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
+def side_url(base: str, path: str) -> str:
+    """Return an upstream address: below the base, or at its origin for a path from `/backend-api/` on."""
+    parts = urllib.parse.urlsplit(base)
+    return f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/backend-api/") else base + path
 
 
-class Peer:
-    """A connected socket, never blocking, with the bytes that were read ahead of need. One thread uses it."""
-
-    __slots__ = ("_poller", "_receive", "_tls", "_watched", "ahead", "number", "sock")
-
-    def __init__(self, sock: Any) -> None:
-        sock.setblocking(False)
-        self.sock = sock
-        self.number = sock.fileno()
-        self.ahead = b""
-        self._tls = isinstance(sock, ssl.SSLSocket)
-        self._receive = sock.read if self._tls else sock.recv  # SSLSocket.recv only calls its read
-        self._watched: Peer | None = None
-        self._poller: Any = None
-
-    def read(self) -> bytes | None:
-        """Read what is there, READ_SIZE at most: None for nothing yet, b"" for the end.
-
-        Raises OSError when the connection is broken.
-        """
-        if self.ahead:
-            raw, self.ahead = self.ahead, b""
-            return raw
-        try:
-            received: bytes = self._receive(READ_SIZE)
-        except NOT_NOW:
-            return None
-        except ssl.SSLEOFError:
-            return b""  # the other side ended without close_notify, as many do; framing tells a cut
-        return received if len(received) < LARGE_READ or not self._tls else self._read_on(received)
-
-    def _read_on(self, first: bytes) -> bytes:
-        """Read what more is there behind a large TLS record: large pieces cost less a byte."""
-        pieces, size = [first], len(first)
-        with contextlib.suppress(OSError):  # nothing more yet, or what the next read will meet again
-            while size < READ_SIZE and len(pieces[-1]) >= LARGE_READ:
-                pieces.append(self._receive(READ_SIZE - size))
-                size += len(pieces[-1])
-        return b"".join(pieces)
-
-    def buffered(self) -> bool:
-        """Tell whether bytes are at hand that the system does not know of."""
-        return bool(self.ahead) or (self._tls and self.sock.pending() > 0)
-
-    def forget(self) -> None:
-        """Let go of the client that was watched."""
-        self._poller = self._watched = None
-
-    def wait(self, seconds: float, client: Peer | None = None) -> bool:
-        """Wait until something can be read; False when `seconds` pass.
-
-        While waiting for upstream, `client` is watched: what it sends is read ahead, and when it leaves,
-        ClientLeft is raised. A client's FIN counts as leaving.
-        """
-        if self.buffered():
-            return True
-        until = time.monotonic() + seconds
-        while True:
-            mine, its = self.poll(max(0.0, seconds), client)
-            if mine:
-                return True
-            if its and client is not None:
-                client.look_ahead()
-            seconds = until - time.monotonic()
-            if seconds <= 0 and not its:
-                return False
-
-    def poll(self, seconds: float, client: Peer | None) -> tuple[bool, bool]:
-        """Wait for either socket; tell which of the two can be read."""
-        if client is not None and len(client.ahead) >= READ_SIZE:
-            client = None  # it pipelines: what more it sends waits in the system's buffer
-        if not HAS_POLL:
-            socks = [self.sock] if client is None else [self.sock, client.sock]
-            readable = select.select(socks, [], [], seconds)[0]
-            return self.sock in readable, len(readable) > (self.sock in readable)
-        if self._poller is None or self._watched is not client:
-            self._poller, self._watched = select.poll(), client
-            self._poller.register(self.number, select.POLLIN)
-            if client is not None:
-                self._poller.register(client.number, select.POLLIN)
-        ready = self._poller.poll(seconds * 1000)
-        if len(ready) == 1:
-            mine = ready[0][0] == self.number
-            return mine, not mine
-        return bool(ready), bool(ready)
-
-    def check(self) -> None:
-        """Raise ClientLeft if this client has gone; what it sent is read ahead."""
-        if len(self.ahead) < READ_SIZE and self.poll(0, None)[0]:
-            self.look_ahead()
-
-    def look_ahead(self) -> None:
-        """Read what a client sends while it waits for its answer; raise ClientLeft when it is gone."""
-        try:
-            raw = self.sock.recv(READ_SIZE)
-        except (ssl.SSLWantReadError, BlockingIOError, InterruptedError):
-            return
-        except OSError as exc:
-            raise ClientLeft("reset") from exc
-        if not raw:
-            raise ClientLeft("closed")
-        self.ahead += raw
-
-    def read_head(self, until: float, client: Peer | None = None) -> bytes | None:
-        """Read up to an empty line, by a monotonic time; return the head without it, None for an early end.
-
-        Raises TimeoutError, MalformedHttp, OSError before the first byte, and EOFError when the connection
-        ends or breaks within the head.
-        """
-        head = b""
-        while True:
-            if not self.wait(until - time.monotonic(), client):
-                raise TimeoutError
-            try:
-                raw = self.read()
-            except OSError as exc:
-                if head:
-                    raise EOFError(describe(exc)) from exc
-                raise
-            if raw == b"":
-                if head:
-                    raise EOFError("the connection ended within the head")
-                return None
-            if raw:
-                head += raw
-                end = find_head_end(head, max(0, len(head) - len(raw) - 3))
-                if end >= 0:
-                    self.ahead = head[end + 4:]
-                    return head[:end]
-
-    def send(self, payload: bytes | memoryview, seconds: float) -> None:
-        """Send all, waiting at most `seconds` for each piece to be taken.
-
-        Raises OSError; TimeoutError, which is one, when nothing is taken for so long.
-        """
-        try:
-            sent = self.sock.send(payload if len(payload) <= SEND_SIZE else memoryview(payload)[:SEND_SIZE])
-        except NOT_NOW:
-            sent = 0
-        if sent < len(payload):
-            self._send_rest(memoryview(payload)[sent:], seconds)
-
-    def _send_rest(self, rest: memoryview, seconds: float) -> None:
-        """Send what did not fit at once; wait for room when nothing does."""
-        until = time.monotonic() + seconds
-        while rest:
-            try:
-                rest = rest[self.sock.send(rest[:SEND_SIZE]):]
-                until = 0.0
-            except NOT_NOW:
-                until = until or time.monotonic() + seconds
-                if not wait_writable(self.sock, until - time.monotonic()):
-                    raise TimeoutError("nothing was taken in time") from None
-
-    def close(self) -> None:
-        """Close the socket; what is on its way out is still sent."""
-        with contextlib.suppress(OSError):
-            self.sock.close()
+###############################################################################
+# C  rules
+# Request to request, events to events, bytes to bytes: no I/O, no clock, no log.
+# Only codings may load native code (libzstd).
+###############################################################################
 
 
-def find_head_end(head: bytes, start: int) -> int:
-    """Return where a head ends, looked for from `start` on; -1 before it does. Raises MalformedHttp."""
-    end = head.find(b"\r\n\r\n", start)
-    if (end if end >= 0 else len(head)) > MAX_HEAD:
-        raise HeadTooLarge(f"the head is above {MAX_HEAD} bytes")
-    if end < 0 and head.count(b"\n") != head.count(b"\r\n"):
-        raise MalformedHttp("a line ends in a bare LF")
-    return end
+# == 11 normalize =============================================================
+# Request dict in, request dict out. No I/O, no clock, no log.
+# A rule never changes its argument; running the list twice changes nothing.
+
+class Model(NamedTuple):
+    """What the catalogue says of a model, as far as the rules need it."""
+
+    slug: str
+    lite: bool = False
+    efforts: tuple[str, ...] = ()  # that it lists; empty: not known
+    tiers: tuple[str, ...] | None = None  # service tiers it lists; None: not known
 
 
-def wait_writable(sock: Any, seconds: float) -> bool:
-    """Wait until a socket takes more bytes; False when `seconds` pass."""
-    seconds = max(0.0, seconds)
-    if not HAS_POLL:
-        return bool(select.select([], [sock], [], seconds)[1])
-    poller = select.poll()
-    poller.register(sock, select.POLLOUT)
-    return bool(poller.poll(seconds * 1000))
+class Context(NamedTuple):
+    """What the rules may know besides the request; fixed before the first rule runs."""
+
+    slug: str = ""  # what the request's model means
+    model: Model | None = None  # its catalogue entry; None: not known, and no rule of the catalogue fires
+    codex: bool = False  # the client is a Codex, whose own fields are right as they are
+    websocket: bool = False  # the request is a response.create frame
+    session: str = ""  # the client's session header
+    client: str = ""  # the client's key name or address, to tell conversations apart
+    lite_header: bool = False  # the client sent the lite header
+    strict: bool = False  # --continuity strict, or a repair
+    force_instructions: bool = False  # a repair: "Instructions are required"
+    dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
 
 
-class Target(NamedTuple):
-    """An upstream address, taken apart; the key of its pooled connections."""
+class Rule(NamedTuple):
+    """One rule: its name for the log, why it is there for people, and what it does."""
 
-    scheme: str
-    host: str
-    port: int
-
-    @classmethod
-    @functools.lru_cache(maxsize=64)
-    def of(cls, url: str) -> tuple[Target, str]:
-        """Split an address into its target and its path."""
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        path = parts.path + (f"?{parts.query}" if parts.query else "")
-        return cls(parts.scheme, parts.hostname or "", port), path or "/"
-
-    @property
-    def name(self) -> str:
-        """Return the Host field's value."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+    name: str
+    why: str
+    apply: Callable[[dict[str, Any], Context], dict[str, Any]]
 
 
-class Sent(NamedTuple):
-    """A request on its way upstream."""
-
-    method: str
-    target: Target
-    head: bytes
-    body: bytes
-    seconds: float  # of silence, after which it is given up
+WORD = re.compile(r"[\x21-\x7e]{1,128}")  # what is safe in a header
 
 
-class Reply:
-    """Upstream's answer: its head, and its body piece by piece."""
+def check_request(request: Any) -> None:
+    """Refuse what no rule could mend: the bridge must be able to read `model` and `input`.
 
-    def __init__(self, peer: Peer, target: Target, head: ReplyHead, method: str,
-                 release: Callable[..., None]) -> None:
-        self.peer = peer
-        self.status = head.status
-        self.headers = head.headers
-        self.body = reply_body(head, method)
-        self._target = target
-        self._release = release
-        self._reusable = keeps_alive(head.minor, head.headers) and head.status != 101
-        self._closed = False
-
-    def read(self, seconds: float, client: Peer | None = None) -> bytes | None:
-        """Return the next piece of the body: b"" at its end, None when there is none within `seconds`.
-
-        Raises ClientLeft, and BadUpstream when the body is cut or malformed.
-        """
-        while not self.body.done:
-            if not self.peer.wait(seconds, client):
-                return None
-            try:
-                raw = self.peer.read()
-                if raw is None:
-                    continue  # a part of a TLS record, or a session ticket
-                payload = self.body.feed(raw)
-            except (OSError, MalformedHttp) as exc:
-                self.close()
-                raise BadUpstream(f"upstream broke off within its answer: {describe(exc)}") from exc
-            if payload:
-                return payload
-            if not raw:
-                self.close()
-                if not isinstance(self.body, CloseBody):
-                    raise BadUpstream("upstream broke off within its answer")
-                self.body.done = True
-        return b""
-
-    def read_all(self, limit: int, seconds: float, client: Peer | None = None) -> bytes:
-        """Return the whole body, cut at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
-        pieces, size, until = [], 0, time.monotonic() + seconds
-        while size < limit:
-            piece = self.read(max(0.0, until - time.monotonic()), client)
-            if piece is None:
-                self.close()
-                raise UpstreamTimeout(f"upstream did not end its answer within {seconds:g} s")
-            if not piece:
-                break
-            pieces.append(piece)
-            size += len(piece)
-        return b"".join(pieces)[:limit]
-
-    def whole(self, limit: int, seconds: float) -> Answer:
-        """Return the answer read whole, and give the connection back. Raises as `read_all` does."""
-        with self:
-            return Answer(self.status, self.headers, self.read_all(limit, seconds))
-
-    def finish(self) -> None:
-        """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
-        if self._closed:
-            return
-        until = time.monotonic() + AFTER_TERMINAL
-        with contextlib.suppress(BadUpstream):
-            while not self.body.done and time.monotonic() < until:
-                if self.read(until - time.monotonic()) in (None, b""):
-                    break
-        if self.body.done and self._reusable and not self.body.rest and not self._closed:
-            self._closed = True
-            self._release(self._target, self.peer)
-        else:
-            self.close()
-
-    def __enter__(self) -> Reply:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
-        """Leave no connection behind: one whose answer was read to its end is kept."""
-        if kind is None or (self.body.done and issubclass(kind, BridgeError)):
-            self.finish()
-        else:
-            self.close()
-
-    def close(self) -> None:
-        """Close the connection: upstream stops working for us."""
-        if not self._closed:
-            self._closed = True
-            self.peer.close()
-
-
-def describe(exc: BaseException) -> str:
-    """Say in a few words what went wrong, for a person."""
-    if isinstance(exc, BridgeError):
-        return exc.message
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {exc.verify_message}"
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror.lower() if exc.errno != errno.ECONNRESET else "connection reset"
-    return str(exc) or type(exc).__name__
-
-
-class Upstream:
-    """Opens connections to upstream, keeps and reuses them.
-
-    `_lock` guards the pool. Any thread may call any method.
+    Raises InvalidRequest, naming the parameter.
     """
-
-    def __init__(self, connect_timeout: float, idle_timeout: float,
-                 count: Callable[[str], None] = lambda name: None) -> None:
-        self._connect_timeout = connect_timeout
-        self._idle_timeout = idle_timeout
-        self._count = count
-        self._lock = threading.Lock()
-        self._idle: list[tuple[float, Target, Peer]] = []  # newest last
-        self._context: ssl.SSLContext | None = None
-        self._opening: set[Target] = set()  # connections being opened ahead
-        self._closed = False
-
-    def open(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
-             client: Peer | None = None, timeout: float = 0) -> Reply:
-        """Send one request and return the reply, its body unread; `timeout` in seconds, else --idle-timeout.
-
-        A kept connection that turns out closed before a reply's first byte is replaced once by a new one.
-        Raises BadUpstream, UpstreamTimeout, and ClientLeft when `client` goes while waiting.
-        """
-        target, path = Target.of(url)
-        head = render_head(f"{method} {path} HTTP/1.1", [
-            *fields.items(), ("accept-encoding", "identity"), ("host", target.name),
-            *([("content-length", str(len(body)))] if body or method == "POST" else [])])
-        sent = Sent(method, target, head, body, timeout or self._idle_timeout)
-        peer = self._take(target)
-        if peer is not None:
-            self._count("upstream_reused")
-            reply = self._exchange(peer, sent, client, kept=True)
-            if reply is not None:
-                return reply
-        reply = self._exchange(self._connect(target), sent, client, kept=False)
-        if reply is None:
-            raise BadUpstream(f"{target.host} closed the connection without an answer")
-        return reply
-
-    def fetch(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
-              timeout: float = 10) -> Answer:
-        """Make one small exchange, the answer read whole. Raises BadUpstream and UpstreamTimeout."""
-        fields = {"accept": "application/json", **fields}
-        return self.open(method, url, fields, body, timeout=timeout).whole(MAX_REPLY, timeout)
-
-    def open_ahead(self, url: str) -> None:
-        """Open a connection in the background, so that the next request finds one; one at a time."""
-        target, _ = Target.of(url)
-        with self._lock:
-            if target in self._opening or any(kept == target for _, kept, _ in self._idle):
-                return
-            self._opening.add(target)
-        threading.Thread(target=self._open_ahead, args=(target,), name="open-ahead", daemon=True).start()
-
-    def close(self) -> None:
-        """Close the kept connections; later ones are not kept."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for _, _, peer in idle:
-            peer.close()
-
-    def _open_ahead(self, target: Target) -> None:
-        try:
-            self._release(target, self._connect(target))
-        except BridgeError as exc:
-            log.debug("no connection ahead: %s", exc.message)
-        finally:
-            with self._lock:
-                self._opening.discard(target)
-
-    def _take(self, target: Target) -> Peer | None:
-        """Take the newest kept connection that is still alive."""
-        oldest = time.monotonic() - POOL_IDLE
-        while True:
-            with self._lock:
-                places = [place for place, (_, kept, _) in enumerate(self._idle) if kept == target]
-                if not places:
-                    return None
-                since, _, peer = self._idle.pop(places[-1])
-            if since > oldest and still_open(peer):
-                return peer
-            peer.close()
-
-    def _release(self, target: Target, peer: Peer) -> None:
-        """Keep a connection for the next request; the oldest goes when there are too many."""
-        peer.forget()
-        oldest = time.monotonic() - POOL_IDLE
-        with self._lock:
-            self._idle.append((time.monotonic(), target, peer))
-            kept = [] if self._closed else [entry for entry in self._idle if entry[0] > oldest][-POOL_SIZE:]
-            gone = [entry for entry in self._idle if entry not in kept]
-            self._idle = kept
-        for _, _, old in gone:
-            old.close()
-
-    def _connect(self, target: Target) -> Peer:
-        """Open a connection, through HTTPS_PROXY where the environment says so."""
-        self._count("upstream_opened")
-        proxy = find_proxy(target)
-        host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
-        connection: http.client.HTTPConnection
-        if target.scheme == "https":
-            connection = http.client.HTTPSConnection(host, port, timeout=self._connect_timeout,
-                                                     context=self._tls())
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
-        try:
-            if proxy:
-                connection.set_tunnel(target.host, target.port, proxy_fields(proxy))
-            connection.connect()
-        except (OSError, http.client.HTTPException, ValueError) as exc:
-            connection.close()
-            if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
-                raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
-            raise BadUpstream(f"{host} cannot be reached: {describe(exc)}") from exc
-        return Peer(connection.sock)
-
-    def _tls(self) -> ssl.SSLContext:
-        """Return the verifying TLS context; SSL_CERT_FILE is honoured by OpenSSL itself."""
-        with self._lock:
-            if self._context is None:
-                self._context = ssl.create_default_context()
-                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
-                self._context.set_alpn_protocols(["http/1.1"])
-            return self._context
-
-    def _exchange(self, peer: Peer, sent: Sent, client: Peer | None, kept: bool) -> Reply | None:
-        """Send a request and read the reply's head; None when a kept connection was closed before it."""
-        target, begun = sent.target, False
-        try:
-            self._send(peer, sent, kept)
-            until = time.monotonic() + sent.seconds
-            raw = peer.read_head(until, client)
-            while raw is not None:
-                begun = True
-                reply = Reply(peer, target, parse_reply(raw), sent.method, self._release)
-                if reply.status >= 200 or reply.status == 101:
-                    return reply
-                if time.monotonic() > until:
-                    raise TimeoutError
-                raw = peer.read_head(until, client)  # 1xx: not yet the answer
-        except TimeoutError as exc:
-            peer.close()
-            raise UpstreamTimeout(f"{target.host} did not answer within {sent.seconds:g} s") from exc
-        except (OSError, EOFError, MalformedHttp) as exc:
-            peer.close()
-            if kept and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
-                return None
-            raise BadUpstream(f"{target.host} broke off before an answer: {describe(exc)}") from exc
-        except BaseException:
-            peer.close()
-            raise
-        peer.close()
-        if begun:
-            raise BadUpstream(f"{target.host} closed the connection without a final answer")
-        return None
-
-    @staticmethod
-    def _send(peer: Peer, sent: Sent, kept: bool) -> None:
-        """Send head and body. An upstream that stops reading may have an early answer: go on to that."""
-        try:
-            if len(sent.body) < READ_SIZE:
-                peer.send(sent.head + sent.body, sent.seconds)
-            else:
-                peer.send(sent.head, sent.seconds)
-                peer.send(sent.body, sent.seconds)
-        except (BrokenPipeError, ConnectionResetError):
-            if kept:
-                raise
+    if not isinstance(request, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {json_type(request)}")
+    model = request.get("model")
+    if not isinstance(model, str) or not model.strip():
+        raise InvalidRequest(f"model must be the name of a model, not {json_type(model)}", "model")
+    if not WORD.fullmatch(model):
+        raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
+    if not isinstance(request.get("input", []), (str, list)):
+        raise InvalidRequest(f"input must be a string or a list, not {json_type(request['input'])}", "input")
 
 
-def still_open(peer: Peer) -> bool:
-    """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
+def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the request as the backend takes it, and the names of the rules that changed it.
 
-    A TLS session ticket makes the socket readable without being either: reading tells.
+    The very same object comes back when no rule fired: the client's own bytes can go upstream then.
     """
-    try:
-        return not peer.wait(0) or peer.read() is None
-    except OSError:
-        return False
+    fired = []
+    for rule in RULES:
+        try:
+            changed = rule.apply(request, context)
+        except RecursionError as exc:
+            raise InvalidRequest("the request is nested too deeply") from exc
+        if changed is not request:
+            fired.append(rule.name)
+            request = changed
+    return request, tuple(fired)
 
 
-def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
-    """Return the proxy that the environment names for an https target (HTTPS_PROXY, NO_PROXY), if any.
+def resolve_alias(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Replace an alias by the slug it means."""
+    if context.slug and request.get("model") != context.slug:
+        return {**request, "model": context.slug}
+    return request
 
-    Raises BadUpstream for one that is not http://host:port.
+
+def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Make one user message of a string."""
+    text = request.get("input")
+    if isinstance(text, str):
+        return {**request, "input": [message_item("user", text)]}
+    return request
+
+
+def message_item(role: str, text: str) -> dict[str, Any]:
+    """Make a message item of one text."""
+    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+
+
+REMOVED = object()  # stands for an item that goes
+
+
+def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Change each object in the input; REMOVED takes it out. The same request comes back when all stay."""
+    items = typed(request.get("input"), list)
+    changed = [change(item) if isinstance(item, dict) else item for item in items]
+    if not any(map(operator.is_not, changed, items)):
+        return request
+    return {**request, "input": [item for item in changed if item is not REMOVED]}
+
+
+def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Name the type of items that are messages by their `role` and `content` only."""
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        bare = item.get("type") is None and "role" in item and "content" in item
+        return {**item, "type": "message"} if bare else item
+    return map_items(request, change)
+
+
+def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Give system messages the developer role, in place."""
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        return {**item, "role": "developer"} if item.get("role") == "system" else item
+    return map_items(request, change)
+
+
+def store_false(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Say that nothing is to be stored: the plan's backend stores nothing."""
+    return request if request.get("store") is False else {**request, "store": False}
+
+
+def stream_true(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Ask for a stream; a client that wants one JSON answer gets it folded."""
+    return request if request.get("stream") is True else {**request, "stream": True}
+
+
+def include_reasoning(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Ask for the encrypted reasoning, which the next turn needs because nothing is stored."""
+    include = request.get("include")
+    if include is None:
+        return {**request, "include": ["reasoning.encrypted_content"]}
+    if isinstance(include, list) and "reasoning.encrypted_content" not in include:
+        return {**request, "include": [*include, "reasoning.encrypted_content"]}
+    return request
+
+
+def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop the fields that the backend refuses by name, known and learned."""
+    unwanted = UNSUPPORTED | context.dropped
+    if not context.websocket:
+        unwanted |= {"previous_response_id"}  # fine on a WebSocket; over HTTP answered from our own store
+    request = without(request, *unwanted)
+    for path in context.dropped:
+        if "." in path:
+            request = drop_path(request, path.split("."))
+    return request
+
+
+def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Call `fast` by its wire name, and drop a tier that the backend or the model does not have."""
+    if "service_tier" not in request:
+        return request
+    tier = request["service_tier"]
+    if tier == "fast":
+        tier = "priority"
+    known = context.model.tiers if context.model else None
+    if tier == "default" or (tier == "priority" and (known is None or tier in known)):
+        return request if tier == request["service_tier"] else {**request, "service_tier": tier}
+    return without(request, "service_tier")
+
+
+def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Bring the reasoning effort to the nearest one that the model lists; the lower of two as near."""
+    reasoning = request.get("reasoning")
+    if not isinstance(reasoning, dict):
+        return request
+    effort = reasoning.get("effort")
+    if not isinstance(effort, str) or effort not in EFFORTS:
+        return request
+    wanted = "max" if effort == "ultra" else effort
+    listed = [known for known in (context.model.efforts if context.model else ()) if known in EFFORTS[:-1]]
+    if listed and wanted not in listed:
+        place = EFFORTS.index(wanted)
+        wanted = min(listed, key=lambda known: (abs(EFFORTS.index(known) - place), EFFORTS.index(known)))
+    return request if wanted == effort else {**request, "reasoning": {**reasoning, "effort": wanted}}
+
+
+def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop what points at nothing under store=false, and then the ids that could demand it.
+
+    A reasoning item with its ciphertext is whole and stays: the ciphertext is bound to the id (WIRE 4).
     """
-    named = any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ)
-    if target.scheme != "https" or not named:
-        return None
-    import urllib.request  # late: it costs 20 ms, and few need it
+    def dangling(item: dict[str, Any]) -> bool:
+        if item.get("type") == "reasoning":
+            return context.strict or not item.get("encrypted_content")
+        return item.get("type") == "item_reference"
 
-    proxies = urllib.request.getproxies_environment()
-    address = proxies.get("https") or proxies.get("all")
-    if not address or urllib.request.proxy_bypass_environment(target.host):  # type: ignore[attr-defined]
-        return None
-    try:
-        proxy = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
-        usable = proxy.scheme == "http" and proxy.hostname and proxy.port != 0
-    except ValueError:
-        usable = None
-    if not usable:
-        raise BadUpstream("HTTPS_PROXY must be http://host:port")
-    return proxy
+    def change(item: dict[str, Any]) -> Any:
+        if dangling(item):
+            return REMOVED
+        kind = typed(item.get("type"), str)
+        # A message's or a call's id can demand the reasoning item before it.
+        if context.strict or kind == "message" or kind.endswith(("_call", "_output")):
+            return without(item, "id")
+        return item
+
+    wanted = context.strict or any(map(dangling, objects(request.get("input"))))
+    return map_items(request, change) if wanted else request
 
 
-def proxy_fields(proxy: urllib.parse.SplitResult) -> dict[str, str]:
-    """Return the fields for the proxy itself: its user and password, where its address has them."""
-    if proxy.username is None:
+def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop item ids that are too long or have another type's prefix; never rewrite one."""
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        name, prefix = item.get("id"), ID_PREFIXES.get(typed(item.get("type"), str), "")
+        good = isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix)
+        return item if good else without(item, "id")
+    return map_items(request, change)
+
+
+def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Give the conversation a cache key: the client's, else its session, else a hash of its beginning."""
+    key = request.get("prompt_cache_key")
+    if isinstance(key, str) and key:
+        return request
+    session = context.session
+    if session and len(session) > MAX_CACHE_KEY:
+        session = stable_id(session)
+    return {**request, "prompt_cache_key": session or conversation_id(request, context.client)}
+
+
+def conversation_id(request: dict[str, Any], client: str) -> str:
+    """Return an id of what stays in a conversation: who, model, instructions, first user message."""
+    items = objects(request.get("input"))
+    first = next((item.get("content") for item in items if item.get("role") == "user"), None)
+    if isinstance(first, str):
+        first = [{"type": "input_text", "text": first}]  # the same text, however it is written
+    return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
+
+
+def stable_id(text: str) -> str:
+    """Return an id in the form of a UUID, as Codex's session ids are."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+
+
+def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Send empty instructions for clients that send none: plain models have refused their absence.
+
+    Codex sends none since 0.162 and is left as it is, until upstream refuses that (WIRE 4).
+    """
+    if request.get("instructions") is not None or (context.model and context.model.lite):
+        return request
+    if context.websocket and request.get("previous_response_id") is not None:
+        return request  # the chain has its instructions
+    if context.force_instructions or not context.codex:
+        return {**request, "instructions": ""}
+    return request
+
+
+def is_additional_tools(item: Any) -> bool:
+    """Tell whether an item is the lite form's carrier of tools."""
+    return isinstance(item, dict) and item.get("type") == "additional_tools"
+
+
+def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Bring the request into the form that the catalogue says its model takes."""
+    if context.model is None or not isinstance(request.get("input", []), list):
+        return request
+    return lite_form(request, context) if context.model.lite else plain_form(request, context)
+
+
+def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Move tools and instructions into the input, as lite models want it (WIRE 4)."""
+    reasoning = request.get("reasoning") or {}
+    instructions = request.get("instructions") or ""
+    if not isinstance(request.get("tools") or [], list) or not isinstance(reasoning, dict) \
+            or not isinstance(instructions, str):
+        return request  # mistyped: upstream's refusal says so
+    form = {**without(request, "tools", "instructions")}
+    items = list(request.get("input", []))
+    tools, items = gather_tools(items, request.get("tools") or [])
+    if instructions:
+        items.insert(0, message_item("developer", instructions))
+    if tools:
+        items.insert(0, tools)
+    if context.websocket and "input" not in request and not items:
+        return request
+    form["input"] = items
+    form["parallel_tool_calls"] = False
+    form["reasoning"] = {**reasoning, "context": "all_turns"}
+    if context.websocket:
+        form["client_metadata"] = {**typed(request.get("client_metadata"), dict), LITE_METADATA: "true"}
+    return request if form == request else form
+
+
+def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
+    """Put all tools into one `additional_tools` item; return it, and the items without one."""
+    carriers = [item for item in items if is_additional_tools(item)]
+    if not tools and (not carriers or carriers == items[:1]):
+        return (carriers[0], items[1:]) if carriers else (None, items)
+    gathered: list[Any] = []
+    for given in (*(carrier.get("tools") for carrier in carriers), tools):
+        for tool in typed(given, list):
+            if not any(same_tool(tool, known) for known in gathered):
+                gathered.append(tool)
+    first = carriers[0] if carriers else {"type": "additional_tools", "role": "developer"}
+    return {**first, "tools": gathered}, [item for item in items if not is_additional_tools(item)]
+
+
+def same_tool(tool: Any, other: Any) -> bool:
+    """Tell whether two tools are one: equal, or of the same type and name."""
+    if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
+        return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
+    return bool(tool == other)
+
+
+def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
+    items = request.get("input", [])
+    metadata = typed(request.get("client_metadata"), dict)
+    marked = LITE_METADATA in metadata
+    if not (context.lite_header or marked or any(map(is_additional_tools, items))):
+        return request
+    form = dict(request)
+    carrier, items = gather_tools(items, typed(request.get("tools"), list))
+    if carrier is not None and isinstance(carrier.get("tools"), list):
+        form["tools"], form["input"] = carrier["tools"], items
+    if marked:
+        form["client_metadata"] = without(metadata, LITE_METADATA)
+    plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
+    return plain
+
+
+RULES = (  # in the order of a request's fields; a later rule relies on earlier ones
+    Rule("alias", "the backend knows models, not this host's names for them", resolve_alias),
+    Rule("input-to-list", "upstream wants a list", input_to_list),
+    Rule("type-messages", "upstream wants every item's type", type_bare_messages),
+    Rule("system-to-developer", "upstream refuses the system role", system_to_developer),
+    Rule("store-false", "upstream refuses to store", store_false),
+    Rule("stream-true", "upstream only streams", stream_true),
+    Rule("include-reasoning", "nothing is stored, so the reasoning must travel", include_reasoning),
+    Rule("drop-unsupported", "upstream refuses fields it does not know", drop_unsupported),
+    Rule("service-tier", "upstream knows priority and default, and not every model has both",
+         fit_service_tier),
+    Rule("effort", "every model has its own list of efforts", fit_effort),
+    Rule("continuity", "items that were never stored cannot be referred to", keep_continuity),
+    Rule("item-ids", "upstream refuses malformed ids", drop_bad_ids),
+    Rule("cache-key", "without a key a conversation is not cached", set_cache_key),
+    Rule("instructions", "plain models have refused their absence", fill_instructions),
+    Rule("form", "lite models take only the lite form, plain models only the plain one", set_form),
+)
+
+
+# -- repairs: a refusal's text -> one change of the context -> the rules once more
+
+class Repair(NamedTuple):
+    """One known refusal, and the context under which the rules mend it; the same where they cannot."""
+
+    name: str
+    why: str
+    pattern: re.Pattern[str]
+    apply: Callable[[Context, re.Match[str]], Context]
+
+
+def _drop_named(context: Context, match: re.Match[str]) -> Context:
+    name = re.sub(r"\[\d+\]", "", match[1]).rstrip(".")
+    if name in NEVER_DROPPED or name.partition(".")[0] == "input":
+        return context
+    return context._replace(dropped=context.dropped | {name})
+
+
+FORM_REPAIR = "form"
+MAX_REPAIRS = 4  # of one request
+REPAIRS = (
+    Repair("drop-parameter", "the parameter that upstream names is dropped, and remembered for the model",
+           # At the message's beginning only: further on it may quote what a client said.
+           re.compile(r"\A(?:\W*detail)?\W*(?:unsupported|unknown) parameter:? *['\"`\\]*"
+                      r"([a-z_][\w.\[\]-]{0,80})",
+                      re.IGNORECASE),
+           _drop_named),
+    Repair("instructions", "empty instructions are sent",
+           re.compile(r"instructions are required", re.IGNORECASE),
+           lambda context, match: context._replace(force_instructions=True)),
+    Repair("continuity", "every reasoning item and every item id is dropped",
+           re.compile(r"items are not persisted|item with id '[^']*' not found|without its required|"
+                      r"invalid_encrypted_content|encrypted content .{0,80}could not be", re.IGNORECASE),
+           lambda context, match: context._replace(strict=True)),
+    Repair(FORM_REPAIR, "the model list is fetched anew and the request brought into the form it says",
+           re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE),
+           lambda context, match: context),  # the handler asks the catalogue, see FORM_REPAIR
+)
+
+
+def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
+    """Find the repair that a refusal's text asks for."""
+    for repair in REPAIRS:
+        match = repair.pattern.search(text)
+        if match:
+            return repair, match
+    return None
+
+
+# == 12 chat requests =========================================================
+# Chat Completions and legacy completions requests: dict in, Responses request out; no argument is changed.
+
+Object = dict[str, Any]  # a JSON object
+
+# Fields that only tune the answer or serve the account: dropped in silence, as is any field unknown here.
+CHAT_DROPPED = (
+    "best_of", "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "metadata",
+    "prediction", "presence_penalty", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
+    "seed", "stop", "store", "temperature", "top_p", "user",
+)
+
+# Fields without which the answer would be wrong: the values that ask for nothing, and why others are refused.
+Refused = dict[str, tuple[tuple[Any, ...], str]]
+CHAT_REFUSED: Refused = {
+    "n": ((None, 1), "the backend gives one answer to a request"),
+    "logprobs": ((None, False), "the backend reports no log probabilities"),
+    "top_logprobs": ((None, 0), "the backend reports no log probabilities"),
+    "audio": ((None,), "the backend answers in text only"),
+    "modalities": ((None, ["text"]), "the backend answers in text only"),
+    "moderation": ((None,), "the backend reports no moderation results"),
+}
+COMPLETION_REFUSED: Refused = {
+    "n": ((None, 1), "the backend gives one answer to a request"),
+    "best_of": ((None, 1), "the backend gives one answer to a request"),
+    "echo": ((None, False), "the backend does not repeat the prompt"),
+    "logprobs": ((None,), "the backend reports no log probabilities"),
+    "suffix": ((None, ""), "the backend does not fill the gap between two texts"),
+}
+TEXT_PARTS = ("text", "input_text", "output_text")  # clients that speak both APIs mix the names
+THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other providers' reasoning, echoed
+
+
+def _mistyped(param: str, wanted: str, value: Any) -> InvalidRequest:
+    return InvalidRequest(f"{param} must be {wanted}, got {json_type(value)}", param)
+
+
+class _Node:
+    """A JSON object of a request, and its path there: reading a field checks its type, an error names it."""
+
+    def __init__(self, fields: Object, path: str = "") -> None:
+        self.fields = fields
+        self.path = path
+
+    def at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def unsupported(self, key: str) -> InvalidRequest:
+        return InvalidRequest(f"{self.at(key)}: {self.fields[key][:60]!r} is not supported", self.at(key))
+
+    def get(self, key: str, kind: type[T]) -> T | None:
+        value = self.fields.get(key)
+        if value is None or isinstance(value, kind):
+            return value
+        raise _mistyped(self.at(key), JSON_TYPES[kind], value)
+
+    def need(self, key: str, kind: type[T]) -> T:
+        value = self.get(key, kind)
+        if value is None:
+            raise _mistyped(self.at(key), JSON_TYPES[kind], None)
+        return value
+
+    def given(self, kind: type, *keys: str) -> Object:
+        """Return those of the fields that are neither missing nor null."""
+        return {key: self.get(key, kind) for key in keys if self.fields.get(key) is not None}
+
+    def node(self, key: str) -> _Node:
+        return _Node(self.need(key, dict), self.at(key))
+
+    def node_or_empty(self, key: str) -> _Node:
+        return _Node(self.get(key, dict) or {}, self.at(key))
+
+    def nodes(self, key: str) -> Iterator[_Node]:
+        for index, entry in enumerate(self.get(key, list) or ()):
+            where = f"{self.at(key)}[{index}]"
+            if not isinstance(entry, dict):
+                raise _mistyped(where, JSON_TYPES[dict], entry)
+            yield _Node(entry, where)
+
+
+def _refuse(body: Object, refused: Refused) -> None:
+    for name, (harmless, why) in refused.items():
+        if body.get(name) not in harmless:
+            raise InvalidRequest(f"{name} is not supported: {why}", name)
+
+
+def _content(message: _Node) -> list[_Node]:
+    """Return the parts of a message; a string is one part of text."""
+    content = message.fields.get("content")
+    if isinstance(content, str):
+        return [_Node({"type": "text", "text": content}, message.at("content"))]
+    if not isinstance(content, list):
+        raise _mistyped(message.at("content"), "a string or a list of parts", content)
+    return list(message.nodes("content"))
+
+
+def _input_part(part: _Node) -> Object:
+    kind = part.need("type", str)
+    if kind in TEXT_PARTS:
+        return {"type": "input_text", "text": part.need("text", str)}
+    if kind == "image_url" and isinstance(part.fields.get("image_url"), str):  # against the letter, but seen
+        return {"type": "input_image", "image_url": part.fields["image_url"]}
+    if kind == "image_url":
+        image = part.node("image_url")
+        return {"type": "input_image", "image_url": image.need("url", str), **image.given(str, "detail")}
+    if kind == "file":
+        fields = part.node("file").given(str, "file_data", "file_id", "filename")
+        if "file_data" not in fields and "file_id" not in fields:
+            raise InvalidRequest(f"{part.at('file')} must have file_data or file_id", part.at("file"))
+        return {"type": "input_file", **fields}
+    raise part.unsupported("type")
+
+
+def _output_part(part: _Node) -> Object:
+    kind = part.need("type", str)
+    if kind in TEXT_PARTS:
+        return {"type": "output_text", "text": part.need("text", str)}
+    if kind == "refusal":
+        return {"type": kind, "refusal": part.need("refusal", str)}
+    if kind in THOUGHT_PARTS:
         return {}
-    user = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode("ascii")}
+    raise part.unsupported("type")
 
 
-# == 11 catalog ===============================================================
+class _History:
+    """Translate messages to items, in place and in order.
+
+    Remembers the calls made so far: a custom tool's output is an item type of its own, and a `function`
+    message (the old style) names its function but not the call.
+    """
+
+    def __init__(self) -> None:
+        self.items: list[Object] = []
+        self._custom_ids: set[str] = set()
+        self._function_ids: dict[str, str] = {}  # function's name → the id made up for its last call
+
+    def add(self, message: _Node) -> None:
+        role = message.need("role", str)
+        if role in ("system", "developer", "user"):
+            role = "user" if role == "user" else "developer"
+            parts = [_input_part(part) for part in _content(message)]
+            self.items.append({"type": "message", "role": role, "content": parts})
+        elif role == "assistant":
+            self._answer(message)
+        elif role == "tool":
+            self._output(message, message.need("tool_call_id", str))
+        elif role == "function":
+            name = message.need("name", str)
+            if name not in self._function_ids:
+                where = message.at("name")
+                raise InvalidRequest(f"{where}: {name[:60]!r} was not called before", where)
+            self._output(message, self._function_ids[name])
+        else:
+            raise message.unsupported("role")
+
+    def _answer(self, message: _Node) -> None:
+        content = _content(message) if message.fields.get("content") is not None else []
+        parts = [_output_part(part) for part in content]
+        parts.append({"type": "refusal", "refusal": message.get("refusal", str)})
+        parts = [part for part in parts if part.get("text") or part.get("refusal")]
+        if parts:
+            self.items.append({"type": "message", "role": "assistant", "content": parts})
+        for call in message.nodes("tool_calls"):
+            if call.get("type", str) in (None, "function"):
+                self._call("function_call", call.need("id", str), call.node("function"), "arguments")
+            elif call.fields["type"] == "custom":
+                self._call("custom_tool_call", call.need("id", str), call.node("custom"), "input")
+                self._custom_ids.add(call.fields["id"])
+            else:
+                raise call.unsupported("type")
+        if message.get("function_call", dict) is not None:
+            function, call_id = message.node("function_call"), f"call_function_{len(self.items)}"
+            self._call("function_call", call_id, function, "arguments")
+            self._function_ids[function.fields["name"]] = call_id
+
+    def _call(self, kind: str, call_id: str, call: _Node, field: str) -> None:
+        texts = {key: call.need(key, str) for key in ("name", field)}
+        self.items.append({"type": kind, "call_id": call_id, **texts})
+
+    def _output(self, message: _Node, call_id: str) -> None:
+        kind = "custom_tool_call_output" if call_id in self._custom_ids else "function_call_output"
+        parts, content = [_input_part(part) for part in _content(message)], message.fields["content"]
+        output = content if isinstance(content, str) else parts
+        self.items.append({"type": kind, "call_id": call_id, "output": output})
+
+
+def _items(body: _Node) -> list[Object]:
+    if not body.need("messages", list):
+        raise InvalidRequest("messages must not be empty", "messages")
+    history = _History()
+    for message in body.nodes("messages"):
+        history.add(message)
+    return history.items
+
+
+def _function_tool(function: _Node) -> Object:
+    return {
+        "type": "function",
+        "name": function.need("name", str),
+        **function.given(str, "description"),
+        "parameters": function.get("parameters", dict) or {"type": "object", "properties": {}},
+        "strict": bool(function.get("strict", bool)),  # missing: false in this API, true in the other
+    }
+
+
+def _custom_tool(custom: _Node) -> Object:
+    tool = {"type": "custom", "name": custom.need("name", str), **custom.given(str, "description")}
+    if custom.get("format", dict) is not None:
+        form = custom.node("format")
+        tool["format"] = {"type": form.need("type", str)}
+        if tool["format"]["type"] == "grammar":
+            grammar = form.node("grammar")
+            tool["format"].update({key: grammar.need(key, str) for key in ("syntax", "definition")})
+    return tool
+
+
+def _tool(tool: _Node) -> Object:
+    kind = tool.need("type", str)
+    if kind == "function":
+        return _function_tool(tool.node("function"))
+    if kind == "custom":
+        return _custom_tool(tool.node("custom"))
+    return tool.fields  # the backend's own tools are the same in both APIs
+
+
+def _web_search_tool(options: _Node) -> Object:
+    tool = {"type": "web_search", **options.given(str, "search_context_size")}
+    if options.get("user_location", dict) is not None:
+        place = options.node("user_location").node_or_empty("approximate")
+        fields = place.given(str, "city", "country", "region", "timezone")
+        tool["user_location"] = {"type": "approximate", **fields}
+    return tool
+
+
+def _named_tool(choice: _Node) -> Object:
+    kind = choice.need("type", str)
+    if kind in ("function", "custom"):
+        return {"type": kind, "name": choice.node(kind).need("name", str)}
+    return choice.fields
+
+
+def _tool_choice(body: _Node) -> str | Object | None:
+    field = "function_call" if body.fields.get("tool_choice") is None else "tool_choice"
+    choice = body.fields.get(field)
+    if choice is None or choice in ("none", "auto", "required"):
+        return choice
+    if isinstance(choice, str):
+        raise body.unsupported(field)
+    if not isinstance(choice, dict):
+        raise _mistyped(field, "a string or an object", choice)
+    node = body.node(field)
+    if field == "function_call":
+        return {"type": "function", "name": node.need("name", str)}
+    if choice.get("type") != "allowed_tools":
+        return _named_tool(node)
+    allowed = node.node("allowed_tools")
+    tools = [_named_tool(tool) for tool in allowed.nodes("tools")]
+    return {"type": "allowed_tools", "mode": allowed.need("mode", str), "tools": tools}
+
+
+def _tool_fields(body: _Node) -> Object:
+    tools = [_tool(tool) for tool in body.nodes("tools")]
+    functions = [_function_tool(function) for function in body.nodes("functions")]
+    wants_search = body.get("web_search_options", dict) is not None
+    if wants_search and not any(tool["type"].startswith("web_search") for tool in tools):
+        tools.append(_web_search_tool(body.node("web_search_options")))
+    fields: Object = {"tools": tools + functions, "tool_choice": _tool_choice(body)}
+    if functions:
+        fields["parallel_tool_calls"] = False  # an answer of the old style has room for one call
+    return {field: value for field, value in fields.items() if value not in (None, [])}
+
+
+def _reasoning(body: _Node) -> Object:
+    """Gather the reasoning fields; `summary` is `auto` where the client does not mention it, null is none."""
+    if isinstance(body.fields.get("reasoning_effort"), dict):  # LiteLLM's way to name a summary
+        said, effort = body.node("reasoning_effort"), {}
+    else:
+        said, effort = body.node_or_empty("reasoning"), body.given(str, "reasoning_effort")
+    reasoning = said.given(str, "effort", "summary", "context")
+    if effort:
+        reasoning["effort"] = effort["reasoning_effort"]
+    return reasoning if "summary" in said.fields else {**reasoning, "summary": "auto"}
+
+
+def _text_format(chosen: _Node) -> Object:
+    kind = chosen.need("type", str)
+    if kind in ("text", "json_object"):
+        return {"type": kind}
+    if kind != "json_schema":
+        raise chosen.unsupported("type")
+    schema = chosen.node("json_schema")
+    required = {"name": schema.need("name", str), "schema": schema.need("schema", dict)}
+    return {"type": kind, **required, **schema.given(str, "description"), **schema.given(bool, "strict")}
+
+
+def wants_usage(body: Object) -> bool:
+    """Tell whether a stream is to end with a usage chunk."""
+    return bool(_Node(body).node_or_empty("stream_options").get("include_usage", bool))
+
+
+def chat_request(body: Object) -> Object:
+    """Translate a Chat Completions request to a Responses request, in the plain form.
+
+    Raises InvalidRequest, with the field's path as `param`, for a mistyped field, and for one that asks for
+    what the backend cannot do and without which the answer would be wrong.
+    """
+    _refuse(body, CHAT_REFUSED)
+    wants_usage(body)  # for the stream to obey; mistyped, it is refused here
+    node = _Node(body)
+    text = node.given(str, "verbosity")
+    if node.get("response_format", dict) is not None:
+        text["format"] = _text_format(node.node("response_format"))
+    return {
+        "model": node.need("model", str),
+        "input": _items(node),
+        "stream": bool(node.get("stream", bool)),
+        "reasoning": _reasoning(node),
+        **({"text": text} if text else {}),
+        **node.given(str, "prompt_cache_key", "service_tier"),
+        **node.given(bool, "parallel_tool_calls"),
+        **_tool_fields(node),
+    }
+
+
+def completion_request(body: Object) -> Object:
+    """Translate a legacy completions request to a Responses request: the prompt is one user message."""
+    _refuse(body, COMPLETION_REFUSED)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise InvalidRequest("prompt must be one string, not several and not token ids", "prompt")
+    return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
+
+
+# == 13 chat answers ==========================================================
+# Responses events in, Chat Completions chunks out. Ids and times are arguments. One fold turns events into
+# deltas: a stream wraps them in chunks, an answer in one piece merges them, so the two cannot drift apart.
+
+# Event type, less `.delta` or `.done` → the type of the part or item whose text it brings.
+TEXT_EVENTS = {
+    "response.output_text": "output_text",
+    "response.refusal": "refusal",
+    "response.reasoning_summary_text": "summary_text",
+    "response.reasoning_text": "reasoning_text",
+    "response.function_call_arguments": "function_call",
+    "response.custom_tool_call_input": "custom_tool_call",
+}
+PART_EVENTS = ("response.content_part.done", "response.reasoning_summary_part.done")
+# Type of part → its field in a delta, its own field with the text; type of call → the same, in a call.
+PARTS = {
+    "output_text": ("content", "text"),
+    "refusal": ("refusal", "refusal"),
+    "summary_text": ("reasoning_content", "text"),
+    "reasoning_text": ("reasoning_content", "text"),
+}
+CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input")}
+INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
+
+
+def usage_chat(usage: Object | None) -> Object | None:
+    """Translate a response's token counts; None where there are none."""
+    if not isinstance(usage, dict) or not usage:
+        return None
+    prompt, answer = typed(usage.get("input_tokens"), int), typed(usage.get("output_tokens"), int)
+    cached = typed(usage.get("input_tokens_details"), dict).get("cached_tokens")
+    reasoning = typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": typed(usage.get("total_tokens"), int) or prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": typed(cached, int)},
+        "completion_tokens_details": {"reasoning_tokens": typed(reasoning, int)},
+    }
+
+
+class _Fold:
+    """Turn Responses events into chat deltas, each piece of text exactly once.
+
+    `_sent` counts, for each text (its type, item and part), the characters that went out, so that an event
+    which repeats the text in full (`*.done`, the item, the terminal event) adds only what is missing.
+    """
+
+    def __init__(self, legacy_functions: bool = False) -> None:
+        self.done = False
+        self.failed = False
+        self.usage: Object | None = None
+        self._finish_reason = "stop"
+        self._legacy_functions = legacy_functions
+        self._sent: dict[tuple[str, int | str, int], int] = {}
+        self._calls: dict[int | str, int] = {}  # item → index of its call
+        self._last: dict[str, Any] = {}  # delta field → the item or part that its last piece was of
+        self._content_length = 0
+        self._starts: dict[tuple[int | str, int], int] = {}  # item and part → its offset in the content
+        self._annotations: dict[tuple[int | str, int, int], Object] = {}
+
+    def _deltas(self, event: Object) -> Iterator[Object]:
+        kind, item = typed(event.get("type"), str), typed(event.get("item"), dict)
+        stem, _, verb = kind.rpartition(".")
+        key = _item_key(event, item)
+        index = typed(event.get("summary_index", event.get("content_index")), int)
+        if stem in TEXT_EVENTS and verb == "delta":
+            yield from self._piece(TEXT_EVENTS[stem], key, index, typed(event.get("delta"), str))
+        elif stem in TEXT_EVENTS and verb == "done":
+            yield from self._rest({**event, "type": TEXT_EVENTS[stem]}, key, index)
+        elif kind in PART_EVENTS:
+            yield from self._rest(event.get("part"), key, index)
+        elif kind == "response.output_text.annotation.added":
+            number = typed(event.get("annotation_index"), int)
+            self._annotate(event.get("annotation"), (key, index, number))
+        elif kind == "response.output_item.added":
+            yield from self._open_call(item, key)
+        elif kind == "response.output_item.done":
+            yield from self._whole_item(item, key)
+        else:
+            yield from self._end(kind, event)
+
+    def _piece(self, kind: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
+        if not piece or (kind in CALLS and key not in self._calls):
+            return  # a call without its head waits for the whole item
+        slot = (kind, key, index)
+        self._sent[slot] = self._sent.get(slot, 0) + len(piece)
+        if kind in CALLS:
+            form, field = CALLS[kind]
+            yield from self._call_delta(key, {}, form, {field: piece})
+            return
+        field = PARTS[kind][0]
+        # A blank line between two parts of the reasoning, or two messages; a message's parts are one text.
+        place = slot if field == "reasoning_content" else key
+        lead = "\n\n" if self._last.get(field, place) != place else ""
+        self._last[field] = place
+        if field == "content":
+            self._starts.setdefault((key, index), self._content_length + len(lead))
+            self._content_length += len(lead) + len(piece)
+        yield {field: lead + piece}
+
+    def _rest(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
+        """Yield what is still missing of a whole text; take the citations in it."""
+        part = typed(part, dict)
+        kind = typed(part.get("type"), str)
+        _, field = PARTS.get(kind) or CALLS.get(kind) or ("", "")
+        text = typed(part.get(field), str)
+        if text:
+            yield from self._piece(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
+        for number, annotation in enumerate(typed(part.get("annotations"), list)):
+            self._annotate(annotation, (key, index, number))
+
+    def _whole_item(self, item: Object, key: int | str) -> Iterator[Object]:
+        if item.get("type") in ("message", "reasoning"):
+            for parts in ("summary", "content"):
+                for index, part in enumerate(typed(item.get(parts), list)):
+                    yield from self._rest(part, key, index)
+        else:
+            yield from self._open_call(item, key)
+            yield from self._rest(item, key, 0)
+
+    def _open_call(self, item: Object, key: int | str) -> Iterator[Object]:
+        form, field = CALLS.get(typed(item.get("type"), str), ("", ""))
+        call_id, name = item.get("call_id"), item.get("name")
+        if form and key not in self._calls and isinstance(call_id, str) and isinstance(name, str):
+            self._calls[key] = len(self._calls)
+            head = {"id": call_id, "type": form}
+            yield from self._call_delta(key, head, form, {"name": name, field: ""})
+
+    def _call_delta(self, key: int | str, head: Object, form: str, texts: Object) -> Iterator[Object]:
+        index = self._calls[key]
+        if not self._legacy_functions:
+            yield {"tool_calls": [{"index": index, **head, form: texts}]}
+        elif index == 0:
+            yield {"function_call": texts}
+
+    def _annotate(self, annotation: Any, place: tuple[int | str, int, int]) -> None:
+        """Keep a citation for the end: the OpenAI SDK cannot add a second list of them to the first."""
+        annotation = typed(annotation, dict)
+        if annotation.get("type") != "url_citation":
+            return  # the chat form has no other
+        numbers = ("start_index", "end_index")
+        start = self._starts.get(place[:2], 0)
+        citation: Object = {field: start + typed(annotation.get(field), int) for field in numbers}
+        citation.update({field: typed(annotation.get(field), str) for field in ("title", "url")})
+        self._annotations[place] = {"type": "url_citation", "url_citation": citation}
+
+    def _end(self, kind: str, event: Object) -> Iterator[Object]:
+        """Take a terminal event, or `error`; other events have no place in a chat."""
+        if kind in ("response.failed", "error"):
+            self.done = self.failed = True
+        if kind not in ("response.completed", "response.incomplete"):
+            return
+        response = typed(event.get("response"), dict)
+        if not self._sent and not self._calls:  # the terminal event is all there is
+            for index, item in enumerate(typed(response.get("output"), list)):
+                yield from self._whole_item(typed(item, dict), index)
+        if self._annotations:
+            yield {"annotations": list(self._annotations.values())}
+        if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
+            yield {"content": ""}  # null would mean that there are calls
+        self.done, self.usage = True, usage_chat(response.get("usage"))
+        if kind == "response.incomplete":
+            reason = typed(response.get("incomplete_details"), dict).get("reason")
+            self._finish_reason = INCOMPLETE_REASONS.get(typed(reason, str), "length")
+        elif self._calls:
+            self._finish_reason = "function_call" if self._legacy_functions else "tool_calls"
+
+
+def _item_key(event: Object, item: Object) -> int | str:
+    """Return what tells an event's item from others: the index first, since ids may differ between events."""
+    for name in (event.get("output_index"), event.get("item_id"), item.get("id"), item.get("call_id")):
+        if isinstance(name, (int, str)):
+            return name
+    return ""
+
+
+class ChatStream(_Fold):
+    """Turn Responses events into Chat Completions chunks.
+
+    `done` is set by the terminal event or an `error`; `failed`, where that tells of a failure. No chunk comes
+    before the first delta, so a failure until then can be an HTTP error.
+    """
+
+    kind = "chat.completion.chunk"
+
+    def __init__(
+        self, completion_id: str, created: int, model: str,
+        include_usage: bool = False, legacy_functions: bool = False,
+    ) -> None:
+        super().__init__(legacy_functions)
+        self._head: Object = {"id": completion_id, "object": self.kind, "created": created, "model": model}
+        self._include_usage = include_usage
+        self._started = False
+
+    def feed(self, event: Object) -> list[Object]:
+        """Return the chunks that an event makes, in order; none after the terminal event."""
+        if self.done:
+            return []
+        choices = [choice for delta in self._deltas(event) for choice in self._choices(delta)]
+        if self.done and not self.failed:
+            choices.append(self._choice({}, self._finish_reason))
+        no_usage = {"usage": None} if self._include_usage else {}
+        chunks = [{**self._head, "choices": [choice], **no_usage} for choice in choices]
+        if self._include_usage and self.usage:
+            chunks.append({**self._head, "choices": [], "usage": self.usage})
+        return chunks
+
+    def whole(self, kind: str, choice: Object) -> Object:
+        """Return an answer in one piece, with the head and the usage of this stream."""
+        return {**self._head, "object": kind, "choices": [choice], "usage": self.usage}
+
+    def _choices(self, delta: Object) -> Iterator[Object]:
+        if not self._started:
+            self._started = True
+            yield self._choice({"role": "assistant", "content": "" if "content" in delta else None})
+        yield self._choice(delta)
+
+    def _choice(self, delta: Object, finish_reason: str | None = None) -> Object:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+class CompletionStream(ChatStream):
+    """Turn Responses events into legacy completion chunks: text only, a refusal being text as well."""
+
+    kind = "text_completion"
+
+    def _choices(self, delta: Object) -> Iterator[Object]:
+        if delta.get("content") or delta.get("refusal"):
+            yield self._choice(delta)
+
+    def _choice(self, delta: Object, finish_reason: str | None = None) -> Object:
+        text = delta.get("content") or delta.get("refusal") or ""
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _merge(message: Object, delta: Object) -> None:
+    """Add one of this section's own deltas to a message: texts grow, calls meet by their index."""
+    for name, value in delta.items():
+        held = message.get(name)
+        if held is None:
+            message[name] = value
+        elif isinstance(value, str):
+            message[name] = held + value
+        elif isinstance(value, dict):
+            _merge(held, value)
+        elif isinstance(value, list):
+            for entry in value:
+                if entry["index"] < len(held):
+                    _merge(held[entry["index"]], entry)
+                else:
+                    held.append(entry)
+
+
+def _all_choices(stream: ChatStream, response: Object) -> list[Object]:
+    kind = "response.incomplete" if response.get("status") == "incomplete" else "response.completed"
+    return [chunk["choices"][0] for chunk in stream.feed({"type": kind, "response": response})]
+
+
+def chat_completion(
+    response: Object, completion_id: str, created: int, model: str, legacy_functions: bool = False
+) -> Object:
+    """Translate a whole response, one that did not fail, to one chat completion."""
+    stream = ChatStream(completion_id, created, model, legacy_functions=legacy_functions)
+    *choices, last = _all_choices(stream, response)
+    message: Object = {"role": None, "content": None, "refusal": None}
+    for choice in choices:
+        _merge(message, choice["delta"])
+    for call in message.get("tool_calls", ()):
+        del call["index"]
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last["finish_reason"]}
+    return stream.whole("chat.completion", choice)
+
+
+def text_completion(response: Object, completion_id: str, created: int, model: str) -> Object:
+    """Translate a whole response, one that did not fail, to one legacy completion."""
+    stream = CompletionStream(completion_id, created, model)
+    choices = _all_choices(stream, response)
+    return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
+
+
+# == 14 codings ===============================================================
+# Content codings of bodies: gzip, deflate, and zstd by Python's own module or libzstd.
+
+ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
+ZSTD_LEVEL = 3  # zstd's own default, and Codex's
+
+
+@functools.lru_cache(maxsize=1)
+def libzstd() -> Any:
+    """Load the system's libzstd, for Pythons before 3.14; None where there is none."""
+    import ctypes  # late, as below: it costs 5 ms, and the start is to be quick
+
+    for name in ZSTD_NAMES:
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(name)
+            for function in ("compressBound", "compress", "decompressStream", "freeDStream"):
+                getattr(library, f"ZSTD_{function}").restype = ctypes.c_size_t
+            library.ZSTD_createDStream.restype = ctypes.c_void_p
+            return library
+    return None
+
+
+def zstd_module() -> Any:
+    """Return Python 3.14's own zstd; None before."""
+    if sys.version_info < (3, 14):
+        return None
+    with contextlib.suppress(ImportError):
+        from compression import zstd  # type: ignore[import-not-found]
+        return zstd
+    return None
+
+
+def zstd_compress(body: bytes) -> bytes | None:
+    """Compress, where zstd is at hand."""
+    if zstd_module():
+        return zstd_module().compress(body, ZSTD_LEVEL)  # type: ignore[no-any-return]
+    library = libzstd()
+    if library is None:
+        return None
+    import ctypes
+
+    bound = library.ZSTD_compressBound(ctypes.c_size_t(len(body)))
+    target = ctypes.create_string_buffer(bound)
+    size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
+    return target.raw[:size] if size <= bound else None  # an error is a size near 2^64
+
+
+def zstd_decompress(body: bytes, limit: int) -> bytes:
+    """Decompress one zstd frame, within `limit` bytes. Raises as `decompress` does."""
+    if zstd_module():
+        reader = zstd_module().ZstdDecompressor()
+        try:
+            whole = reader.decompress(body, limit + 1)
+        except zstd_module().ZstdError as exc:
+            raise InvalidRequest("the body is not zstd") from exc
+        complete = reader.eof and not reader.unused_data
+    else:
+        whole, complete = _libzstd_decompress(body, limit)
+    if len(whole) > limit:
+        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
+    if not complete:
+        raise InvalidRequest("the body is not one whole zstd frame")
+    return bytes(whole)
+
+
+def _libzstd_decompress(body: bytes, limit: int) -> tuple[bytes, bool]:
+    """Decompress with libzstd, a piece at a time; tell whether the frame ended with the body."""
+    library = libzstd()
+    if library is None:
+        raise UnsupportedEncoding("zstd is not at hand on the bridge's host: install libzstd there, or set "
+                                  "`enable_request_compression = false` in [features] of Codex's config.toml")
+    import ctypes
+
+    buffer = ctypes.c_size_t * 3  # libzstd's ZSTD_inBuffer and ZSTD_outBuffer: address, size, bytes used
+    stream = ctypes.c_void_p(library.ZSTD_createDStream())
+    source = ctypes.create_string_buffer(body, len(body))
+    target = ctypes.create_string_buffer(1 << 17)
+    pieces, size, left = [], 0, 1
+    read = buffer(ctypes.addressof(source), len(body), 0)
+    try:
+        while size <= limit:
+            written = buffer(ctypes.addressof(target), len(target), 0)
+            before = read[2]
+            left = library.ZSTD_decompressStream(stream, ctypes.byref(written), ctypes.byref(read))
+            if left > 1 << 63:  # an error is a size near 2^64
+                raise InvalidRequest("the body is not zstd")
+            pieces.append(target.raw[:written[2]])
+            size += written[2]
+            if left == 0 or (written[2] == 0 and read[2] == before):
+                break
+    finally:
+        library.ZSTD_freeDStream(stream)
+    return b"".join(pieces), left == 0 and read[2] == len(body)
+
+
+def decompress(body: bytes, coding: str, limit: int) -> bytes:
+    """Undo a content coding, within `limit` bytes.
+
+    Raises UnsupportedEncoding, BodyTooLarge, InvalidRequest.
+    """
+    coding = coding.strip().lower()
+    if coding in ("", "identity"):
+        return body
+    if coding == "zstd":
+        return zstd_decompress(body, limit)
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise UnsupportedEncoding(f"the content coding {coding!r} is not taken; gzip, deflate and zstd are")
+    reader = zlib.decompressobj(47 if coding != "deflate" or body[:1] == b"\x78" else -15)
+    try:
+        whole = reader.decompress(body, limit + 1)
+    except zlib.error as exc:
+        raise InvalidRequest(f"the body is not {coding}: {exc}") from exc
+    if len(whole) > limit:
+        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
+    if not reader.eof or reader.unused_data:
+        raise InvalidRequest(f"the body is not one whole {coding} stream")
+    return whole
+
+
+# == 15 fields ================================================================
+# Which header fields cross, up and down, and as whom a request is sent.
+
+CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
+PASSED_UP = frozenset((
+    "originator", "session-id", "thread-id", "user-agent", "version", "x-client-request-id",
+    "x-openai-subagent",
+))  # and x-codex-*, the names of which change with Codex; all else stays here
+NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # set by the bridge
+PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # of clients that are not Codex, too
+PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # and x-*, openai-*
+NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy would obey the first two
+SESSION_FIELDS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
+
+
+def codex_version(headers: Mapping[str, str]) -> str:
+    """Return the version of the Codex that sent these fields; "" when the client is not a Codex."""
+    match = CODEX_AGENT.match(headers.get("user-agent", ""))
+    return match[1] if match else ""
+
+
+def is_codex(headers: Mapping[str, str]) -> bool:
+    """Tell whether the client is a Codex, whose own values pass upstream unchanged."""
+    return bool(codex_version(headers)) or headers.get("originator", "").lower().startswith("codex") \
+        or "x-codex-turn-metadata" in headers or "x-codex-window-id" in headers
+
+
+def client_session(headers: Mapping[str, str]) -> str:
+    """Return the client's own session id, under any of its names; "" when there is none."""
+    return next((headers[name] for name in SESSION_FIELDS if headers.get(name)), "")
+
+
+class Identity(NamedTuple):
+    """As whom requests are sent for clients that are not Codex."""
+
+    originator: str
+    version: str
+
+    def fields(self) -> dict[str, str]:
+        """Return the fields that say so, for requests that no client asked for."""
+        return {"version": self.version, "originator": self.originator, "user-agent": USER_AGENT}
+
+
+def upstream_fields(headers: Mapping[str, str], identity: Identity, session: str) -> dict[str, str]:
+    """Choose, from a client's fields, those that go upstream, and add what Codex adds for ChatGPT.
+
+    An allow-list: what is not named here stays here, the client's credentials and addresses above all.
+    Sign-in, routing and framing are added when the request is sent.
+    """
+    codex = is_codex(headers)
+    if codex:
+        passed = {name: value for name, value in headers.items()
+                  if name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)}
+    else:
+        passed = {name: headers[name] for name in PASSED_FOR_ALL if name in headers}
+    passed = {name: value for name, value in passed.items() if value}
+    if headers.get("thread_id"):
+        passed.setdefault("thread-id", headers["thread_id"])
+    passed.setdefault("session-id", session if WORD.fullmatch(session) else stable_id(session))
+    fields = {"version": codex_version(headers) or identity.version, **passed}
+    fields.setdefault("originator", identity.originator)
+    if not codex or not fields.get("user-agent"):
+        fields["user-agent"] = USER_AGENT
+    return fields
+
+
+def routing_hint(request: Mapping[str, Any]) -> str:
+    """Return Codex's x-codex-routing-hint: `model=<slug>[;tier=<tier>]` (WIRE 3)."""
+    tier = request.get("service_tier")
+    return f"model={request.get('model')}" + (f";tier={tier}" if isinstance(tier, str) else "")
+
+
+def downstream_fields(headers: Mapping[str, str]) -> dict[str, str]:
+    """Choose, from upstream's fields, those that the client gets."""
+    return {name: value for name, value in headers.items() if not name.startswith(NOT_PASSED_DOWN)
+            and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
+
+
+# == 16 events ================================================================
+# Server-sent events: bytes in, events out; the fold of events into one response. Bytes are cut at CR and LF
+# only: str.splitlines would split a text at U+2028.
+
+BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
+NOTABLE = re.compile(rb"response\.(?:output_item\.done|completed|failed|incomplete)")  # what matters here
+TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
+
+
+class Events:
+    """Cut a stream of bytes into whole events; what is not whole yet is kept back."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []  # of the event that is not whole yet
+        self._size = 0  # of those parts, in bytes
+        self._carriage = False  # a CR was seen: lines may end in other ways than LF
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return the bytes of all events that are whole now, as they came.
+
+        Raises BadUpstream for an event above MAX_EVENT.
+        """
+        if self._carriage or b"\r" in payload:
+            return self._feed_any(payload)
+        cut = payload.rfind(b"\n\n") + 2
+        if cut == 1:  # none in it; but a blank line may have been cut in two
+            cut = int(bool(self._parts) and self._parts[-1][-1:] == b"\n" == payload[:1])
+        if cut == 0:
+            self._keep(payload)
+            return b""
+        return self._take(payload, cut)
+
+    def _feed_any(self, payload: bytes) -> bytes:
+        """Feed a stream whose lines end in CRLF or CR as well: rare, so simple rather than fast."""
+        self._carriage = True
+        joined = self._drain() + payload
+        cut = 0
+        for match in BLANK_LINE.finditer(joined):
+            if match.end() < len(joined) or not joined.endswith(b"\r\n\r"):  # else its LF is on the way
+                cut = match.end()
+        self._keep(joined[cut:])
+        return joined[:cut]
+
+    def _take(self, payload: bytes, cut: int) -> bytes:
+        """Return what was kept and `payload` up to `cut`; keep the rest."""
+        whole = payload if cut == len(payload) else payload[:cut]
+        if self._parts:
+            whole = self._drain() + whole
+        if cut < len(payload):
+            self._keep(payload[cut:])
+        return whole
+
+    def _drain(self) -> bytes:
+        kept = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return kept
+
+    def _keep(self, part: bytes) -> None:
+        if part:
+            self._parts.append(part)
+            self._size += len(part)
+        if self._size > MAX_EVENT:
+            raise BadUpstream(f"upstream sent an event of more than {MAX_EVENT} bytes")
+
+
+def split_events(whole: bytes) -> list[bytes]:
+    """Split whole events' bytes into one piece an event, with its blank line."""
+    if b"\r" not in whole:
+        return [piece + b"\n\n" for piece in whole.split(b"\n\n")[:-1]]
+    pieces, at = [], 0
+    for match in BLANK_LINE.finditer(whole):
+        pieces.append(whole[at:match.end()])
+        at = match.end()
+    return pieces
+
+
+def event_json(event: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that an event carries; None when it carries none."""
+    lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
+    parts = [line[5:] for line in lines if line.startswith(b"data:")]
+    parsed = read_json(b"\n".join(parts)) if parts else None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def event_type(parsed: Mapping[str, Any] | None) -> str:
+    """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
+    return typed(parsed.get("type"), str) if parsed else ""
+
+
+def render_event(parsed: Mapping[str, Any]) -> bytes:
+    """Write an event as upstream writes them; a type that is no word does not get a line of its own."""
+    kind = event_type(parsed)
+    name = f"event: {kind}\n".encode() if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII) else b""
+    return b"%bdata: %b\n\n" % (name, dump_json(parsed))
+
+
+KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
+KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients have timers on bytes; SDKs trip over an unknown event
+
+
+class Fold:
+    """Collect what a response's events carry, for the one object that they amount to.
+
+    Upstream's terminal event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5).
+    """
+
+    def __init__(self) -> None:
+        self.final: dict[str, Any] | None = None  # the terminal event
+        self.error: Any = None  # of a bare `error` event
+        self._items: dict[tuple[int, int], Any] = {}  # those without an index come last
+        self._pending: list[bytes] = []  # events that look like output_item.done; parsed only if needed
+        self._size = 0
+
+    def keep(self, event: bytes) -> None:
+        """Keep an event that looks like output_item.done, within MAX_EVENT bytes in all."""
+        self._size += len(event)
+        if self._size <= MAX_EVENT:
+            self._pending.append(event)
+
+    def add(self, parsed: Mapping[str, Any]) -> None:
+        """Add one event."""
+        kind = event_type(parsed)
+        if kind == "response.output_item.done" and parsed.get("item") is not None:
+            index = parsed.get("output_index")
+            place = (0, index) if type(index) is int else (1, len(self._items))
+            self._items[place] = parsed.get("item")
+        elif kind in TERMINAL_EVENTS:
+            self.final = dict(parsed)
+        elif kind == "error":
+            flat = without(dict(parsed), "type", "sequence_number")
+            self.error = parsed["error"] if isinstance(parsed.get("error"), dict) else flat
+
+    def fill(self) -> bool:
+        """Fill the terminal event's empty `output` from the items seen; tell whether anything was filled."""
+        response = self.final.get("response") if self.final else None
+        if not isinstance(response, dict) or response.get("output"):
+            return False
+        for event in self._pending:
+            parsed = event_json(event)
+            if event_type(parsed) == "response.output_item.done":  # a text may only speak of it
+                self.add(parsed or {})
+        items = [self._items[index] for index in sorted(self._items)]
+        if not items or self.final is None:
+            return False
+        self.final["response"] = {**response, "output": items}
+        return True
+
+    def failure(self) -> BridgeError:
+        """Return why there is no response: upstream's own error (429, 503, 400, 502), or that it was cut."""
+        if self.final is not None:
+            return failure(typed(self.final.get("response"), dict).get("error"))
+        if self.error is not None:
+            return failure(self.error)
+        return BadUpstream("upstream ended the answer without its terminal event")
+
+    def response(self) -> dict[str, Any]:
+        """Return the one response object. Raises what `failure` returns."""
+        if self.final is None or event_type(self.final) == "response.failed":
+            raise self.failure()
+        self.fill()
+        return typed(self.final.get("response"), dict)
+
+
+def usage_counts(response: Any) -> dict[str, int]:
+    """Return a response's token counts: input, cached, output, reasoning."""
+    usage = typed(typed(response, dict).get("usage"), dict)
+    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens"),
+             "cached": typed(usage.get("input_tokens_details"), dict).get("cached_tokens"),
+             "reasoning": typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")}
+    return {name: count for name, count in found.items() if type(count) is int}
+
+
+# == 17 frames ================================================================
+# Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
+# No extension is ever agreed on, so every reserved bit is an error.
+
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+WEBSOCKET_VERSION = "13"
+
+OP_CONTINUATION, OP_TEXT, OP_BINARY = 0x0, 0x1, 0x2
+OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA  # control frames: never fragmented, 125 bytes at most
+OPCODES = frozenset((OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
+
+CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1001, 1002, 1003
+CLOSE_NO_STATUS = 1005  # stands for a close frame without a code; never on the wire
+CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_BAD_GATEWAY = 1007, 1009, 1014
+# What a close frame may say: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
+CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
+
+FIN_BIT, RESERVED_BITS, OPCODE_BITS = 0x80, 0x70, 0x0F  # of a frame's first byte
+MASK_BIT, LENGTH_BITS = 0x80, 0x7F  # of its second
+LENGTH_16, LENGTH_64 = 126, 127  # stand for a length that follows, in 16 or 64 bits
+SMALLEST_16, SMALLEST_64, LARGEST_64 = 126, 1 << 16, (1 << 63) - 1  # the shortest form is a must
+HEAD_BYTES, MASK_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES = 2, 4, 125, 123
+
+# One long integer masks faster below this size, table look-ups in four lanes above it. On 3.13: 150 MB/s
+# at 100 bytes, 750 at 10 kB, 500 to 900 at 1 MB, where the integer is out of the cache and down to 300.
+MASK_BY_TABLE_BYTES = 4096
+EVERY_BYTE = int.from_bytes(bytes(range(256)), "little")
+ONE_IN_EVERY_BYTE = int.from_bytes(b"\x01" * 256, "little")
+
+
+class FrameError(Exception):
+    """A breach of RFC 6455 by the peer; `code` is the close code that it is answered with."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Message(NamedTuple):
+    """One whole text or binary message, or one control frame."""
+
+    opcode: int
+    payload: bytes  # unmasked
+    frames: bytes  # as they came over the wire, to be passed on; empty if masked: a mask is for one use
+
+
+def is_upgrade(headers: Mapping[str, str]) -> bool:
+    """Tell whether headers, named in lower case, ask for a WebSocket, or agree to it."""
+    for name, token in (("connection", "upgrade"), ("upgrade", "websocket")):
+        if token not in (part.strip().lower() for part in headers.get(name, "").split(",")):
+            return False
+    return True
+
+
+def valid_key(key: str) -> bool:
+    """Tell whether a Sec-WebSocket-Key is 16 bytes in base64."""
+    return re.fullmatch("[A-Za-z0-9+/]{22}==", key) is not None
+
+
+def accept_key(key: str) -> str:
+    """Return the Sec-WebSocket-Accept that answers a valid key."""
+    digest = hashlib.sha1((key + WEBSOCKET_GUID).encode("ascii"), usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode("ascii")
+
+
+def apply_mask(payload: bytes, mask: bytes) -> bytes:
+    """Mask or unmask a payload with four bytes."""
+    size = len(payload)
+    if size < MASK_BY_TABLE_BYTES:
+        key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
+        return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
+    masked = bytearray(payload)
+    for lane, key in enumerate(mask):
+        table = (EVERY_BYTE ^ ONE_IN_EVERY_BYTE * key).to_bytes(256, "little")
+        masked[lane::MASK_BYTES] = masked[lane::MASK_BYTES].translate(table)
+    return bytes(masked)
+
+
+def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bool = True) -> bytes:
+    """Return one frame; a client's has a mask of four random bytes, new for each frame."""
+    first = opcode | (FIN_BIT if fin else 0)
+    mask_bit = 0 if mask is None else MASK_BIT
+    size = len(payload)
+    if size < SMALLEST_16:
+        head = bytes((first, mask_bit | size))
+    elif size < SMALLEST_64:
+        head = struct.pack("!BBH", first, mask_bit | LENGTH_16, size)
+    else:
+        head = struct.pack("!BBQ", first, mask_bit | LENGTH_64, size)
+    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
+
+
+def close_payload(code: int, reason: str = "") -> bytes:
+    """Return a close frame's payload, the reason cut to fit; CLOSE_NO_STATUS makes it empty."""
+    if code == CLOSE_NO_STATUS:
+        return b""
+    cut = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
+    return struct.pack("!H", code) + cut.decode("utf-8", "ignore").encode("utf-8")
+
+
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """Return the code and reason of a close frame; raises FrameError."""
+    if not payload:
+        return CLOSE_NO_STATUS, ""
+    code = int.from_bytes(payload[:2], "big")  # of a single byte: less than any code
+    if code not in CLOSE_CODES:
+        raise FrameError(CLOSE_PROTOCOL_ERROR, f"close frame begins with {payload[:2]!r}, no close code")
+    return code, _decode(payload[2:])
+
+
+def _decode(text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise FrameError(CLOSE_INVALID_TEXT, f"text is not UTF-8 at byte {exc.start}") from exc
+
+
+class FrameReader:
+    """Cut the bytes of one side of a connection into messages.
+
+    `masked` says which side: a client must mask, a server must not. `max_message` bounds a message in bytes;
+    a frame's head is enough to refuse it. Look at `error` after each `feed`: what it returned came before the
+    error. Nothing is read after an error or a close frame.
+    """
+
+    def __init__(self, masked: bool, max_message: int) -> None:
+        self.error: FrameError | None = None
+        self._masked = masked
+        self._max_message = max_message
+        self._done = False
+        self._pending = bytearray()  # a frame that has begun
+        self._wanted_bytes = 0  # of it, until there is more to tell
+        self._opcode = OP_CONTINUATION  # of the message that has begun, once a fragment of it is here
+        self._payload, self._frames = bytearray(), bytearray()  # its fragments
+
+    def feed(self, received: bytes) -> list[Message]:
+        """Return the messages and control frames that these bytes complete, in their order."""
+        messages: list[Message] = []
+        if self._pending:
+            self._pending += received
+            if len(self._pending) < self._wanted_bytes:
+                return messages  # nothing is copied yet: a frame in small pieces takes linear time
+            received = bytes(self._pending)
+            self._pending = bytearray()
+        try:
+            self._cut(received, messages)
+        except FrameError as exc:
+            # A new one: the traceback of the one raised would hold the bytes, in a cycle.
+            self.error, self._done = FrameError(exc.code, str(exc)), True
+        return messages
+
+    def _cut(self, wire: bytes, messages: list[Message]) -> None:
+        """Append the messages that end in `wire`; keep the frame that only begins there."""
+        start = 0
+        while not self._done:
+            payload_start, end = self._span(wire, start)
+            if end > len(wire):
+                self._wanted_bytes = end - start
+                self._pending += wire[start:]
+                return
+            message = self._take(wire[start:end], payload_start - start)
+            start = end
+            if message is not None:
+                messages.append(message)
+                self._done = message.opcode == OP_CLOSE
+
+    def _span(self, wire: bytes, start: int) -> tuple[int, int]:
+        """Return where a frame's payload starts and ends: beyond `wire` while bytes are missing."""
+        payload_start = start + HEAD_BYTES
+        if payload_start > len(wire):
+            return payload_start, payload_start
+        first, second = wire[start], wire[start + 1]
+        self._check_head(first, second)
+        size = second & LENGTH_BITS
+        if size >= LENGTH_16:
+            width, smallest = (2, SMALLEST_16) if size == LENGTH_16 else (8, SMALLEST_64)
+            payload_start += width
+            if payload_start > len(wire):
+                return payload_start, payload_start
+            size = int.from_bytes(wire[payload_start - width : payload_start], "big")
+            if not smallest <= size <= LARGEST_64:
+                raise FrameError(CLOSE_PROTOCOL_ERROR, f"length {size} may not stand in {width} bytes")
+        # The heads of unmasked fragments count, or empty ones could fill the memory without end.
+        if first & OPCODE_BITS < OP_CLOSE and len(self._frames or self._payload) + size > self._max_message:
+            raise FrameError(CLOSE_TOO_BIG, f"message has more than {self._max_message} bytes")
+        payload_start += MASK_BYTES if self._masked else 0
+        return payload_start, payload_start + size
+
+    def _check_head(self, first: int, second: int) -> None:
+        """Raise FrameError unless these two bytes may begin the next frame."""
+        opcode = first & OPCODE_BITS
+        breach = None
+        if first & RESERVED_BITS or opcode not in OPCODES:
+            breach = "has a reserved bit or opcode"
+        elif (second & MASK_BIT != 0) != self._masked:
+            breach = "is not masked" if self._masked else "is masked"
+        elif opcode >= OP_CLOSE:
+            if not first & FIN_BIT or second & LENGTH_BITS > MAX_CONTROL_BYTES:
+                breach = "is a control frame that is fragmented or too long"
+        elif (opcode == OP_CONTINUATION) != (self._opcode != OP_CONTINUATION):
+            breach = "continues no message" if opcode == OP_CONTINUATION else "interrupts a message"
+        if breach:
+            raise FrameError(CLOSE_PROTOCOL_ERROR, f"frame {first:#04x} {second:#04x} {breach}")
+
+    def _take(self, frame: bytes, payload_start: int) -> Message | None:
+        """Return the message that this frame ends, or None if there is more to come."""
+        opcode, fin = frame[0] & OPCODE_BITS, frame[0] & FIN_BIT
+        payload = frame[payload_start:]
+        if self._masked:
+            payload = apply_mask(payload, frame[payload_start - MASK_BYTES : payload_start])
+            frame = b""
+        if not fin or opcode == OP_CONTINUATION:
+            self._opcode = self._opcode or opcode
+            self._payload += payload
+            self._frames += frame
+            if not fin:
+                return None
+            opcode, payload, frame = self._opcode, bytes(self._payload), bytes(self._frames)
+            self._opcode, self._payload, self._frames = OP_CONTINUATION, bytearray(), bytearray()
+        if opcode == OP_TEXT and not payload.isascii():
+            _decode(payload)
+        elif opcode == OP_CLOSE:
+            parse_close(payload)
+        return Message(opcode, payload, frame)
+
+
+# == 18 access ================================================================
+# Who may come in: network, Host, Origin, key. The server asks, and answers with what is raised here.
+
+LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # under which no web page is served
+
+
+class Policy(NamedTuple):
+    """What the options say of who may come in."""
+
+    networks: tuple[Any, ...]
+    origins: tuple[str, ...]
+    hosts: tuple[str, ...]  # in lower case; this host's own names are among them
+
+
+@functools.lru_cache(maxsize=1024)
+def network_allows(address: str, networks: tuple[Any, ...]) -> bool:
+    """Tell whether an address may come in; loopback always may. IPv4 in IPv6 counts as IPv4."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    inner = getattr(parsed, "ipv4_mapped", None)
+    parsed = inner or parsed
+    return parsed.is_loopback or any(parsed.version == net.version and parsed in net for net in networks)
+
+
+@functools.lru_cache(maxsize=1024)
+def host_allowed(value: str, names: tuple[str, ...]) -> bool:
+    """Tell whether a Host field names this bridge: an address, a single label, a local or known name.
+
+    A web page's own name that was made to resolve to this host (DNS rebinding) is none of these.
+    """
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", value)
+    if match is None:
+        return False
+    name = match[1].strip("[]").rstrip(".").lower()
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name)
+        return True
+    return bool(name) and ("." not in name or name.endswith(LOCAL_NAMES) or name in names)
+
+
+def check_browser(method: str, headers: Mapping[str, str], policy: Policy) -> None:
+    """Refuse what a web page sends, unless its origin is allowed. Raises Forbidden.
+
+    One with an allowed origin, or with none, passes; a browser's POST must be JSON: that was preflighted.
+    """
+    origin = headers.get("origin")
+    if origin is not None and origin not in policy.origins:
+        raise Forbidden("web pages may not call this bridge; --allow-origin names those that may")
+    if not host_allowed(headers.get("host", "localhost"), policy.hosts):
+        raise Forbidden(f"this bridge is not reached as {headers.get('host')!r}; --allow-host adds a name")
+    by_browser = origin is not None or any(name.startswith("sec-fetch-") for name in headers)
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and by_browser and kind != "application/json":
+        raise Forbidden("a browser's POST must be application/json")
+
+
+def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
+    """Return the name of the client's key. Raises InvalidKey.
+
+    Every key is compared, each in constant time, so that the time taken tells nothing.
+    """
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    if not any(given):
+        raise InvalidKey("this bridge wants a key: `Authorization: Bearer …` or `x-api-key: …`")
+    found = ""
+    for key in keys:
+        for text in given:  # an SDK sends a Bearer whatever else it is told to send
+            if hmac.compare_digest(text.encode("utf-8", "replace"), key.secret.encode("utf-8")):
+                found = key.name
+    if not found:
+        raise InvalidKey("this bridge does not know that key")
+    return found
+
+
+def cors_fields(headers: Mapping[str, str], policy: Policy, preflight: bool) -> dict[str, str]:
+    """Return the CORS answer to an allowed origin; nothing for any other."""
+    origin = headers.get("origin")
+    if origin is None or origin not in policy.origins:
+        return {}
+    fields = {"access-control-allow-origin": origin, "vary": "origin"}
+    if not preflight:
+        return {**fields, "access-control-expose-headers": "*"}
+    return {**fields, "access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600",
+            "access-control-allow-headers": "authorization, content-type, x-api-key, session-id, thread-id"}
+
+
+def read_key_file(text: str) -> tuple[NamedSecret, ...]:
+    """Read lines of NAME=SECRET; # begins a comment. Raises ValueError, naming the line's number only."""
+    keys = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                keys.append(read_key(line.strip()))
+            except ValueError as exc:
+                raise ValueError(f"line {number}: {exc}") from exc
+    return tuple(keys)
+
+
+###############################################################################
+# D  the bridge
+# One request from accept to its log line.
+# It reaches the network through part B only; a record is written here and never read.
+###############################################################################
+
+
+# == 19 catalog ===============================================================
 # The live model list and the aliases. Nothing is bundled: without a list, requests pass without its rules.
 
 class Listing(NamedTuple):
@@ -3705,109 +4004,8 @@ class Catalog:
         return {**listing.whole, "models": [*listing.whole["models"], *extra]}
 
 
-# == 12 access ================================================================
-# Who may come in. Pure: the handler asks, and answers with what is raised here.
-
-LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # under which no web page is served
-
-
-class Policy(NamedTuple):
-    """What the options say of who may come in."""
-
-    networks: tuple[Any, ...]
-    origins: tuple[str, ...]
-    hosts: tuple[str, ...]  # in lower case; this host's own names are among them
-
-
-@functools.lru_cache(maxsize=1024)
-def network_allows(address: str, networks: tuple[Any, ...]) -> bool:
-    """Tell whether an address may come in; loopback always may. IPv4 in IPv6 counts as IPv4."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    inner = getattr(parsed, "ipv4_mapped", None)
-    parsed = inner or parsed
-    return parsed.is_loopback or any(parsed.version == net.version and parsed in net for net in networks)
-
-
-@functools.lru_cache(maxsize=1024)
-def host_allowed(value: str, names: tuple[str, ...]) -> bool:
-    """Tell whether a Host field names this bridge: an address, a single label, a local or known name.
-
-    A web page's own name that was made to resolve to this host (DNS rebinding) is none of these.
-    """
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", value)
-    if match is None:
-        return False
-    name = match[1].strip("[]").rstrip(".").lower()
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return True
-    return bool(name) and ("." not in name or name.endswith(LOCAL_NAMES) or name in names)
-
-
-def check_browser(method: str, headers: Mapping[str, str], policy: Policy) -> None:
-    """Refuse what a web page sends, unless its origin is allowed. Raises Forbidden.
-
-    One with an allowed origin, or with none, passes; a browser's POST must be JSON: that was preflighted.
-    """
-    origin = headers.get("origin")
-    if origin is not None and origin not in policy.origins:
-        raise Forbidden("web pages may not call this bridge; --allow-origin names those that may")
-    if not host_allowed(headers.get("host", "localhost"), policy.hosts):
-        raise Forbidden(f"this bridge is not reached as {headers.get('host')!r}; --allow-host adds a name")
-    by_browser = origin is not None or any(name.startswith("sec-fetch-") for name in headers)
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if method == "POST" and by_browser and kind != "application/json":
-        raise Forbidden("a browser's POST must be application/json")
-
-
-def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
-    """Return the name of the client's key. Raises InvalidKey.
-
-    Every key is compared, each in constant time, so that the time taken tells nothing.
-    """
-    scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    given = [bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-    if not any(given):
-        raise InvalidKey("this bridge wants a key: `Authorization: Bearer …` or `x-api-key: …`")
-    found = ""
-    for key in keys:
-        for text in given:  # an SDK sends a Bearer whatever else it is told to send
-            if hmac.compare_digest(text.encode("utf-8", "replace"), key.secret.encode("utf-8")):
-                found = key.name
-    if not found:
-        raise InvalidKey("this bridge does not know that key")
-    return found
-
-
-def cors_fields(headers: Mapping[str, str], policy: Policy, preflight: bool) -> dict[str, str]:
-    """Return the CORS answer to an allowed origin; nothing for any other."""
-    origin = headers.get("origin")
-    if origin is None or origin not in policy.origins:
-        return {}
-    fields = {"access-control-allow-origin": origin, "vary": "origin"}
-    if not preflight:
-        return {**fields, "access-control-expose-headers": "*"}
-    return {**fields, "access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600",
-            "access-control-allow-headers": "authorization, content-type, x-api-key, session-id, thread-id"}
-
-
-def read_key_file(text: str) -> tuple[NamedSecret, ...]:
-    """Read lines of NAME=SECRET; # begins a comment. Raises ValueError, naming the line's number only."""
-    keys = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            try:
-                keys.append(read_key(line.strip()))
-            except ValueError as exc:
-                raise ValueError(f"line {number}: {exc}") from exc
-    return tuple(keys)
-
-
-# == 13 telemetry =============================================================
-# What the bridge tells about itself: the log line, /status, /metrics, the page.
+# == 20 telemetry =============================================================
+# What the bridge tells about itself: the log line, /status, /metrics.
 # Called when a request begins and when it ends, never for an event.
 
 LABEL_VALUES = 32  # distinct values one label of /metrics may take; the rest are counted as "other"
@@ -4158,6 +4356,1005 @@ def metrics_text(snapshot: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def next_id() -> str:
+    """Return a short id for the log."""
+    return os.urandom(4).hex()
+
+
+# == 21 log ===================================================================
+# Standard error and bridge.log.
+
+class Log(logging.Handler):
+    """Writes a line to standard error and to bridge.log: mode 0600, rotated at LOG_SIZE, one old file kept.
+
+    The two handlers of the standard library would format every line twice.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path  # "" for standard error only
+        self._file = -1
+        self._size = 0
+        self.problem = ""
+        self._second = (0, "")  # a second and its text, which costs as much as the rest of a line
+        if path:
+            self._open()
+
+    def _open(self) -> None:
+        try:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.chmod(self._path, 0o600)  # also one that was there
+            self._size = os.fstat(self._file).st_size
+        except OSError as exc:
+            self._file = -1
+            self.problem = f"{self._path} cannot be written ({exc.strerror}): nothing is logged but here"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line; a log that cannot be written stops nothing."""
+        if self._second[0] != int(record.created):
+            now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+            self._second = (int(record.created), now)
+        text = f"{self._second[1]} {record.levelname} {self.format(record)}\n"
+        line = text.encode("utf-8", "backslashreplace")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no standard error at all
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+        if self._file < 0:
+            return
+        with contextlib.suppress(OSError):
+            self._size += os.write(self._file, line)
+        if self._size > LOG_SIZE:
+            os.close(self._file)
+            with contextlib.suppress(OSError):
+                os.replace(self._path, f"{self._path}.1")
+            self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        super().close()
+
+
+def set_up_log(config: Config) -> None:
+    """Log to standard error, and to the log file unless it is `-` or cannot be written."""
+    handler = Log("" if config.log_file == "-" else config.log_file)
+    log.addHandler(handler)
+    log.setLevel(config.log_level.upper())
+    log.propagate = False
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # in no line of ours
+    if handler.problem:
+        log.warning("%s", handler.problem)
+
+
+# == 22 store =================================================================
+# What the backend does not store, for clients that count on it.
+
+class Store:
+    """What the backend does not store, for clients that count on it: the conversations of the last responses.
+
+    Bounded in bytes, least recently used out first; a client's key is part of every name, so that nobody
+    reads another's. `_lock` guards the entries and their sum.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[str, str, str], tuple[int, Any]] = OrderedDict()
+        self._held = 0
+
+    def put(self, owner: str, kind: str, name: str, value: Any, size: int) -> None:
+        """Keep a value of about `size` bytes under its owner, kind and name."""
+        size += 500  # what an entry costs beside its text
+        with self._lock:
+            self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
+            if size > self._limit:
+                return  # it would drive all others out, and then itself
+            self._entries[owner, kind, name] = (size, value)
+            self._held += size
+            while self._held > self._limit:
+                _, (gone, _) = self._entries.popitem(last=False)
+                self._held -= gone
+
+    def get(self, owner: str, kind: str, name: Any) -> Any:
+        """Return a kept value; None when there is none (any more)."""
+        return self.sized(owner, kind, name)[1]
+
+    def sized(self, owner: str, kind: str, name: Any) -> tuple[int, Any]:
+        """Return a kept value's size in bytes, and the value; 0 and None when there is none (any more)."""
+        if not isinstance(name, str):
+            return 0, None
+        with self._lock:
+            if (owner, kind, name) in self._entries:
+                self._entries.move_to_end((owner, kind, name))
+            return self._entries.get((owner, kind, name), (0, None))
+
+    def keep_response(self, owner: str, response: Mapping[str, Any], asked: Asked) -> None:
+        """Keep a response and its turn, for previous_response_id and item_reference.
+
+        Call before the client can know of the response's end.
+        """
+        output, name = response.get("output"), response.get("id")
+        if not isinstance(output, list) or not isinstance(name, str):
+            return
+        sizes = [len(json.dumps(item)) for item in output]
+        self.put(owner, "response", name, dict(response), sum(sizes))
+        # Turns are linked, not copied: else the tenth would hold the first nine once more.
+        turn = (asked.previous, [*asked.items, *output])
+        self.put(owner, "turn", name, turn, asked.size + sum(sizes))
+        for item, length in zip(output, sizes):
+            if isinstance(item, dict) and isinstance(item.get("id"), str):
+                self.put(owner, "item", item["id"], item, length)
+
+    def keep_reasoning(self, owner: str, output: Any) -> None:
+        """Keep the reasoning items of an answer under the calls and texts that they belong to."""
+        pending: list[Any] = []
+        for item in objects(output):
+            if item.get("type") == "reasoning":
+                pending.append(item)
+            elif pending and anchor(item):
+                self.put(owner, "reasoning", anchor(item), pending, len(json.dumps(pending)))
+                pending = []
+
+    def resolve(self, owner: str, request: dict[str, Any], limit: int) -> dict[str, Any]:
+        """Replay the conversation that `previous_response_id` names; put items in the place of references.
+
+        Raises InvalidRequest for an unknown response id, BodyTooLarge when it makes more than `limit` bytes.
+        """
+        total = 0
+        if request.get("previous_response_id") is not None:
+            total, earlier = self._replay(owner, request["previous_response_id"])
+            items = request.get("input", [])
+            items = [message_item("user", items)] if isinstance(items, str) else items
+            request = {**without(request, "previous_response_id"), "input": [*earlier, *items]}
+        placed: dict[str, int] = {}  # by item id, its size: each is put in place once
+
+        def dereference(item: dict[str, Any]) -> Any:
+            if item.get("type") != "item_reference":
+                return item
+            size, known = self.sized(owner, "item", item.get("id"))
+            if known is None:
+                return item
+            if item["id"] in placed:
+                return REMOVED
+            placed[item["id"]] = size
+            return known
+
+        resolved = map_items(request, dereference)
+        if total + sum(placed.values()) > limit:
+            raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
+        return resolved
+
+    def _replay(self, owner: str, name: Any) -> tuple[int, list[Any]]:
+        """Walk back from a response to where it began; return the conversation's size in bytes, its items."""
+        total = 0
+        turns: list[list[Any]] = []
+        seen: set[str] = set()
+        while name != "" or not turns:
+            size, turn = self.sized(owner, "turn", name)
+            if turn is None or name in seen:
+                raise InvalidRequest("previous_response_id is not known (any more) to this bridge, which "
+                                     "keeps the last conversations in memory only", "previous_response_id")
+            seen.add(name)
+            name, items = turn
+            total += size
+            turns.append(items)
+        return total, [item for items in reversed(turns) for item in items]
+
+    def with_reasoning(self, owner: str, items: list[Any]) -> list[Any]:
+        """Put kept reasoning back in front of the calls and texts of a chat history, each once."""
+        whole: list[Any] = []
+        seen: set[str] = set()
+        for item in items:
+            for kept in self.get(owner, "reasoning", anchor(item)) or []:
+                if str(kept.get("id")) not in seen:
+                    seen.add(str(kept.get("id")))
+                    whole.append(kept)
+            whole.append(item)
+        return whole
+
+
+class Asked(NamedTuple):
+    """What the store keeps of a request."""
+
+    previous: str  # the response that it continues; "" for none
+    items: list[Any]
+    size: int  # of the request, in bytes
+
+
+def what_is_asked(request: dict[str, Any], context: Context, size: int) -> Asked | None:
+    """Return what the store keeps of a request; None where the client does not count on a store."""
+    if context.codex or request.get("store") is False:
+        return None
+    items = input_to_list(request, context).get("input", [])
+    return Asked(request.get("previous_response_id") or "", items, size)
+
+
+def anchor(item: Any) -> str:
+    """Return by what a chat client's echo of an item is known: its call id, or its text; else ""."""
+    if not isinstance(item, dict):
+        return ""
+    if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
+        return f"call {item['call_id']}"
+    parts = objects(item.get("content")) if item.get("role") == "assistant" else []
+    text = "".join(str(part["text"]) for part in parts if part.get("text"))
+    return f"text {stable_id(text)}" if text else ""
+
+
+# == 23 admission =============================================================
+# How much may run at once: memory for bodies, requests a key; and the keys themselves.
+
+class Budget:
+    """A bound on the request bodies held at once, in bytes. `_lock` guards the sum."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._lock = threading.Lock()
+        self.expanding = threading.Lock()  # one body at a time: what it comes to is counted only then
+
+    def take(self, size: int) -> None:
+        """Take room. Raises Overloaded when there is none."""
+        with self._lock:
+            if self._held + size > self._limit:
+                raise Overloaded("this bridge holds as many request bodies as it may", retry_after=5)
+            self._held += size
+
+    def give(self, size: int) -> None:
+        """Give room back."""
+        with self._lock:
+            self._held -= size
+
+
+class KeyRing:
+    """The keys of the options and of --api-key-file, which is read anew when it changes.
+
+    `_lock` guards what was read.
+    """
+
+    def __init__(self, given: tuple[NamedSecret, ...], path: str) -> None:
+        self._given = given
+        self._path = path
+        self._lock = threading.Lock()
+        self.seen: Any = None  # the file's signature when it was read
+        self._from_file: tuple[NamedSecret, ...] = ()
+        self.locked = bool(given or path)  # a key is asked for; a file without keys opens nothing
+
+    def keys(self) -> tuple[NamedSecret, ...]:
+        """Return the keys that open the door now.
+
+        Raises BridgeError when the file cannot be read and no keys of it are known, see `locked`.
+        """
+        if not self._path:
+            return self._given
+        with self._lock:
+            try:
+                signature = file_signature(self._path)
+                if signature is None or signature != self.seen:
+                    self._read()
+                    self.seen = signature
+            except (OSError, ValueError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+                if not self._from_file:
+                    log.error("the key file %s cannot be read: %s", self._path, reason)
+                    raise BridgeError("the bridge's key file cannot be read; its log says why") from exc
+                log.error("%s cannot be read (%s): the keys read before stay", self._path, reason)
+            return self._given + self._from_file
+
+    def _read(self) -> None:
+        with open(self._path, encoding="utf-8") as file:
+            self._from_file = read_key_file(file.read())
+            mode = os.fstat(file.fileno()).st_mode
+        if os.name == "posix" and mode & 0o077:
+            log.warning("others on this host can read %s: chmod 600 it", self._path)
+
+
+class Limits:
+    """How many requests of a key run at once; more wait their turn, first come, first served.
+
+    `_lock` guards the counts and the queues.
+    """
+
+    QUEUE = 64  # requests of one key that wait, at most
+    WAIT = 120  # seconds that a request waits, at most
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._running: dict[str, int] = {}
+        self._queues: dict[str, deque[threading.Event]] = {}
+
+    @contextlib.contextmanager
+    def turn(self, name: str, client: Peer, wait: bool = True) -> Iterator[None]:
+        """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
+        if name not in self._limits:
+            yield
+            return
+        self._enter(name, client, self.QUEUE if wait else 0)
+        try:
+            yield
+        finally:
+            self._leave(name)
+
+    def _enter(self, name: str, client: Peer, longest: int) -> None:
+        with self._lock:
+            queue = self._queues.setdefault(name, deque())
+            if self._running.get(name, 0) < self._limits[name]:
+                self._running[name] = self._running.get(name, 0) + 1
+                return
+            if len(queue) >= longest:
+                raise TooManyRequests(f"the queue of key {name!r} is full", retry_after=10)
+            ticket = threading.Event()
+            queue.append(ticket)
+        until = time.monotonic() + self.WAIT
+        try:
+            while not ticket.wait(0.2):
+                client.check()
+                if time.monotonic() > until:
+                    running = self._limits[name]
+                    raise TooManyRequests(f"key {name!r} has {running} requests running", retry_after=10)
+        except BaseException:
+            with self._lock:
+                given = ticket not in queue
+                if not given:
+                    queue.remove(ticket)
+            if given:  # its place came in the same moment
+                self._leave(name)
+            raise
+
+    def _leave(self, name: str) -> None:
+        """Hand the place to the one that has waited longest."""
+        with self._lock:
+            queue = self._queues[name]
+            if queue:
+                queue.popleft().set()
+            else:
+                self._running[name] -= 1
+
+
+# == 24 exchange ==============================================================
+# One request of a client and the answer to it; the copy of upstream's reply to the client as it comes.
+
+def plain_path(path: str) -> str:
+    """Return a path without `/v1` (once or twice) and without a slash at its end."""
+    for _ in range(2):
+        if path == "/v1" or path.startswith("/v1/"):
+            path = path[3:]
+    return path.removesuffix("/") or "/"
+
+
+class Exchange:
+    """One request of a client, and the answer to it."""
+
+    def __init__(self, peer: Peer, head: RequestHead, record: Record,
+                 idle: Callable[[bool], None], finish: Callable[[Record], None]) -> None:
+        self.peer = peer
+        self.head = head
+        self.record = record
+        self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
+        self.finish = finish  # takes the record of a request that has ended
+        path, _, self.query = head.target.partition("?")
+        self.path = plain_path(path)
+        self.codex = is_codex(head.headers)
+        self.keep = keeps_alive(head.minor, head.headers)
+        self.started = False  # the answer's first byte is out
+        self.extra: dict[str, str] = {}  # fields for whatever answer comes
+        self.eager = False  # a prepared head is to go out without waiting for a piece
+        self._prepared: tuple[int, Mapping[str, str]] | None = None  # a stream's head
+        self._ended = False  # the stream's end is out
+        self._bare = head.method == "HEAD"  # the answer has a head only
+        self._length = body_length(head.headers)
+        if self._length == -1 and not head.minor:
+            raise MalformedHttp("HTTP/1.0 knows no Transfer-Encoding")
+        self._unread = bool(self._length)
+        self._held = 0  # bytes of the body that count against the budget
+        self._chunked = False
+
+    # -- the request's body
+
+    def read_body(self, limit: int, budget: Budget) -> bytes:
+        """Read the whole body, decompressed.
+
+        Raises BodyTooLarge, SlowRequest, Overloaded, and what `decompress` raises.
+        """
+        length = self._length or 0
+        if length > limit:
+            raise BodyTooLarge(f"the body is {length} bytes, the limit is {limit}")
+        if not self._unread:
+            return b""
+        if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = ChunkedBody() if length < 0 else LengthBody(length)
+        pieces: list[bytes] = []
+        until = time.monotonic() + BODY_STALL
+        while not body.done:
+            piece = body.feed(self._read_some(until))
+            self._hold(budget, len(piece))
+            if self._held > limit:
+                raise BodyTooLarge(f"the body is above the limit of {limit} bytes")
+            pieces.append(piece)
+            until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
+        self._unread = False
+        self.peer.ahead = body.rest
+        whole, coding = b"".join(pieces), self.head.headers.get("content-encoding")
+        if coding:
+            with budget.expanding:
+                whole = decompress(whole, coding, limit)
+                self._hold(budget, len(whole) - self._held)
+        return whole
+
+    def _hold(self, budget: Budget, size: int) -> None:
+        """Take room for a part of the body. Raises Overloaded."""
+        budget.take(size)
+        self._held += size
+
+    def let_go(self, budget: Budget) -> None:
+        """Give the body's room back, when it is no longer held."""
+        budget.give(self._held)
+        self._held = 0
+
+    def _read_some(self, until: float) -> bytes:
+        """Read what comes next of the body. Raises ClientLeft and SlowRequest."""
+        while True:
+            try:
+                raw = self.peer.read()
+            except OSError as exc:
+                raise ClientLeft("reset within its request") from exc
+            if raw:
+                return raw
+            if raw is not None:
+                raise ClientLeft("closed within its request")
+            if not self.peer.wait(until - time.monotonic()):
+                raise SlowRequest("the request's body came too slowly")
+
+    def end_of_request(self) -> None:
+        """Make sure that an unread body is never parsed as the next request: the connection ends."""
+        if self._unread:
+            self.keep = False
+
+    # -- the answer
+
+    def answer(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
+        """Send a whole answer."""
+        self.end_of_request()
+        bare = self._bare or status in (204, 304)
+        length = {} if status in (204, 304) else {"content-length": str(len(body))}
+        self.send(self._head(status, {**fields, **length}) + (b"" if bare else body))
+        self.record.bytes += 0 if bare else len(body)
+
+    def answer_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
+        """Send a whole answer in JSON."""
+        self.answer(status, {**(fields or {}), "content-type": "application/json"}, dump_json(value) + b"\n")
+
+    def answer_error(self, error: BridgeError) -> None:
+        """Send an error in the OpenAI shape."""
+        if isinstance(error, MalformedHttp):
+            self.keep = False
+        self.record.error_by, self.record.error_code = error.by, error.code
+        self.answer_json(error.status, error.body(), {"x-qoo-bridge-error": error.by, **error.headers})
+
+    def prepare(self, status: int, fields: Mapping[str, str], at_once: bool = False) -> None:
+        """Have a stream's head ready, to be sent with its first piece: until then the status can change.
+
+        `at_once`: it is not to wait for the first piece, but goes out with it where that is there already.
+        """
+        self._prepared = (status, fields)
+        self.eager = at_once
+
+    def begin(self) -> None:
+        """Send the head of a stream that is not to wait for its first piece, if it is not out yet."""
+        if self.eager and not self.started:
+            self.send(self._stream_head())
+
+    def write(self, payload: bytes, last: bool = False) -> None:
+        """Send a piece of a prepared stream; with the last one its end."""
+        if self._bare:
+            self.end()
+        if not payload or self._bare:
+            return
+        self.record.bytes += len(payload)
+        head = b""
+        if self.record.first_byte is None:
+            self.record.first_byte = time.monotonic() - self.record.started
+            head = b"" if self.started else self._stream_head()
+        if self._chunked:
+            self._ended = last
+            payload = b"%x\r\n%b\r\n%b" % (len(payload), payload, LAST_CHUNK if last else b"")
+        self.send(head + payload if head else payload)
+
+    def write_silence(self, filler: bytes) -> None:
+        """Send what keeps a waiting client waiting, if it gets a stream."""
+        self.eager = self._prepared is not None
+        self.begin()
+        if self.started and not self._bare:
+            self.send(chunk(filler) if self._chunked else filler)
+
+    def end(self) -> None:
+        """Send the end of a stream, if it is not out yet."""
+        self.eager = True
+        self.begin()
+        if self._chunked and not self._ended and not self._bare:
+            self.send(LAST_CHUNK)
+
+    def start_websocket(self, accept: str, fields: Mapping[str, str]) -> None:
+        """Accept a client's WebSocket handshake."""
+        self.keep = True  # until here: the head below is no place for `connection: close`
+        self.send(self._head(101, {**fields, "connection": "Upgrade", "upgrade": "websocket",
+                                    "sec-websocket-accept": accept}))
+        self.keep = False
+
+    def _stream_head(self) -> bytes:
+        """Write the head of a stream: chunked to 1.1, ended by the connection's end to 1.0."""
+        self.end_of_request()
+        self._chunked = self.head.minor == 1
+        self.keep = self.keep and self._chunked
+        status, fields = self._prepared or (200, {})
+        return self._head(status, {**fields, **({"transfer-encoding": "chunked"} if self._chunked else {})})
+
+    def _head(self, status: int, fields: Mapping[str, str]) -> bytes:
+        self.record.status = status
+        self.started = True
+        reason = http.client.responses.get(status, "Unknown")
+        connection = {"connection": "keep-alive" if self.keep else "close"}
+        if self.keep and self.head.minor:
+            connection = {}  # 1.1's default
+        return render_head(f"HTTP/1.1 {status} {reason}", {
+            **fields, **self.extra, "x-qoo-bridge-id": self.record.id, **connection}.items())
+
+    def send(self, payload: bytes) -> None:
+        """Send bytes to the client. Raises ClientLeft."""
+        try:
+            self.peer.send(payload, WRITE_TIMEOUT)
+        except OSError as exc:
+            raise ClientLeft("stopped reading" if isinstance(exc, TimeoutError) else "left") from exc
+
+
+class EventCopy:
+    """Copy Responses events as they are, but for the terminal event's empty `output`, which is filled."""
+
+    def __init__(self, codex: bool,
+                 on_final: Callable[[dict[str, Any]], None] = lambda response: None) -> None:
+        self.fold = Fold()
+        self._on_final = on_final  # called with the whole response, before the client can know of its end
+        self.count = 0  # of events
+        self.done = False  # the terminal event was seen: nothing may follow it
+        self.silence = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
+        self._events = Events()
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what the client gets of upstream's next bytes: whole events only."""
+        whole = self._events.feed(payload)
+        if NOTABLE.search(whole):
+            return self._look(whole)
+        self.count += whole.count(b"\ndata:") + whole.startswith(b"data:")
+        return whole
+
+    def _look(self, whole: bytes) -> bytes:
+        """Take the events apart: at least one of them looks like one that matters."""
+        pieces = []
+        for piece in split_events(whole):
+            self.count += 1
+            pieces.append(self._see(piece) if NOTABLE.search(piece) else piece)
+            if self.done:
+                break
+        return b"".join(pieces)
+
+    def _see(self, piece: bytes) -> bytes:
+        """Look into one event; return what the client gets in its place."""
+        if TERMINAL_MARK.search(piece) is None:
+            self.fold.keep(piece)  # parsed only if the terminal event's output is empty
+            return piece
+        parsed = event_json(piece) or {}
+        if event_type(parsed) not in TERMINAL_EVENTS:
+            return piece
+        self.fold.add(parsed)
+        filled = self.fold.fill()
+        self._finish()
+        return render_event(self.fold.final or parsed) if filled else piece
+
+    def _finish(self) -> None:
+        """Note that the terminal event was seen."""
+        self.done = True
+        response = (self.fold.final or {}).get("response")
+        if isinstance(response, dict):
+            self._on_final(response)
+
+    def cut(self, error: BridgeError) -> bytes:
+        """Return what a client is sent when upstream breaks off: nothing, its missing end says so."""
+        return b""
+
+
+class ChatCopy(EventCopy):
+    """Turn Responses events into Chat Completions chunks (or legacy completion chunks)."""
+
+    def __init__(self, stream: ChatStream, on_final: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__(False, on_final)
+        self.stream = stream
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return the chunks of upstream's next bytes.
+
+        Raises what upstream reports as a failure: an HTTP error if nothing was sent yet, see `cut`.
+        """
+        pieces = []
+        for piece in split_events(self._events.feed(payload)):
+            parsed = event_json(piece)
+            self.count += 1
+            if parsed is None or self.done:
+                continue
+            self.fold.add(parsed)
+            pieces += [b"data: %b\n\n" % dump_json(chunk) for chunk in self.stream.feed(parsed)]
+            if self.stream.failed:
+                raise self.fold.failure()
+            if self.stream.done:
+                self.fold.fill()
+                self._finish()
+        if self.done:
+            pieces.append(b"data: [DONE]\n\n")
+        return b"".join(pieces)
+
+    def cut(self, error: BridgeError) -> bytes:
+        """Return the error object that SDKs raise from within a stream."""
+        return b"data: %b\n\n" % dump_json(error.body())
+
+
+class FoldCopy(EventCopy):
+    """Collect the events for one JSON answer; the client gets nothing until then."""
+
+    def feed(self, payload: bytes) -> bytes:
+        """Collect upstream's next bytes."""
+        for piece in split_events(self._events.feed(payload)):
+            self.count += 1
+            if not self.done and (b'"error"' in piece or NOTABLE.search(piece)):
+                parsed = event_json(piece) or {}
+                self.fold.add(parsed)
+                if event_type(parsed) in TERMINAL_EVENTS:
+                    self.fold.fill()
+                    self._finish()
+        return b""
+
+
+def relay(reply: Reply, exchange: Exchange, copy: EventCopy, keepalive: float, idle_timeout: float) -> None:
+    """Copy a reply to the client until its terminal event.
+
+    Raises ClientLeft, BadUpstream when upstream ends without the terminal event, UpstreamTimeout when it is
+    silent for `idle_timeout`. Upstream's connection is closed then.
+    """
+    heard = spoken = time.monotonic()
+    patience = HEAD_WAITS if exchange.eager else min(keepalive, idle_timeout)
+    try:
+        while not copy.done:
+            payload = reply.read(patience, exchange.peer)
+            now, patience = time.monotonic(), min(keepalive, idle_timeout)
+            if payload:
+                heard = now
+                ready = copy.feed(payload)
+                exchange.record.events = copy.count  # for who looks on
+                if ready:
+                    exchange.write(ready, last=copy.done)
+                    spoken = now
+            elif payload is not None:
+                raise copy.fold.failure()
+            elif now - heard >= idle_timeout:
+                raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
+            else:
+                exchange.begin()
+            if now - spoken >= keepalive:  # silence, or an event that comes in drops
+                exchange.write_silence(copy.silence)
+                spoken = now
+    except BaseException as exc:
+        reply.close()
+        if isinstance(exc, BridgeError) and exchange.started:
+            exchange.write(copy.cut(exc))
+        raise
+
+
+# == 25 turns =================================================================
+# A model request upstream, until it is accepted.
+
+class Turn(NamedTuple):
+    """An opened turn: upstream's reply, and what of the request is still wanted."""
+
+    reply: Reply
+    streamed: bool  # the client wants a stream
+    asked: Asked | None  # for the store, where the client counts on one
+
+
+STREAM_FIELDS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+
+
+def is_stream(reply: Reply) -> bool:
+    """Tell whether a reply is what was asked for: 200 and server-sent events, not compressed."""
+    kind = reply.headers.get("content-type", "text/event-stream")
+    return reply.status == 200 and "event-stream" in kind and \
+        reply.headers.get("content-encoding", "identity") == "identity"
+
+
+# == 26 websockets ============================================================
+# WebSocket to WebSocket: frames both ways.
+
+class Pending:
+    """One response.create that is being answered."""
+
+    def __init__(self, record: Record, frame: dict[str, Any], context: Context, asked: Asked | None) -> None:
+        self.record = record
+        self.frame: dict[str, Any] | None = frame  # the client's, for a repair; None once it is answered
+        self.context = context
+        self.asked = asked  # for the store, where the client counts on one
+        self.fold = Fold()
+        self.place = contextlib.ExitStack()  # the key's place among its running requests
+        self.given: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
+
+
+class Socket:
+    """One WebSocket: the client on one side, the backend on the other; the connection's thread uses it."""
+
+    CHAINS = 64  # responses whose chain is known, the newest
+    PENDING = 32  # requests that run at once
+
+    def __init__(self, bridge: Bridge, exchange: Exchange, reply: Reply) -> None:
+        self._bridge = bridge
+        self._exchange = exchange
+        self._client, self._upstream = exchange.peer, reply.peer
+        self._finish = exchange.finish
+        self._pending: deque[Pending] = deque()  # oldest first: answers come in the order of the requests
+        # response id -> what its chain was given of tools and instructions
+        self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
+        self._from_client = FrameReader(masked=True, max_message=bridge.config.max_body)
+        self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
+        self._open = True
+        self._left = "cut"  # how what is pending ends, when the connection does
+
+    def run(self) -> None:
+        """Pass frames on, both ways, until either side goes; then the other is closed."""
+        heard = pinged = time.monotonic()
+        try:
+            self._exchange.idle(True)
+            while self._open:
+                ours, theirs = self._wait(self._bridge.config.keepalive)
+                now = time.monotonic()
+                if theirs:
+                    heard = now
+                    self._take(self._upstream, self._from_upstream, self._upstream_message)
+                elif now - heard > self._bridge.config.idle_timeout:
+                    self._end(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
+                elif now - max(heard, pinged) >= self._bridge.config.keepalive:
+                    pinged = now  # whatever the client does: its own frames tell nothing of upstream
+                    self._exchange.send(encode_frame(OP_PING, b""))
+                    self._to_upstream(OP_PING, b"")
+                if ours and self._open:
+                    self._take(self._client, self._from_client, self._client_message)
+        except ClientLeft as exc:
+            self._left = "client-left"
+            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
+        except OSError as exc:
+            self._end_cut(describe(exc))
+        finally:
+            while self._pending:
+                self._settle(self._left)
+            linger(self._upstream)  # a close over unread frames would be a reset, and lose the close frame
+            self._upstream.close()
+
+    def _wait(self, seconds: float) -> tuple[bool, bool]:
+        """Wait for either side; tell whether the client's, whether upstream's bytes are there."""
+        ours, theirs = self._client.buffered(), self._upstream.buffered()
+        if ours or theirs:
+            return ours, theirs
+        theirs, ours = self._upstream.poll(seconds, self._client)
+        return ours, theirs
+
+    def _take(self, peer: Peer, reader: FrameReader, handle: Callable[[Message], None]) -> None:
+        """Read what is there and handle the messages in it; a breach of the protocol ends the connection."""
+        at_client = peer is self._client
+        try:
+            raw = peer.read()
+        except OSError:
+            raw = b""
+        if raw is None:
+            return
+        if not raw:
+            self._left = "client-left" if at_client else "cut"
+            self._end_cut("")
+            return
+        for message in reader.feed(raw):
+            if self._open:
+                handle(message)
+        if reader.error is not None and self._open:
+            log.info("a WebSocket peer broke the protocol: %s", reader.error)
+            code, told = reader.error.code, CLOSE_GOING_AWAY if at_client else CLOSE_BAD_GATEWAY
+            self._end(code if at_client else told, told if at_client else code, str(reader.error))
+
+    # -- client -> upstream
+
+    def _client_message(self, message: Message) -> None:
+        if message.opcode == OP_TEXT:
+            self._client_text(message.payload)
+        elif message.opcode == OP_PING:
+            self._exchange.send(encode_frame(OP_PONG, message.payload))
+        elif message.opcode == OP_CLOSE:
+            self._left = "client-left"
+            code, reason = parse_close(message.payload)
+            self._end(code, code, reason)
+        elif message.opcode == OP_BINARY:
+            self._end(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "text frames are wanted")
+
+    def _client_text(self, raw: bytes) -> None:
+        """Pass a client's frame on; a response.create is normalized like a request."""
+        handshake = self._exchange.record
+        record = Record(next_id(), handshake.client, handshake.key, "WS", handshake.path, status=200,
+                        user_agent_kind=handshake.user_agent_kind, started=time.monotonic())
+        try:
+            frame = parse_json(raw)
+            if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
+                self._to_upstream(OP_TEXT, raw)
+                return
+            check_request(frame)
+            if len(self._pending) >= self.PENDING:
+                raise TooManyRequests("too many requests are running on this connection", retry_after=5)
+            context = self._bridge.context(self._exchange, frame, record, websocket=True)
+            asked = what_is_asked(frame, context, len(raw))
+            known = self._resolve(frame, record.key) if asked else frame
+            pending = Pending(record, known, context, asked)
+            place = self._bridge.limits.turn(record.key, self._client, wait=not self._pending)
+            pending.place.enter_context(place)
+        except BridgeError as exc:
+            self._refuse(record, exc)
+            return
+        self._bridge.telemetry.begin(record)
+        self._exchange.idle(False)
+        self._pending.append(pending)
+        self._send_create(pending, raw if known is frame else None)
+
+    def _resolve(self, frame: dict[str, Any], owner: str) -> dict[str, Any]:
+        """Replay what another connection was told: upstream knows its responses on their own one only."""
+        if str(frame.get("previous_response_id")) in self._chains:
+            return frame
+        return self._bridge.store.resolve(owner, frame, self._bridge.config.max_body)
+
+    def _send_create(self, pending: Pending, raw: bytes | None) -> None:
+        """Normalize a response.create and send it: its own bytes if no rule fires."""
+        try:
+            normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
+            unchanged = raw is not None and normalized is pending.frame
+            self._to_upstream(OP_TEXT, raw if unchanged and raw is not None else encode(normalized))
+        except (BridgeError, RecursionError) as exc:
+            self._pending.remove(pending)
+            pending.place.close()
+            deep = InvalidRequest("the request is nested too deeply")
+            self._refuse(pending.record, exc if isinstance(exc, BridgeError) else deep)
+            self._exchange.idle(not self._pending)
+
+    def _without_given(self, pending: Pending) -> dict[str, Any]:
+        """Leave out the tools and instructions that a frame repeats, where the bridge makes its lite form.
+
+        They belong to the connection's chain, which a `previous_response_id` continues (WIRE 6).
+        """
+        frame = pending.frame or {}
+        if not (pending.context.model and pending.context.model.lite):
+            return frame
+        given = {key: json.dumps(frame[key], sort_keys=True) for key in ("tools", "instructions")
+                 if frame.get(key)}
+        earlier = self._chains.get(str(frame.get("previous_response_id")), {})
+        pending.given = {**earlier, **given}
+        known = {key for key in given if earlier.get(key) == given[key]}
+        return without(frame, *known)
+
+    def _refuse(self, record: Record, error: BridgeError) -> None:
+        """Answer a frame that is not sent on with an `error` frame."""
+        record.status, record.end = error.status, "error"
+        record.error_by, record.error_code = error.by, error.code
+        record.total = time.monotonic() - record.started
+        event = {"type": "error", "status": error.status, **error.body()}
+        self._exchange.send(encode_frame(OP_TEXT, dump_json(event)))
+        self._finish(record)
+
+    # -- upstream -> client
+
+    def _upstream_message(self, message: Message) -> None:
+        if message.opcode == OP_TEXT:
+            self._upstream_text(message)
+        elif message.opcode == OP_PING:
+            self._to_upstream(OP_PONG, message.payload)
+        elif message.opcode == OP_CLOSE:
+            code, reason = parse_close(message.payload)
+            self._end(code, code, reason)
+        elif message.opcode == OP_BINARY:
+            self._exchange.send(message.frames)
+
+    def _upstream_text(self, message: Message) -> None:
+        """Pass an event on as it came; look into those that matter."""
+        pending = self._pending[0] if self._pending else None
+        if pending is None:
+            self._exchange.send(message.frames)
+            return
+        pending.record.events += 1
+        if not NOTABLE_FRAME.search(message.payload):
+            self._pass(pending, message.frames)
+            return
+        parsed = typed(read_json(message.payload), dict)
+        kind = event_type(parsed)
+        if kind == "error" and pending.frame is not None and self._repair(pending, parsed):
+            return
+        pending.fold.add(parsed)
+        filled = kind in TERMINAL_EVENTS and pending.fold.fill()
+        if kind == "response.completed" and pending.asked is not None:
+            response = typed((pending.fold.final or {}).get("response"), dict)
+            self._bridge.store.keep_response(pending.record.key, response, pending.asked)
+        frames = encode_frame(OP_TEXT, dump_json(pending.fold.final)) if filled else message.frames
+        self._pass(pending, frames)
+        if kind in TERMINAL_EVENTS or kind == "error":
+            self._settle(kind.rpartition(".")[2], parsed)
+
+    def _pass(self, pending: Pending, frames: bytes) -> None:
+        record = pending.record
+        if record.first_byte is None:
+            record.first_byte = time.monotonic() - record.started
+            pending.frame = None
+        record.bytes += len(frames)
+        self._exchange.send(frames)
+
+    def _repair(self, pending: Pending, event: dict[str, Any]) -> bool:
+        """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
+        status, error = event.get("status"), typed(event.get("error"), dict) or event
+        refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
+        context = self._bridge.find_repair(refused, pending.context, pending.record)
+        if context is None:
+            return False
+        pending.context = context
+        self._pending.rotate(-1)  # its answer comes after those that were asked for meanwhile
+        self._send_create(pending, None)
+        return True
+
+    def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
+        """Note that the oldest response.create has its answer."""
+        pending = self._pending.popleft()
+        pending.place.close()
+        record, event = pending.record, event or {}
+        record.end = end
+        record.total = time.monotonic() - record.started
+        response = event.get("response")
+        record.usage = usage_counts(response)
+        inner = response if isinstance(response, dict) else event
+        if isinstance(inner.get("id"), str):
+            self._chains[inner["id"]] = pending.given
+            if len(self._chains) > self.CHAINS:
+                self._chains.popitem(last=False)
+        if end in ("error", "failed"):
+            record.error_by = "upstream"
+            record.error_code = str(typed(inner.get("error"), dict).get("code") or "")
+            if type(event.get("status")) is int:
+                record.status = event["status"]
+        elif end == "cut":
+            record.error_by, record.error_code = "bridge", BadUpstream.code  # as over HTTP
+        self._finish(record)
+        if not self._pending:
+            self._exchange.idle(True)
+
+    # -- both ways
+
+    def _to_upstream(self, opcode: int, payload: bytes) -> None:
+        self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
+
+    def _end_cut(self, reason: str) -> None:
+        """Close both sides because one has gone; 1001 is a clean end to many clients, which a cut is not."""
+        self._end(CLOSE_BAD_GATEWAY if self._pending else CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, reason)
+
+    def _end(self, to_client: int, to_upstream: int, reason: str) -> None:
+        """Close both sides with a close frame each; this answers a close frame too."""
+        self._open = False
+        with contextlib.suppress(OSError):
+            self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
+        with contextlib.suppress(ClientLeft):
+            self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
+
+
+NOTABLE_FRAME = re.compile(NOTABLE.pattern + rb'|"type" ?: ?"error"')
+
+
+# == 27 pages =================================================================
+# The status page, and what to paste on another machine.
+
 # The page holds no value: its script asks for `status` every 2 s and makes text nodes of what it gets.
 # It is the same for everybody, so it can be sent before a key is asked for.
 PAGE_STYLE = """
@@ -4407,639 +5604,6 @@ def page_csp() -> str:
     )
 
 
-# == 14 relay =================================================================
-# Copies a reply to the client as it comes: what is whole is sent at once, silence is filled between events,
-# the terminal event ends it, a cut stays a cut, and a client that leaves closes upstream.
-
-class EventCopy:
-    """Copy Responses events as they are, but for the terminal event's empty `output`, which is filled."""
-
-    def __init__(self, codex: bool,
-                 on_final: Callable[[dict[str, Any]], None] = lambda response: None) -> None:
-        self.fold = Fold()
-        self._on_final = on_final  # called with the whole response, before the client can know of its end
-        self.count = 0  # of events
-        self.done = False  # the terminal event was seen: nothing may follow it
-        self.silence = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
-        self._events = Events()
-
-    def feed(self, payload: bytes) -> bytes:
-        """Return what the client gets of upstream's next bytes: whole events only."""
-        whole = self._events.feed(payload)
-        if NOTABLE.search(whole):
-            return self._look(whole)
-        self.count += whole.count(b"\ndata:") + whole.startswith(b"data:")
-        return whole
-
-    def _look(self, whole: bytes) -> bytes:
-        """Take the events apart: at least one of them looks like one that matters."""
-        pieces = []
-        for piece in split_events(whole):
-            self.count += 1
-            pieces.append(self._see(piece) if NOTABLE.search(piece) else piece)
-            if self.done:
-                break
-        return b"".join(pieces)
-
-    def _see(self, piece: bytes) -> bytes:
-        """Look into one event; return what the client gets in its place."""
-        if TERMINAL_MARK.search(piece) is None:
-            self.fold.keep(piece)  # parsed only if the terminal event's output is empty
-            return piece
-        parsed = event_json(piece) or {}
-        if event_type(parsed) not in TERMINAL_EVENTS:
-            return piece
-        self.fold.add(parsed)
-        filled = self.fold.fill()
-        self._finish()
-        return render_event(self.fold.final or parsed) if filled else piece
-
-    def _finish(self) -> None:
-        """Note that the terminal event was seen."""
-        self.done = True
-        response = (self.fold.final or {}).get("response")
-        if isinstance(response, dict):
-            self._on_final(response)
-
-    def cut(self, error: BridgeError) -> bytes:
-        """Return what a client is sent when upstream breaks off: nothing, its missing end says so."""
-        return b""
-
-
-class ChatCopy(EventCopy):
-    """Turn Responses events into Chat Completions chunks (or legacy completion chunks)."""
-
-    def __init__(self, stream: ChatStream, on_final: Callable[[dict[str, Any]], None]) -> None:
-        super().__init__(False, on_final)
-        self.stream = stream
-
-    def feed(self, payload: bytes) -> bytes:
-        """Return the chunks of upstream's next bytes.
-
-        Raises what upstream reports as a failure: an HTTP error if nothing was sent yet, see `cut`.
-        """
-        pieces = []
-        for piece in split_events(self._events.feed(payload)):
-            parsed = event_json(piece)
-            self.count += 1
-            if parsed is None or self.done:
-                continue
-            self.fold.add(parsed)
-            pieces += [b"data: %b\n\n" % dump_json(chunk) for chunk in self.stream.feed(parsed)]
-            if self.stream.failed:
-                raise self.fold.failure()
-            if self.stream.done:
-                self.fold.fill()
-                self._finish()
-        if self.done:
-            pieces.append(b"data: [DONE]\n\n")
-        return b"".join(pieces)
-
-    def cut(self, error: BridgeError) -> bytes:
-        """Return the error object that SDKs raise from within a stream."""
-        return b"data: %b\n\n" % dump_json(error.body())
-
-
-class FoldCopy(EventCopy):
-    """Collect the events for one JSON answer; the client gets nothing until then."""
-
-    def feed(self, payload: bytes) -> bytes:
-        """Collect upstream's next bytes."""
-        for piece in split_events(self._events.feed(payload)):
-            self.count += 1
-            if not self.done and (b'"error"' in piece or NOTABLE.search(piece)):
-                parsed = event_json(piece) or {}
-                self.fold.add(parsed)
-                if event_type(parsed) in TERMINAL_EVENTS:
-                    self.fold.fill()
-                    self._finish()
-        return b""
-
-
-def relay(reply: Reply, exchange: Exchange, copy: EventCopy, keepalive: float, idle_timeout: float) -> None:
-    """Copy a reply to the client until its terminal event.
-
-    Raises ClientLeft, BadUpstream when upstream ends without the terminal event, UpstreamTimeout when it is
-    silent for `idle_timeout`. Upstream's connection is closed then.
-    """
-    heard = spoken = time.monotonic()
-    patience = HEAD_WAITS if exchange.eager else min(keepalive, idle_timeout)
-    try:
-        while not copy.done:
-            payload = reply.read(patience, exchange.peer)
-            now, patience = time.monotonic(), min(keepalive, idle_timeout)
-            if payload:
-                heard = now
-                ready = copy.feed(payload)
-                exchange.record.events = copy.count  # for who looks on
-                if ready:
-                    exchange.write(ready, last=copy.done)
-                    spoken = now
-            elif payload is not None:
-                raise copy.fold.failure()
-            elif now - heard >= idle_timeout:
-                raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
-            else:
-                exchange.begin()
-            if now - spoken >= keepalive:  # silence, or an event that comes in drops
-                exchange.write_silence(copy.silence)
-                spoken = now
-    except BaseException as exc:
-        reply.close()
-        if isinstance(exc, BridgeError) and exchange.started:
-            exchange.write(copy.cut(exc))
-        raise
-
-
-# == 15 handler ===============================================================
-# One HTTP exchange: read, check, call down, answer. From the first byte to the client the status is fixed.
-
-class Budget:
-    """A bound on the request bodies held at once, in bytes. `_lock` guards the sum."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held = 0
-        self._lock = threading.Lock()
-        self.expanding = threading.Lock()  # one body at a time: what it comes to is counted only then
-
-    def take(self, size: int) -> None:
-        """Take room. Raises Overloaded when there is none."""
-        with self._lock:
-            if self._held + size > self._limit:
-                raise Overloaded("this bridge holds as many request bodies as it may", retry_after=5)
-            self._held += size
-
-    def give(self, size: int) -> None:
-        """Give room back."""
-        with self._lock:
-            self._held -= size
-
-
-class KeyRing:
-    """The keys of the options and of --api-key-file, which is read anew when it changes.
-
-    `_lock` guards what was read.
-    """
-
-    def __init__(self, given: tuple[NamedSecret, ...], path: str) -> None:
-        self._given = given
-        self._path = path
-        self._lock = threading.Lock()
-        self.seen: Any = None  # the file's signature when it was read
-        self._from_file: tuple[NamedSecret, ...] = ()
-        self.locked = bool(given or path)  # a key is asked for; a file without keys opens nothing
-
-    def keys(self) -> tuple[NamedSecret, ...]:
-        """Return the keys that open the door now.
-
-        Raises BridgeError when the file cannot be read and no keys of it are known, see `locked`.
-        """
-        if not self._path:
-            return self._given
-        with self._lock:
-            try:
-                signature = file_signature(self._path)
-                if signature is None or signature != self.seen:
-                    self._read()
-                    self.seen = signature
-            except (OSError, ValueError) as exc:
-                reason = exc.strerror if isinstance(exc, OSError) else str(exc)
-                if not self._from_file:
-                    log.error("the key file %s cannot be read: %s", self._path, reason)
-                    raise BridgeError("the bridge's key file cannot be read; its log says why") from exc
-                log.error("%s cannot be read (%s): the keys read before stay", self._path, reason)
-            return self._given + self._from_file
-
-    def _read(self) -> None:
-        with open(self._path, encoding="utf-8") as file:
-            self._from_file = read_key_file(file.read())
-            mode = os.fstat(file.fileno()).st_mode
-        if os.name == "posix" and mode & 0o077:
-            log.warning("others on this host can read %s: chmod 600 it", self._path)
-
-
-class Limits:
-    """How many requests of a key run at once; more wait their turn, first come, first served.
-
-    `_lock` guards the counts and the queues.
-    """
-
-    QUEUE = 64  # requests of one key that wait, at most
-    WAIT = 120  # seconds that a request waits, at most
-
-    def __init__(self, limits: Mapping[str, int]) -> None:
-        self._limits = limits
-        self._lock = threading.Lock()
-        self._running: dict[str, int] = {}
-        self._queues: dict[str, deque[threading.Event]] = {}
-
-    @contextlib.contextmanager
-    def turn(self, name: str, client: Peer, wait: bool = True) -> Iterator[None]:
-        """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
-        if name not in self._limits:
-            yield
-            return
-        self._enter(name, client, self.QUEUE if wait else 0)
-        try:
-            yield
-        finally:
-            self._leave(name)
-
-    def _enter(self, name: str, client: Peer, longest: int) -> None:
-        with self._lock:
-            queue = self._queues.setdefault(name, deque())
-            if self._running.get(name, 0) < self._limits[name]:
-                self._running[name] = self._running.get(name, 0) + 1
-                return
-            if len(queue) >= longest:
-                raise TooManyRequests(f"the queue of key {name!r} is full", retry_after=10)
-            ticket = threading.Event()
-            queue.append(ticket)
-        until = time.monotonic() + self.WAIT
-        try:
-            while not ticket.wait(0.2):
-                client.check()
-                if time.monotonic() > until:
-                    running = self._limits[name]
-                    raise TooManyRequests(f"key {name!r} has {running} requests running", retry_after=10)
-        except BaseException:
-            with self._lock:
-                given = ticket not in queue
-                if not given:
-                    queue.remove(ticket)
-            if given:  # its place came in the same moment
-                self._leave(name)
-            raise
-
-    def _leave(self, name: str) -> None:
-        """Hand the place to the one that has waited longest."""
-        with self._lock:
-            queue = self._queues[name]
-            if queue:
-                queue.popleft().set()
-            else:
-                self._running[name] -= 1
-
-
-class Store:
-    """What the backend does not store, for clients that count on it: the conversations of the last responses.
-
-    Bounded in bytes, least recently used out first; a client's key is part of every name, so that nobody
-    reads another's. `_lock` guards the entries and their sum.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, str, str], tuple[int, Any]] = OrderedDict()
-        self._held = 0
-
-    def put(self, owner: str, kind: str, name: str, value: Any, size: int) -> None:
-        """Keep a value of about `size` bytes under its owner, kind and name."""
-        size += 500  # what an entry costs beside its text
-        with self._lock:
-            self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
-            if size > self._limit:
-                return  # it would drive all others out, and then itself
-            self._entries[owner, kind, name] = (size, value)
-            self._held += size
-            while self._held > self._limit:
-                _, (gone, _) = self._entries.popitem(last=False)
-                self._held -= gone
-
-    def get(self, owner: str, kind: str, name: Any) -> Any:
-        """Return a kept value; None when there is none (any more)."""
-        return self.sized(owner, kind, name)[1]
-
-    def sized(self, owner: str, kind: str, name: Any) -> tuple[int, Any]:
-        """Return a kept value's size in bytes, and the value; 0 and None when there is none (any more)."""
-        if not isinstance(name, str):
-            return 0, None
-        with self._lock:
-            if (owner, kind, name) in self._entries:
-                self._entries.move_to_end((owner, kind, name))
-            return self._entries.get((owner, kind, name), (0, None))
-
-    def keep_response(self, owner: str, response: Mapping[str, Any], asked: Asked) -> None:
-        """Keep a response and its turn, for previous_response_id and item_reference.
-
-        Call before the client can know of the response's end.
-        """
-        output, name = response.get("output"), response.get("id")
-        if not isinstance(output, list) or not isinstance(name, str):
-            return
-        sizes = [len(json.dumps(item)) for item in output]
-        self.put(owner, "response", name, dict(response), sum(sizes))
-        # Turns are linked, not copied: else the tenth would hold the first nine once more.
-        turn = (asked.previous, [*asked.items, *output])
-        self.put(owner, "turn", name, turn, asked.size + sum(sizes))
-        for item, length in zip(output, sizes):
-            if isinstance(item, dict) and isinstance(item.get("id"), str):
-                self.put(owner, "item", item["id"], item, length)
-
-    def keep_reasoning(self, owner: str, output: Any) -> None:
-        """Keep the reasoning items of an answer under the calls and texts that they belong to."""
-        pending: list[Any] = []
-        for item in objects(output):
-            if item.get("type") == "reasoning":
-                pending.append(item)
-            elif pending and anchor(item):
-                self.put(owner, "reasoning", anchor(item), pending, len(json.dumps(pending)))
-                pending = []
-
-    def resolve(self, owner: str, request: dict[str, Any], limit: int) -> dict[str, Any]:
-        """Replay the conversation that `previous_response_id` names; put items in the place of references.
-
-        Raises InvalidRequest for an unknown response id, BodyTooLarge when it makes more than `limit` bytes.
-        """
-        total = 0
-        if request.get("previous_response_id") is not None:
-            total, earlier = self._replay(owner, request["previous_response_id"])
-            items = request.get("input", [])
-            items = [message_item("user", items)] if isinstance(items, str) else items
-            request = {**without(request, "previous_response_id"), "input": [*earlier, *items]}
-        placed: dict[str, int] = {}  # by item id, its size: each is put in place once
-
-        def dereference(item: dict[str, Any]) -> Any:
-            if item.get("type") != "item_reference":
-                return item
-            size, known = self.sized(owner, "item", item.get("id"))
-            if known is None:
-                return item
-            if item["id"] in placed:
-                return REMOVED
-            placed[item["id"]] = size
-            return known
-
-        resolved = map_items(request, dereference)
-        if total + sum(placed.values()) > limit:
-            raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
-        return resolved
-
-    def _replay(self, owner: str, name: Any) -> tuple[int, list[Any]]:
-        """Walk back from a response to where it began; return the conversation's size in bytes, its items."""
-        total = 0
-        turns: list[list[Any]] = []
-        seen: set[str] = set()
-        while name != "" or not turns:
-            size, turn = self.sized(owner, "turn", name)
-            if turn is None or name in seen:
-                raise InvalidRequest("previous_response_id is not known (any more) to this bridge, which "
-                                     "keeps the last conversations in memory only", "previous_response_id")
-            seen.add(name)
-            name, items = turn
-            total += size
-            turns.append(items)
-        return total, [item for items in reversed(turns) for item in items]
-
-    def with_reasoning(self, owner: str, items: list[Any]) -> list[Any]:
-        """Put kept reasoning back in front of the calls and texts of a chat history, each once."""
-        whole: list[Any] = []
-        seen: set[str] = set()
-        for item in items:
-            for kept in self.get(owner, "reasoning", anchor(item)) or []:
-                if str(kept.get("id")) not in seen:
-                    seen.add(str(kept.get("id")))
-                    whole.append(kept)
-            whole.append(item)
-        return whole
-
-
-class Asked(NamedTuple):
-    """What the store keeps of a request."""
-
-    previous: str  # the response that it continues; "" for none
-    items: list[Any]
-    size: int  # of the request, in bytes
-
-
-def what_is_asked(request: dict[str, Any], context: Context, size: int) -> Asked | None:
-    """Return what the store keeps of a request; None where the client does not count on a store."""
-    if context.codex or request.get("store") is False:
-        return None
-    items = input_to_list(request, context).get("input", [])
-    return Asked(request.get("previous_response_id") or "", items, size)
-
-
-def anchor(item: Any) -> str:
-    """Return by what a chat client's echo of an item is known: its call id, or its text; else ""."""
-    if not isinstance(item, dict):
-        return ""
-    if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
-        return f"call {item['call_id']}"
-    parts = objects(item.get("content")) if item.get("role") == "assistant" else []
-    text = "".join(str(part["text"]) for part in parts if part.get("text"))
-    return f"text {stable_id(text)}" if text else ""
-
-
-def plain_path(path: str) -> str:
-    """Return a path without `/v1` (once or twice) and without a slash at its end."""
-    for _ in range(2):
-        if path == "/v1" or path.startswith("/v1/"):
-            path = path[3:]
-    return path.removesuffix("/") or "/"
-
-
-class Exchange:
-    """One request of a client, and the answer to it."""
-
-    def __init__(self, peer: Peer, head: RequestHead, record: Record,
-                 idle: Callable[[bool], None], finish: Callable[[Record], None]) -> None:
-        self.peer = peer
-        self.head = head
-        self.record = record
-        self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
-        self.finish = finish  # takes the record of a request that has ended
-        path, _, self.query = head.target.partition("?")
-        self.path = plain_path(path)
-        self.codex = is_codex(head.headers)
-        self.keep = keeps_alive(head.minor, head.headers)
-        self.started = False  # the answer's first byte is out
-        self.extra: dict[str, str] = {}  # fields for whatever answer comes
-        self.eager = False  # a prepared head is to go out without waiting for a piece
-        self._prepared: tuple[int, Mapping[str, str]] | None = None  # a stream's head
-        self._ended = False  # the stream's end is out
-        self._bare = head.method == "HEAD"  # the answer has a head only
-        self._length = body_length(head.headers)
-        if self._length == -1 and not head.minor:
-            raise MalformedHttp("HTTP/1.0 knows no Transfer-Encoding")
-        self._unread = bool(self._length)
-        self._held = 0  # bytes of the body that count against the budget
-        self._chunked = False
-
-    # -- the request's body
-
-    def read_body(self, limit: int, budget: Budget) -> bytes:
-        """Read the whole body, decompressed.
-
-        Raises BodyTooLarge, SlowRequest, Overloaded, and what `decompress` raises.
-        """
-        length = self._length or 0
-        if length > limit:
-            raise BodyTooLarge(f"the body is {length} bytes, the limit is {limit}")
-        if not self._unread:
-            return b""
-        if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = ChunkedBody() if length < 0 else LengthBody(length)
-        pieces: list[bytes] = []
-        until = time.monotonic() + BODY_STALL
-        while not body.done:
-            piece = body.feed(self._read_some(until))
-            self._hold(budget, len(piece))
-            if self._held > limit:
-                raise BodyTooLarge(f"the body is above the limit of {limit} bytes")
-            pieces.append(piece)
-            until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
-        self._unread = False
-        self.peer.ahead = body.rest
-        whole, coding = b"".join(pieces), self.head.headers.get("content-encoding")
-        if coding:
-            with budget.expanding:
-                whole = decompress(whole, coding, limit)
-                self._hold(budget, len(whole) - self._held)
-        return whole
-
-    def _hold(self, budget: Budget, size: int) -> None:
-        """Take room for a part of the body. Raises Overloaded."""
-        budget.take(size)
-        self._held += size
-
-    def let_go(self, budget: Budget) -> None:
-        """Give the body's room back, when it is no longer held."""
-        budget.give(self._held)
-        self._held = 0
-
-    def _read_some(self, until: float) -> bytes:
-        """Read what comes next of the body. Raises ClientLeft and SlowRequest."""
-        while True:
-            try:
-                raw = self.peer.read()
-            except OSError as exc:
-                raise ClientLeft("reset within its request") from exc
-            if raw:
-                return raw
-            if raw is not None:
-                raise ClientLeft("closed within its request")
-            if not self.peer.wait(until - time.monotonic()):
-                raise SlowRequest("the request's body came too slowly")
-
-    def end_of_request(self) -> None:
-        """Make sure that an unread body is never parsed as the next request: the connection ends."""
-        if self._unread:
-            self.keep = False
-
-    # -- the answer
-
-    def answer(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
-        """Send a whole answer."""
-        self.end_of_request()
-        bare = self._bare or status in (204, 304)
-        length = {} if status in (204, 304) else {"content-length": str(len(body))}
-        self.send(self._head(status, {**fields, **length}) + (b"" if bare else body))
-        self.record.bytes += 0 if bare else len(body)
-
-    def answer_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
-        """Send a whole answer in JSON."""
-        self.answer(status, {**(fields or {}), "content-type": "application/json"}, dump_json(value) + b"\n")
-
-    def answer_error(self, error: BridgeError) -> None:
-        """Send an error in the OpenAI shape."""
-        if isinstance(error, MalformedHttp):
-            self.keep = False
-        self.record.error_by, self.record.error_code = error.by, error.code
-        self.answer_json(error.status, error.body(), {"x-qoo-bridge-error": error.by, **error.headers})
-
-    def prepare(self, status: int, fields: Mapping[str, str], at_once: bool = False) -> None:
-        """Have a stream's head ready, to be sent with its first piece: until then the status can change.
-
-        `at_once`: it is not to wait for the first piece, but goes out with it where that is there already.
-        """
-        self._prepared = (status, fields)
-        self.eager = at_once
-
-    def begin(self) -> None:
-        """Send the head of a stream that is not to wait for its first piece, if it is not out yet."""
-        if self.eager and not self.started:
-            self.send(self._stream_head())
-
-    def write(self, payload: bytes, last: bool = False) -> None:
-        """Send a piece of a prepared stream; with the last one its end."""
-        if self._bare:
-            self.end()
-        if not payload or self._bare:
-            return
-        self.record.bytes += len(payload)
-        head = b""
-        if self.record.first_byte is None:
-            self.record.first_byte = time.monotonic() - self.record.started
-            head = b"" if self.started else self._stream_head()
-        if self._chunked:
-            self._ended = last
-            payload = b"%x\r\n%b\r\n%b" % (len(payload), payload, LAST_CHUNK if last else b"")
-        self.send(head + payload if head else payload)
-
-    def write_silence(self, filler: bytes) -> None:
-        """Send what keeps a waiting client waiting, if it gets a stream."""
-        self.eager = self._prepared is not None
-        self.begin()
-        if self.started and not self._bare:
-            self.send(chunk(filler) if self._chunked else filler)
-
-    def end(self) -> None:
-        """Send the end of a stream, if it is not out yet."""
-        self.eager = True
-        self.begin()
-        if self._chunked and not self._ended and not self._bare:
-            self.send(LAST_CHUNK)
-
-    def start_websocket(self, accept: str, fields: Mapping[str, str]) -> None:
-        """Accept a client's WebSocket handshake."""
-        self.keep = True  # until here: the head below is no place for `connection: close`
-        self.send(self._head(101, {**fields, "connection": "Upgrade", "upgrade": "websocket",
-                                    "sec-websocket-accept": accept}))
-        self.keep = False
-
-    def _stream_head(self) -> bytes:
-        """Write the head of a stream: chunked to 1.1, ended by the connection's end to 1.0."""
-        self.end_of_request()
-        self._chunked = self.head.minor == 1
-        self.keep = self.keep and self._chunked
-        status, fields = self._prepared or (200, {})
-        return self._head(status, {**fields, **({"transfer-encoding": "chunked"} if self._chunked else {})})
-
-    def _head(self, status: int, fields: Mapping[str, str]) -> bytes:
-        self.record.status = status
-        self.started = True
-        reason = http.client.responses.get(status, "Unknown")
-        connection = {"connection": "keep-alive" if self.keep else "close"}
-        if self.keep and self.head.minor:
-            connection = {}  # 1.1's default
-        return render_head(f"HTTP/1.1 {status} {reason}", {
-            **fields, **self.extra, "x-qoo-bridge-id": self.record.id, **connection}.items())
-
-    def send(self, payload: bytes) -> None:
-        """Send bytes to the client. Raises ClientLeft."""
-        try:
-            self.peer.send(payload, WRITE_TIMEOUT)
-        except OSError as exc:
-            raise ClientLeft("stopped reading" if isinstance(exc, TimeoutError) else "left") from exc
-
-
-def parse_json(body: bytes) -> Any:
-    """Parse a request's body: strict UTF-8 JSON. Raises InvalidRequest."""
-    try:
-        parsed = DECODER.decode(body.decode("utf-8"))
-    except UnicodeDecodeError as exc:
-        raise InvalidRequest("the body is not UTF-8") from exc
-    except RecursionError as exc:
-        raise InvalidRequest("the body is nested too deeply") from exc
-    except ValueError as exc:
-        raise InvalidRequest(f"the body is not JSON: {exc}"[:300]) from exc
-    return parsed
-
-
 # -- what to paste on another machine
 
 CODEX_CONFIG = """\
@@ -5101,8 +5665,8 @@ def default_model(config: Config) -> str:
     return next(iter(config.alias))
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
-
+# == 28 routes ================================================================
+# Which path is answered by what.
 
 class Bridge:
     """The parts of one running bridge, put together; `respond` is the path of one request."""
@@ -5613,321 +6177,14 @@ class Bridge:
             return
 
 
-class Turn(NamedTuple):
-    """An opened turn: upstream's reply, and what of the request is still wanted."""
-
-    reply: Reply
-    streamed: bool  # the client wants a stream
-    asked: Asked | None  # for the store, where the client counts on one
-
-
-STREAM_FIELDS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-
-
-def encode(request: Mapping[str, Any]) -> bytes:
-    """Encode a request that rules have changed. Raises InvalidRequest for numbers that JSON does not have."""
-    try:
-        return dump_json(request)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest("a number is out of range, or the nesting too deep") from exc
-
-
-def is_stream(reply: Reply) -> bool:
-    """Tell whether a reply is what was asked for: 200 and server-sent events, not compressed."""
-    kind = reply.headers.get("content-type", "text/event-stream")
-    return reply.status == 200 and "event-stream" in kind and \
-        reply.headers.get("content-encoding", "identity") == "identity"
-
-
-def side_url(base: str, path: str) -> str:
-    """Return an upstream address: below the base, or at its origin for a path from `/backend-api/` on."""
-    parts = urllib.parse.urlsplit(base)
-    return f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/backend-api/") else base + path
-
-
 def allowed_methods(methods: Iterable[str]) -> str:
     """Return the Allow field of a route."""
     listed = list(methods)
     return ", ".join([*listed, *(["HEAD"] if "GET" in listed else []), "OPTIONS"])
 
 
-class Pending:
-    """One response.create that is being answered."""
-
-    def __init__(self, record: Record, frame: dict[str, Any], context: Context, asked: Asked | None) -> None:
-        self.record = record
-        self.frame: dict[str, Any] | None = frame  # the client's, for a repair; None once it is answered
-        self.context = context
-        self.asked = asked  # for the store, where the client counts on one
-        self.fold = Fold()
-        self.place = contextlib.ExitStack()  # the key's place among its running requests
-        self.given: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
-
-
-class Socket:
-    """One WebSocket: the client on one side, the backend on the other; the connection's thread uses it."""
-
-    CHAINS = 64  # responses whose chain is known, the newest
-    PENDING = 32  # requests that run at once
-
-    def __init__(self, bridge: Bridge, exchange: Exchange, reply: Reply) -> None:
-        self._bridge = bridge
-        self._exchange = exchange
-        self._client, self._upstream = exchange.peer, reply.peer
-        self._finish = exchange.finish
-        self._pending: deque[Pending] = deque()  # oldest first: answers come in the order of the requests
-        # response id -> what its chain was given of tools and instructions
-        self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
-        self._from_client = FrameReader(masked=True, max_message=bridge.config.max_body)
-        self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
-        self._open = True
-        self._left = "cut"  # how what is pending ends, when the connection does
-
-    def run(self) -> None:
-        """Pass frames on, both ways, until either side goes; then the other is closed."""
-        heard = pinged = time.monotonic()
-        try:
-            self._exchange.idle(True)
-            while self._open:
-                ours, theirs = self._wait(self._bridge.config.keepalive)
-                now = time.monotonic()
-                if theirs:
-                    heard = now
-                    self._take(self._upstream, self._from_upstream, self._upstream_message)
-                elif now - heard > self._bridge.config.idle_timeout:
-                    self._end(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
-                elif now - max(heard, pinged) >= self._bridge.config.keepalive:
-                    pinged = now  # whatever the client does: its own frames tell nothing of upstream
-                    self._exchange.send(encode_frame(OP_PING, b""))
-                    self._to_upstream(OP_PING, b"")
-                if ours and self._open:
-                    self._take(self._client, self._from_client, self._client_message)
-        except ClientLeft as exc:
-            self._left = "client-left"
-            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
-        except OSError as exc:
-            self._end_cut(describe(exc))
-        finally:
-            while self._pending:
-                self._settle(self._left)
-            linger(self._upstream)  # a close over unread frames would be a reset, and lose the close frame
-            self._upstream.close()
-
-    def _wait(self, seconds: float) -> tuple[bool, bool]:
-        """Wait for either side; tell whether the client's, whether upstream's bytes are there."""
-        ours, theirs = self._client.buffered(), self._upstream.buffered()
-        if ours or theirs:
-            return ours, theirs
-        theirs, ours = self._upstream.poll(seconds, self._client)
-        return ours, theirs
-
-    def _take(self, peer: Peer, reader: FrameReader, handle: Callable[[Message], None]) -> None:
-        """Read what is there and handle the messages in it; a breach of the protocol ends the connection."""
-        at_client = peer is self._client
-        try:
-            raw = peer.read()
-        except OSError:
-            raw = b""
-        if raw is None:
-            return
-        if not raw:
-            self._left = "client-left" if at_client else "cut"
-            self._end_cut("")
-            return
-        for message in reader.feed(raw):
-            if self._open:
-                handle(message)
-        if reader.error is not None and self._open:
-            log.info("a WebSocket peer broke the protocol: %s", reader.error)
-            code, told = reader.error.code, CLOSE_GOING_AWAY if at_client else CLOSE_BAD_GATEWAY
-            self._end(code if at_client else told, told if at_client else code, str(reader.error))
-
-    # -- client -> upstream
-
-    def _client_message(self, message: Message) -> None:
-        if message.opcode == OP_TEXT:
-            self._client_text(message.payload)
-        elif message.opcode == OP_PING:
-            self._exchange.send(encode_frame(OP_PONG, message.payload))
-        elif message.opcode == OP_CLOSE:
-            self._left = "client-left"
-            code, reason = parse_close(message.payload)
-            self._end(code, code, reason)
-        elif message.opcode == OP_BINARY:
-            self._end(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "text frames are wanted")
-
-    def _client_text(self, raw: bytes) -> None:
-        """Pass a client's frame on; a response.create is normalized like a request."""
-        handshake = self._exchange.record
-        record = Record(next_id(), handshake.client, handshake.key, "WS", handshake.path, status=200,
-                        user_agent_kind=handshake.user_agent_kind, started=time.monotonic())
-        try:
-            frame = parse_json(raw)
-            if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
-                self._to_upstream(OP_TEXT, raw)
-                return
-            check_request(frame)
-            if len(self._pending) >= self.PENDING:
-                raise TooManyRequests("too many requests are running on this connection", retry_after=5)
-            context = self._bridge.context(self._exchange, frame, record, websocket=True)
-            asked = what_is_asked(frame, context, len(raw))
-            known = self._resolve(frame, record.key) if asked else frame
-            pending = Pending(record, known, context, asked)
-            place = self._bridge.limits.turn(record.key, self._client, wait=not self._pending)
-            pending.place.enter_context(place)
-        except BridgeError as exc:
-            self._refuse(record, exc)
-            return
-        self._bridge.telemetry.begin(record)
-        self._exchange.idle(False)
-        self._pending.append(pending)
-        self._send_create(pending, raw if known is frame else None)
-
-    def _resolve(self, frame: dict[str, Any], owner: str) -> dict[str, Any]:
-        """Replay what another connection was told: upstream knows its responses on their own one only."""
-        if str(frame.get("previous_response_id")) in self._chains:
-            return frame
-        return self._bridge.store.resolve(owner, frame, self._bridge.config.max_body)
-
-    def _send_create(self, pending: Pending, raw: bytes | None) -> None:
-        """Normalize a response.create and send it: its own bytes if no rule fires."""
-        try:
-            normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
-            unchanged = raw is not None and normalized is pending.frame
-            self._to_upstream(OP_TEXT, raw if unchanged and raw is not None else encode(normalized))
-        except (BridgeError, RecursionError) as exc:
-            self._pending.remove(pending)
-            pending.place.close()
-            deep = InvalidRequest("the request is nested too deeply")
-            self._refuse(pending.record, exc if isinstance(exc, BridgeError) else deep)
-            self._exchange.idle(not self._pending)
-
-    def _without_given(self, pending: Pending) -> dict[str, Any]:
-        """Leave out the tools and instructions that a frame repeats, where the bridge makes its lite form.
-
-        They belong to the connection's chain, which a `previous_response_id` continues (WIRE 6).
-        """
-        frame = pending.frame or {}
-        if not (pending.context.model and pending.context.model.lite):
-            return frame
-        given = {key: json.dumps(frame[key], sort_keys=True) for key in ("tools", "instructions")
-                 if frame.get(key)}
-        earlier = self._chains.get(str(frame.get("previous_response_id")), {})
-        pending.given = {**earlier, **given}
-        known = {key for key in given if earlier.get(key) == given[key]}
-        return without(frame, *known)
-
-    def _refuse(self, record: Record, error: BridgeError) -> None:
-        """Answer a frame that is not sent on with an `error` frame."""
-        record.status, record.end = error.status, "error"
-        record.error_by, record.error_code = error.by, error.code
-        record.total = time.monotonic() - record.started
-        event = {"type": "error", "status": error.status, **error.body()}
-        self._exchange.send(encode_frame(OP_TEXT, dump_json(event)))
-        self._finish(record)
-
-    # -- upstream -> client
-
-    def _upstream_message(self, message: Message) -> None:
-        if message.opcode == OP_TEXT:
-            self._upstream_text(message)
-        elif message.opcode == OP_PING:
-            self._to_upstream(OP_PONG, message.payload)
-        elif message.opcode == OP_CLOSE:
-            code, reason = parse_close(message.payload)
-            self._end(code, code, reason)
-        elif message.opcode == OP_BINARY:
-            self._exchange.send(message.frames)
-
-    def _upstream_text(self, message: Message) -> None:
-        """Pass an event on as it came; look into those that matter."""
-        pending = self._pending[0] if self._pending else None
-        if pending is None:
-            self._exchange.send(message.frames)
-            return
-        pending.record.events += 1
-        if not NOTABLE_FRAME.search(message.payload):
-            self._pass(pending, message.frames)
-            return
-        parsed = typed(read_json(message.payload), dict)
-        kind = event_type(parsed)
-        if kind == "error" and pending.frame is not None and self._repair(pending, parsed):
-            return
-        pending.fold.add(parsed)
-        filled = kind in TERMINAL_EVENTS and pending.fold.fill()
-        if kind == "response.completed" and pending.asked is not None:
-            response = typed((pending.fold.final or {}).get("response"), dict)
-            self._bridge.store.keep_response(pending.record.key, response, pending.asked)
-        frames = encode_frame(OP_TEXT, dump_json(pending.fold.final)) if filled else message.frames
-        self._pass(pending, frames)
-        if kind in TERMINAL_EVENTS or kind == "error":
-            self._settle(kind.rpartition(".")[2], parsed)
-
-    def _pass(self, pending: Pending, frames: bytes) -> None:
-        record = pending.record
-        if record.first_byte is None:
-            record.first_byte = time.monotonic() - record.started
-            pending.frame = None
-        record.bytes += len(frames)
-        self._exchange.send(frames)
-
-    def _repair(self, pending: Pending, event: dict[str, Any]) -> bool:
-        """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
-        status, error = event.get("status"), typed(event.get("error"), dict) or event
-        refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
-        context = self._bridge.find_repair(refused, pending.context, pending.record)
-        if context is None:
-            return False
-        pending.context = context
-        self._pending.rotate(-1)  # its answer comes after those that were asked for meanwhile
-        self._send_create(pending, None)
-        return True
-
-    def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
-        """Note that the oldest response.create has its answer."""
-        pending = self._pending.popleft()
-        pending.place.close()
-        record, event = pending.record, event or {}
-        record.end = end
-        record.total = time.monotonic() - record.started
-        response = event.get("response")
-        record.usage = usage_counts(response)
-        inner = response if isinstance(response, dict) else event
-        if isinstance(inner.get("id"), str):
-            self._chains[inner["id"]] = pending.given
-            if len(self._chains) > self.CHAINS:
-                self._chains.popitem(last=False)
-        if end in ("error", "failed"):
-            record.error_by = "upstream"
-            record.error_code = str(typed(inner.get("error"), dict).get("code") or "")
-            if type(event.get("status")) is int:
-                record.status = event["status"]
-        elif end == "cut":
-            record.error_by, record.error_code = "bridge", BadUpstream.code  # as over HTTP
-        self._finish(record)
-        if not self._pending:
-            self._exchange.idle(True)
-
-    # -- both ways
-
-    def _to_upstream(self, opcode: int, payload: bytes) -> None:
-        self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
-
-    def _end_cut(self, reason: str) -> None:
-        """Close both sides because one has gone; 1001 is a clean end to many clients, which a cut is not."""
-        self._end(CLOSE_BAD_GATEWAY if self._pending else CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, reason)
-
-    def _end(self, to_client: int, to_upstream: int, reason: str) -> None:
-        """Close both sides with a close frame each; this answers a close frame too."""
-        self._open = False
-        with contextlib.suppress(OSError):
-            self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
-        with contextlib.suppress(ClientLeft):
-            self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
-
-
-NOTABLE_FRAME = re.compile(NOTABLE.pattern + rb'|"type" ?: ?"error"')
-
+# == 29 server ================================================================
+# Threads, a bound on them, and an end that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
     """One client connection, in a thread of its own: exchange after exchange until either side ends it."""
@@ -6022,26 +6279,6 @@ class Handler(socketserver.BaseRequestHandler):
         return exchange
 
 
-def linger(peer: Peer) -> None:
-    """End a connection so that the client gets the answer: what it still sends is read for a moment."""
-    try:
-        socket.socket.shutdown(peer.sock, socket.SHUT_WR)  # see hang_up
-        until = time.monotonic() + 1
-        while (left := until - time.monotonic()) > 0 and peer.wait(left):
-            if peer.read() == b"":
-                break
-    except OSError:
-        pass
-
-
-def next_id() -> str:
-    """Return a short id for the log."""
-    return os.urandom(4).hex()
-
-
-# == 16 server ================================================================
-# Threads, a bound on them, and an end that lets running streams end.
-
 def server_tls(config: Config) -> ssl.SSLContext | None:
     """Return the context that serves https; None without a certificate. Raises UsageError."""
     if not config.tls_cert:
@@ -6069,12 +6306,6 @@ def raise_file_limit(connections: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def hang_up(sock: Any) -> None:
-    """End a connection that another thread is reading: that thread sees the end and goes."""
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would pull TLS from under the thread
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -6195,85 +6426,20 @@ class Server(http.server.ThreadingHTTPServer):
         return ended
 
 
-# == 17 commands ==============================================================
+###############################################################################
+# E  commands
+# What a person types. Only here is anything printed.
+# No token comes this far: what a command needs of one is a result of part B.
+###############################################################################
 
-def lan_address() -> str:
-    """Return this host's address on its LAN. Nothing is sent: to connect a UDP socket finds a route only."""
-    for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((probe, 9))
-            return str(sock.getsockname()[0])
-    return "127.0.0.1"
 
+# == 30 commands ==============================================================
+# serve, client-config, new-key, login, litellm-config.
 
 def base_url(config: Config, port: int) -> str:
     """Return the address that clients use."""
     host = lan_address() if config.host in ("0.0.0.0", "::", "") else config.host
     return f"{'https' if config.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
-
-
-class Log(logging.Handler):
-    """Writes a line to standard error and to bridge.log: mode 0600, rotated at LOG_SIZE, one old file kept.
-
-    The two handlers of the standard library would format every line twice.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._path = path  # "" for standard error only
-        self._file = -1
-        self._size = 0
-        self.problem = ""
-        self._second = (0, "")  # a second and its text, which costs as much as the rest of a line
-        if path:
-            self._open()
-
-    def _open(self) -> None:
-        try:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.chmod(self._path, 0o600)  # also one that was there
-            self._size = os.fstat(self._file).st_size
-        except OSError as exc:
-            self._file = -1
-            self.problem = f"{self._path} cannot be written ({exc.strerror}): nothing is logged but here"
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line; a log that cannot be written stops nothing."""
-        if self._second[0] != int(record.created):
-            now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-            self._second = (int(record.created), now)
-        text = f"{self._second[1]} {record.levelname} {self.format(record)}\n"
-        line = text.encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no standard error at all
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
-        if self._file < 0:
-            return
-        with contextlib.suppress(OSError):
-            self._size += os.write(self._file, line)
-        if self._size > LOG_SIZE:
-            os.close(self._file)
-            with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.1")
-            self._open()
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        super().close()
-
-
-def set_up_log(config: Config) -> None:
-    """Log to standard error, and to the log file unless it is `-` or cannot be written."""
-    handler = Log("" if config.log_file == "-" else config.log_file)
-    log.addHandler(handler)
-    log.setLevel(config.log_level.upper())
-    log.propagate = False
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # in no line of ours
-    if handler.problem:
-        log.warning("%s", handler.problem)
 
 
 def greeting(server: Server, config: Config) -> str:
@@ -6361,12 +6527,6 @@ def new_key(config: Config, words: argparse.Namespace) -> int:
     return 0
 
 
-# -- login: the device sign-in of WIRE 2, for a host without a browser
-
-DEVICE_SECONDS = 15 * 60  # in which the person has typed the code
-POLL_SECONDS = 5.0  # between two polls, where the server does not say
-
-
 def login(config: Config, words: argparse.Namespace) -> int:
     """Sign this host in to ChatGPT by a code typed in any browser, and write auth.json."""
     fetch = Upstream(config.connect_timeout, config.idle_timeout).fetch
@@ -6388,82 +6548,6 @@ def login(config: Config, words: argparse.Namespace) -> int:
     print(f"Signed in as {account}, plan {plan}; written to {config.auth_file}")
     return 0
 
-
-def device_tokens(fetch: Fetch, issuer: str) -> dict[str, str]:
-    """Ask for a code, show it, wait until it is typed, and trade it for tokens. Raises BridgeError."""
-    answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
-    if answer.status == 404:
-        raise NotSignedIn("device sign-in is not enabled for this account or workspace: turn it on in "
-                          "ChatGPT's security settings (or ask its administrator), or use `codex login`")
-    device = texts_of(answer, "device_auth_id", "user_code")
-    print(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
-          f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.", flush=True)
-    interval = str(answer.json().get("interval"))
-    seconds = float(interval) if re.fullmatch(r"[0-9]{1,2}", interval) else POLL_SECONDS
-    granted = wait_for_code(fetch, issuer, device, max(seconds, 0.1))
-    trade = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
-             "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
-             "redirect_uri": f"{issuer}/deviceauth/callback"}
-    answer = ask_issuer(fetch, f"{issuer}/oauth/token", trade, form=True)
-    return texts_of(answer, "id_token", "access_token", "refresh_token")
-
-
-def ask_issuer(fetch: Fetch, url: str, wish: Mapping[str, str], form: bool = False) -> Answer:
-    """Post to the sign-in server, in JSON or as a form."""
-    body = urllib.parse.urlencode(wish).encode("ascii") if form else dump_json(wish)
-    kind = "application/x-www-form-urlencoded" if form else "application/json"
-    return fetch("POST", url, {"content-type": kind, "user-agent": USER_AGENT}, body, 30)
-
-
-def texts_of(answer: Answer, *names: str) -> dict[str, str]:
-    """Return the texts that an answer must have. Raises its refusal; BadUpstream when one is not there."""
-    texts = {name: text for name, text in answer.good().items()
-             if name in names and isinstance(text, str) and TOKEN.fullmatch(text)}
-    if len(texts) < len(names):
-        raise BadUpstream(f"the sign-in server's answer does not have {', '.join(names)}")
-    return texts
-
-
-def wait_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
-    """Poll until the code is typed; a server that fails for now is asked again. Raises BridgeError."""
-    until = time.monotonic() + DEVICE_SECONDS
-    while time.monotonic() < until:
-        time.sleep(interval)
-        try:
-            answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/token", device)
-        except (BadUpstream, UpstreamTimeout):
-            continue
-        if answer.status not in (403, 404, 429) and answer.status < 500:
-            return texts_of(answer, "authorization_code", "code_verifier")
-    raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new one")
-
-
-def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
-    """Write a new sign-in as Codex does, the file's other keys kept. Raises OSError, NotSignedIn."""
-    claims = typed(jwt_claims(tokens["id_token"]).get(AUTH_CLAIM), dict)
-    account = typed(claims.get("chatgpt_account_id"), str) or None
-    folder = os.path.dirname(path) or "."
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    with file_lock(os.path.join(folder, "auth.lock")):
-        kept = read_object(path)
-        content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
-                   "tokens": {**tokens, "account_id": account},
-                   "last_refresh": timestamp()}
-        sign_in = read_sign_in(content, "the sign-in server's answer")
-        write_private(path, content)
-    return sign_in
-
-
-def read_object(path: str) -> dict[str, Any]:
-    """Return a file's JSON object; {} when there is none. Raises OSError when it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return Answer(200, {}, file.read(MAX_REPLY)).json()
-    except FileNotFoundError:
-        return {}
-
-
-# -- litellm-config: litellm.yaml for a LiteLLM beside the bridge
 
 LITELLM_KEY = b"master key of the LiteLLM beside qoo-bridge"  # what the bridge's key signs to make that key
 # `openai/NAME` serves both of LiteLLM's own endpoints, chat completions and responses.
@@ -6532,7 +6616,13 @@ def litellm_config(config: Config, words: argparse.Namespace) -> int:
     return 0
 
 
-# -- doctor: what stands between this host and an answer, and the one thing to do about it
+def own_names_only(host: str) -> bool:
+    """Tell whether an address is of use on this host alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+# == 31 doctor ================================================================
+# What stands between this host and an answer, and the one thing to do about it.
 
 class Finding(NamedTuple):
     """What a check found: `ok`, `failed`, `none` (does not apply) or `skipped` (an earlier one failed)."""
@@ -6777,11 +6867,6 @@ def check_lan(doctor: Doctor) -> Finding:
     return Finding("ok", base_url(config, config.port))
 
 
-def own_names_only(host: str) -> bool:
-    """Tell whether an address is of use on this host alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 FIREWALL = {  # by sys.platform; the port comes in
     "linux": "sudo ufw allow {0}/tcp (or: sudo firewall-cmd --add-port={0}/tcp --permanent)",
     "darwin": "System Settings > Network > Firewall > Options: allow Python",
@@ -6891,7 +6976,8 @@ def print_finding(name: str, finding: Finding) -> None:
     print(row, flush=True)
 
 
-# -- demo: the whole bridge, before a backend of its own that needs no account and no network
+# == 32 demo ==================================================================
+# The whole bridge, before a backend of its own that needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
 DEMO_COMMAND = "echo hello from the demo"
@@ -7093,6 +7179,9 @@ def print_demo(server: Server) -> None:
     print(f"\nA demo: no account, no network, no model. On any machine of the LAN try\n\n{curl}\n"
           f"or Codex, with this:\n\n{codex}", flush=True)
 
+
+# == 33 main ==================================================================
+# The command line.
 
 COMMANDS = (
     Command("serve", lambda config, words: serve(config), "serve (the default)"),
