@@ -6,7 +6,7 @@
 Rows: `direct` (the client speaks TLS to the stand-in itself), `nginx` if it is on PATH (configured below),
 `codex` (OpenAI's `codex responses-api-proxy`) if it is found, `bridge`, and each `--against`: a proxy that
 runs already and has `https://localhost:N/backend-api/codex/responses` as its upstream and CA_PEM of
-tests/wire.py for a root. CPU and memory are read on Linux, of programs started here.
+tests/wire/tls.py for a root. CPU and memory are read on Linux, of programs started here.
 
 How to read it:
 - Only ratios of one run count. A busy machine makes all rows worse alike: a measurement goes round all rows

@@ -171,7 +171,7 @@ def take_faults(bridge: RunningBridge) -> list[BaseException]:
 def test_mutated_replies(
     start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(wire, "LINGER", 0.0)
+    monkeypatch.setattr(wire.listener, "LINGER", 0.0)
     bridge, rng = start("--idle-timeout", "2"), random.Random(SEED)
     statuses, faults = set(), []
     for _ in range(HOSTILE):

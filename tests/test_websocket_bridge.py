@@ -122,7 +122,7 @@ def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Far]:
     """Return the next WebSocket that the stand-in accepted."""
     opened: queue.Queue[Far] = queue.Queue()
     monkeypatch.setattr(Far, "opened", opened, raising=False)
-    monkeypatch.setattr(wire, "WebSocketExchange", Far)
+    monkeypatch.setattr(wire.backend, "WebSocketExchange", Far)
     return lambda: opened.get(timeout=5)
 
 
