@@ -119,7 +119,7 @@ AUTH_CLAIM = "https://api.openai.com/auth"  # the claim object of the tokens
 USER_AGENT = f"qoo_bridge/{__version__} (https; python)"  # for clients that are not Codex: named truthfully
 
 MAX_HEAD = 64 * 1024  # bytes of one request's or reply's head; Codex's is 3 KB
-MAX_FIELDS = 200  # header fields of one head
+MAX_HEADERS = 200  # header fields of one head
 MAX_TARGET = 4096  # bytes of a request target
 MAX_EVENT = 64 * 1024 * 1024  # bytes of one server-sent event; an image event is some MB
 MAX_ERROR_BODY = 256 * 1024  # bytes read of an upstream refusal
@@ -129,7 +129,7 @@ STORE_SIZE = 64 * 1024 * 1024  # bytes of conversations kept for previous_respon
 COMPRESS_FROM = 16 * 1024  # bytes of a request body that is sent compressed
 READ_SIZE = 64 * 1024  # bytes of one read
 SEND_SIZE = 256 * 1024  # bytes of one write: TLS tells of no progress before all of it is taken
-LARGE_READ = 4 * 1024  # bytes of one TLS record, behind which more is likely to be there already
+LARGE_READ_BYTES = 4 * 1024  # bytes of one TLS record, behind which more is likely to be there already
 
 HEAD_TIMEOUT = 20  # seconds for a client to send a request's head once it has begun
 BODY_STALL = 20  # seconds in which a body must gain BODY_RATE bytes a second on average
@@ -145,8 +145,8 @@ AFTER_TERMINAL = 0.1  # seconds in which upstream may end its body after the ter
 TOKEN_MARGIN = 300  # seconds before expiry at which a token is refreshed; as Codex does (WIRE 2)
 TOKEN_AGE = 8 * 86400  # seconds after last_refresh, where a token's expiry cannot be read (WIRE 2)
 REFRESH_PAUSE = 1  # seconds before a refresh that failed, but not finally, is tried again
-AHEAD_PAUSE = 60  # seconds of the same, while the old token is good for longer than URGENT
-URGENT = 30  # seconds before a token's expiry from which a request waits for another's refresh
+AHEAD_PAUSE_SECONDS = 60  # seconds of the same, while the old token is good for longer than URGENT
+URGENT_SECONDS = 30  # seconds before a token's expiry from which a request waits for another's refresh
 LOCK_SECONDS = 5  # seconds of tries for auth.lock; as Codex does (WIRE 2)
 TORN_SECONDS = 0.3  # seconds in which another program may finish writing auth.json
 ROUTING_AGE = 3600  # seconds between two questions for the account's routing
@@ -286,51 +286,51 @@ class ClientLeft(Exception):
 T = TypeVar("T")
 
 
-def typed(value: Any, kind: type[T]) -> T:
+def or_empty(value: Any, kind: type[T]) -> T:
     """Return `value`, or an empty one of its kind where it is something else."""
     return value if isinstance(value, kind) else kind()
 
 
-def objects(value: Any) -> list[dict[str, Any]]:
+def dicts_in(value: Any) -> list[dict[str, Any]]:
     """Return the objects in a list; none where it is no list."""
-    return [entry for entry in typed(value, list) if isinstance(entry, dict)]
+    return [entry for entry in or_empty(value, list) if isinstance(entry, dict)]
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """Return a number within reason; None for anything else, true and false among it."""
     known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
     return value if known else None
 
 
-def refuse_constant(name: str) -> NoReturn:
+def reject_constant(name: str) -> NoReturn:
     """Refuse NaN and Infinity, which json would read and write. Raises ValueError."""
     raise ValueError(f"{name} is no JSON number")
 
 
-def read_finite(digits: str) -> float:
+def finite_float(digits: str) -> float:
     """Read a number that can be written again. Raises ValueError for 1e999."""
     number = float(digits)
-    return number if abs(number) < float("inf") else refuse_constant(digits[:40])
+    return number if abs(number) < float("inf") else reject_constant(digits[:40])
 
 
-UPSTREAM_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_finite)
+UPSTREAM_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite_float)
 
 
-def read_json(text: str | bytes) -> Any:
+def json_or_none(text: str | bytes) -> Any:
     """Parse what upstream sent; None when it is no JSON, or has a number that JSON does not have."""
     try:
-        return UPSTREAM_JSON.decode(text if isinstance(text, str) else text.decode("utf-8"))
+        return UPSTREAM_DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant)
+CLIENT_DECODER = json.JSONDecoder(parse_constant=reject_constant)
 
 
 def parse_json(body: bytes) -> Any:
     """Parse a request's body: strict UTF-8 JSON. Raises InvalidRequest."""
     try:
-        parsed = DECODER.decode(body.decode("utf-8"))
+        parsed = CLIENT_DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError as exc:
         raise InvalidRequest("the body is not UTF-8") from exc
     except RecursionError as exc:
@@ -340,7 +340,7 @@ def parse_json(body: bytes) -> Any:
     return parsed
 
 
-def dump_json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     """Encode as JSON: UTF-8, or ASCII where a lone surrogate cannot be UTF-8.
 
     Raises ValueError for NaN and Infinity.
@@ -354,7 +354,7 @@ def dump_json(value: Any) -> bytes:
 def encode(request: Mapping[str, Any]) -> bytes:
     """Encode a request that rules have changed. Raises InvalidRequest for numbers that JSON does not have."""
     try:
-        return dump_json(request)
+        return json_bytes(request)
     except (ValueError, RecursionError) as exc:
         raise InvalidRequest("a number is out of range, or the nesting too deep") from exc
 
@@ -365,7 +365,7 @@ JSON_TYPES = {
 }
 
 
-def json_type(value: Any) -> str:
+def json_type_name(value: Any) -> str:
     """Return the name that JSON gives a value's type."""
     return JSON_TYPES[type(value)]
 
@@ -402,7 +402,7 @@ class UpstreamRefusal(BridgeError):
         self.error = error
         self.code = str(error.get("code") or error.get("type") or "upstream_error")
         if not retry_after and status == 429:
-            retry_after = whole_seconds(error.get("resets_in_seconds"))
+            retry_after = retry_after_seconds(error.get("resets_in_seconds"))
         if retry_after:
             self.headers["retry-after"] = retry_after
 
@@ -412,9 +412,9 @@ class UpstreamRefusal(BridgeError):
         return {"error": {**shaped, **self.error, "message": self.message}}
 
 
-def whole_seconds(seconds: Any) -> str:
+def retry_after_seconds(seconds: Any) -> str:
     """Return a retry-after that is not too early; "" for what is no sensible number of seconds."""
-    known = number(seconds)
+    known = finite_number(seconds)
     return "" if known is None or not 0 <= known < 1e9 else str(int(known) + 1)
 
 
@@ -430,7 +430,7 @@ def refusal(status: int, content_type: str, body: bytes, retry_after: str | None
     A status that is no refusal (2xx and 3xx with a body that is no answer) becomes 502.
     """
     text = body.decode("utf-8", "replace").strip()
-    error = _error_object(read_json(text))
+    error = _error_object(json_or_none(text))
     if error is None and ("html" in content_type or text[:1] == "<"):
         title = re.search(r"<title>([^<]{1,200})", text, re.IGNORECASE)
         error = {"code": "upstream_web_page", "message": _web_page_message(status, title)}
@@ -467,8 +467,8 @@ def _error_object(parsed: Any) -> dict[str, Any] | None:
 
 def failure(error: Any) -> BridgeError:
     """Map a failure that upstream reports inside a stream to the HTTP error that one JSON answer wants."""
-    error = typed(error, dict)
-    code, message = typed(error.get("code"), str), typed(error.get("message"), str)
+    error = or_empty(error, dict)
+    code, message = or_empty(error.get("code"), str), or_empty(error.get("message"), str)
     status = FAILURE_STATUS.get(code or str(error.get("type")), 502)
     return UpstreamRefusal(status, {**error, "message": message or code or "upstream reported a failure"})
 
@@ -727,7 +727,7 @@ OPTION = {option.name: option for option in OPTIONS}
 # http.server and http.client are not used for reading: they take signed lengths, folded lines and bare line
 # feeds, hide a body cut short, hang on a 304 that is marked chunked, and cost 90 µs a head (WIRE 8).
 
-FIELDS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
+HEADER_LINES = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"))
@@ -754,16 +754,16 @@ class ReplyHead(NamedTuple):
     headers: dict[str, str]
 
 
-def parse_fields(text: str) -> dict[str, str]:
+def parse_headers(text: str) -> dict[str, str]:
     """Parse header lines, each with its CRLF.
 
     Raises HeadTooLarge and MalformedHttp: for a folded line, a space before the colon, a bare CR or LF, NUL.
     """
-    if FIELDS.fullmatch(text) is None:
+    if HEADER_LINES.fullmatch(text) is None:
         raise MalformedHttp("a header line is not `name: value`")
     lines = text.split("\r\n")
-    if len(lines) - 1 > MAX_FIELDS:
-        raise HeadTooLarge(f"the head has {len(lines) - 1} fields, the limit is {MAX_FIELDS}")
+    if len(lines) - 1 > MAX_HEADERS:
+        raise HeadTooLarge(f"the head has {len(lines) - 1} fields, the limit is {MAX_HEADERS}")
     headers: dict[str, str] = {}
     for line in lines[:-1]:
         name, _, value = line.partition(":")
@@ -794,7 +794,7 @@ def parse_request(head: bytes) -> RequestHead:
         raise TargetTooLong(f"the target is {len(target)} bytes, the limit is {MAX_TARGET}")
     if not target.startswith("/") or target.startswith("//"):
         raise MalformedHttp("the target must be a path; this is no forward proxy")
-    headers = parse_fields(lines)
+    headers = parse_headers(lines)
     if minor == "1" and not headers.get("host"):
         raise MalformedHttp("a Host field is wanted")
     return RequestHead(method, target, int(minor), headers)
@@ -810,7 +810,7 @@ def parse_reply(head: bytes) -> ReplyHead:
     if match is None:
         raise BadUpstream("upstream's answer is not HTTP/1.1")
     try:
-        return ReplyHead(int(match[2]), int(match[1]), parse_fields(lines))
+        return ReplyHead(int(match[2]), int(match[1]), parse_headers(lines))
     except MalformedHttp as exc:
         raise BadUpstream(f"upstream's head is malformed: {exc.message}") from exc
 
@@ -905,10 +905,10 @@ class ChunkedBody:
                 at += 2
                 self._crlf = False
             else:
-                at = self._take_whole(raw, at, pieces)
+                at = self._take_complete_chunks(raw, at, pieces)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _take_whole(self, raw: bytes, at: int, pieces: list[bytes]) -> int:
+    def _take_complete_chunks(self, raw: bytes, at: int, pieces: list[bytes]) -> int:
         """Take chunk after chunk, while each is there as a whole; return where the reading goes on."""
         while True:
             match = self.HEAD.match(raw, at)
@@ -980,7 +980,7 @@ def render_head(first: str, fields: Iterable[tuple[str, str]]) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
-def keeps_alive(minor: int, headers: Mapping[str, str]) -> bool:
+def keeps_connection(minor: int, headers: Mapping[str, str]) -> bool:
     """Tell whether the sender of a head keeps its connection open."""
     tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
     return "close" not in tokens and (minor == 1 or "keep-alive" in tokens)
@@ -1019,7 +1019,7 @@ class Target(NamedTuple):
         return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
 
 
-class Answer(NamedTuple):
+class BufferedReply(NamedTuple):
     """One small reply, read whole."""
 
     status: int
@@ -1028,13 +1028,13 @@ class Answer(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """Return the body's JSON object; {} when it is none."""
-        return typed(read_json(self.body), dict)
+        return or_empty(json_or_none(self.body), dict)
 
     def refusal(self) -> UpstreamRefusal:
         """Return what it is as a refusal."""
         return refusal(self.status, self.headers.get("content-type", ""), self.body)
 
-    def good(self) -> dict[str, Any]:
+    def json_or_raise(self) -> dict[str, Any]:
         """Return a good answer's JSON object. Raises what it is when it is a refusal."""
         if self.status != 200:
             raise self.refusal()
@@ -1055,19 +1055,19 @@ HAS_POLL = hasattr(select, "poll")  # not on Windows
 NOT_NOW = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
 
 
-class Peer:
+class Connection:
     """A connected socket, never blocking, with the bytes that were read ahead of need. One thread uses it."""
 
-    __slots__ = ("_poller", "_receive", "_tls", "_watched", "ahead", "number", "sock")
+    __slots__ = ("_poller", "_receive", "_tls", "_watched", "buffer", "number", "sock")
 
     def __init__(self, sock: Any) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.number = sock.fileno()
-        self.ahead = b""
+        self.buffer = b""
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._receive = sock.read if self._tls else sock.recv  # SSLSocket.recv only calls its read
-        self._watched: Peer | None = None
+        self._watched: Connection | None = None
         self._poller: Any = None
 
     def read(self) -> bytes | None:
@@ -1075,8 +1075,8 @@ class Peer:
 
         Raises OSError when the connection is broken.
         """
-        if self.ahead:
-            raw, self.ahead = self.ahead, b""
+        if self.buffer:
+            raw, self.buffer = self.buffer, b""
             return raw
         try:
             received: bytes = self._receive(READ_SIZE)
@@ -1084,26 +1084,26 @@ class Peer:
             return None
         except ssl.SSLEOFError:
             return b""  # the other side ended without close_notify, as many do; framing tells a cut
-        return received if len(received) < LARGE_READ or not self._tls else self._read_on(received)
+        return received if len(received) < LARGE_READ_BYTES or not self._tls else self._read_on(received)
 
     def _read_on(self, first: bytes) -> bytes:
         """Read what more is there behind a large TLS record: large pieces cost less a byte."""
         pieces, size = [first], len(first)
         with contextlib.suppress(OSError):  # nothing more yet, or what the next read will meet again
-            while size < READ_SIZE and len(pieces[-1]) >= LARGE_READ:
+            while size < READ_SIZE and len(pieces[-1]) >= LARGE_READ_BYTES:
                 pieces.append(self._receive(READ_SIZE - size))
                 size += len(pieces[-1])
         return b"".join(pieces)
 
     def buffered(self) -> bool:
         """Tell whether bytes are at hand that the system does not know of."""
-        return bool(self.ahead) or (self._tls and self.sock.pending() > 0)
+        return bool(self.buffer) or (self._tls and self.sock.pending() > 0)
 
-    def forget(self) -> None:
+    def unwatch(self) -> None:
         """Let go of the client that was watched."""
         self._poller = self._watched = None
 
-    def wait(self, seconds: float, client: Peer | None = None) -> bool:
+    def wait(self, seconds: float, client: Connection | None = None) -> bool:
         """Wait until something can be read; False when `seconds` pass.
 
         While waiting for upstream, `client` is watched: what it sends is read ahead, and when it leaves,
@@ -1117,14 +1117,14 @@ class Peer:
             if mine:
                 return True
             if its and client is not None:
-                client.look_ahead()
+                client.read_ahead()
             seconds = until - time.monotonic()
             if seconds <= 0 and not its:
                 return False
 
-    def poll(self, seconds: float, client: Peer | None) -> tuple[bool, bool]:
+    def poll(self, seconds: float, client: Connection | None) -> tuple[bool, bool]:
         """Wait for either socket; tell which of the two can be read."""
-        if client is not None and len(client.ahead) >= READ_SIZE:
+        if client is not None and len(client.buffer) >= READ_SIZE:
             client = None  # it pipelines: what more it sends waits in the system's buffer
         if not HAS_POLL:
             socks = [self.sock] if client is None else [self.sock, client.sock]
@@ -1141,12 +1141,12 @@ class Peer:
             return mine, not mine
         return bool(ready), bool(ready)
 
-    def check(self) -> None:
+    def raise_if_closed(self) -> None:
         """Raise ClientLeft if this client has gone; what it sent is read ahead."""
-        if len(self.ahead) < READ_SIZE and self.poll(0, None)[0]:
-            self.look_ahead()
+        if len(self.buffer) < READ_SIZE and self.poll(0, None)[0]:
+            self.read_ahead()
 
-    def look_ahead(self) -> None:
+    def read_ahead(self) -> None:
         """Read what a client sends while it waits for its answer; raise ClientLeft when it is gone."""
         try:
             raw = self.sock.recv(READ_SIZE)
@@ -1156,9 +1156,9 @@ class Peer:
             raise ClientLeft("reset") from exc
         if not raw:
             raise ClientLeft("closed")
-        self.ahead += raw
+        self.buffer += raw
 
-    def read_head(self, until: float, client: Peer | None = None) -> bytes | None:
+    def read_head(self, until: float, client: Connection | None = None) -> bytes | None:
         """Read up to an empty line, by a monotonic time; return the head without it, None for an early end.
 
         Raises TimeoutError, MalformedHttp, OSError before the first byte, and EOFError when the connection
@@ -1172,7 +1172,7 @@ class Peer:
                 raw = self.read()
             except OSError as exc:
                 if head:
-                    raise EOFError(describe(exc)) from exc
+                    raise EOFError(describe_error(exc)) from exc
                 raise
             if raw == b"":
                 if head:
@@ -1182,7 +1182,7 @@ class Peer:
                 head += raw
                 end = find_head_end(head, max(0, len(head) - len(raw) - 3))
                 if end >= 0:
-                    self.ahead = head[end + 4:]
+                    self.buffer = head[end + 4:]
                     return head[:end]
 
     def send(self, payload: bytes | memoryview, seconds: float) -> None:
@@ -1225,7 +1225,7 @@ def wait_writable(sock: Any, seconds: float) -> bool:
     return bool(poller.poll(seconds * 1000))
 
 
-def describe(exc: BaseException) -> str:
+def describe_error(exc: BaseException) -> str:
     """Say in a few words what went wrong, for a person."""
     if isinstance(exc, BridgeError):
         return exc.message
@@ -1236,19 +1236,19 @@ def describe(exc: BaseException) -> str:
     return str(exc) or type(exc).__name__
 
 
-def linger(peer: Peer) -> None:
+def linger(connection: Connection) -> None:
     """End a connection so that the client gets the answer: what it still sends is read for a moment."""
     try:
-        socket.socket.shutdown(peer.sock, socket.SHUT_WR)  # see hang_up
+        socket.socket.shutdown(connection.sock, socket.SHUT_WR)  # see hang_up
         until = time.monotonic() + 1
-        while (left := until - time.monotonic()) > 0 and peer.wait(left):
-            if peer.read() == b"":
+        while (left := until - time.monotonic()) > 0 and connection.wait(left):
+            if connection.read() == b"":
                 break
     except OSError:
         pass
 
 
-def hang_up(sock: Any) -> None:
+def shut_down(sock: Any) -> None:
     """End a connection that another thread is reading: that thread sees the end and goes."""
     with contextlib.suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would pull TLS from under the thread
@@ -1267,7 +1267,7 @@ def lan_address() -> str:
 # The only opener of connections: pool, TLS, proxy, retry on a stale one. Exceptions of socket, ssl and
 # http.client become the errors of part A here. http.client connects; reading is room http's.
 
-class Sent(NamedTuple):
+class OutgoingRequest(NamedTuple):
     """A request on its way upstream."""
 
     method: str
@@ -1280,33 +1280,33 @@ class Sent(NamedTuple):
 class Reply:
     """Upstream's answer: its head, and its body piece by piece."""
 
-    def __init__(self, peer: Peer, target: Target, head: ReplyHead, method: str,
+    def __init__(self, connection: Connection, target: Target, head: ReplyHead, method: str,
                  release: Callable[..., None]) -> None:
-        self.peer = peer
+        self.connection = connection
         self.status = head.status
         self.headers = head.headers
         self.body = reply_body(head, method)
         self._target = target
         self._release = release
-        self._reusable = keeps_alive(head.minor, head.headers) and head.status != 101
+        self._reusable = keeps_connection(head.minor, head.headers) and head.status != 101
         self._closed = False
 
-    def read(self, seconds: float, client: Peer | None = None) -> bytes | None:
+    def read(self, seconds: float, client: Connection | None = None) -> bytes | None:
         """Return the next piece of the body: b"" at its end, None when there is none within `seconds`.
 
         Raises ClientLeft, and BadUpstream when the body is cut or malformed.
         """
         while not self.body.done:
-            if not self.peer.wait(seconds, client):
+            if not self.connection.wait(seconds, client):
                 return None
             try:
-                raw = self.peer.read()
+                raw = self.connection.read()
                 if raw is None:
                     continue  # a part of a TLS record, or a session ticket
                 payload = self.body.feed(raw)
             except (OSError, MalformedHttp) as exc:
                 self.close()
-                raise BadUpstream(f"upstream broke off within its answer: {describe(exc)}") from exc
+                raise BadUpstream(f"upstream broke off within its answer: {describe_error(exc)}") from exc
             if payload:
                 return payload
             if not raw:
@@ -1316,7 +1316,7 @@ class Reply:
                 self.body.done = True
         return b""
 
-    def read_all(self, limit: int, seconds: float, client: Peer | None = None) -> bytes:
+    def read_all(self, limit: int, seconds: float, client: Connection | None = None) -> bytes:
         """Return the whole body, cut at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
         pieces, size, until = [], 0, time.monotonic() + seconds
         while size < limit:
@@ -1330,10 +1330,10 @@ class Reply:
             size += len(piece)
         return b"".join(pieces)[:limit]
 
-    def whole(self, limit: int, seconds: float) -> Answer:
+    def whole(self, limit: int, seconds: float) -> BufferedReply:
         """Return the answer read whole, and give the connection back. Raises as `read_all` does."""
         with self:
-            return Answer(self.status, self.headers, self.read_all(limit, seconds))
+            return BufferedReply(self.status, self.headers, self.read_all(limit, seconds))
 
     def finish(self) -> None:
         """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
@@ -1346,7 +1346,7 @@ class Reply:
                     break
         if self.body.done and self._reusable and not self.body.rest and not self._closed:
             self._closed = True
-            self._release(self._target, self.peer)
+            self._release(self._target, self.connection)
         else:
             self.close()
 
@@ -1364,7 +1364,7 @@ class Reply:
         """Close the connection: upstream stops working for us."""
         if not self._closed:
             self._closed = True
-            self.peer.close()
+            self.connection.close()
 
 
 class Upstream:
@@ -1379,13 +1379,13 @@ class Upstream:
         self._idle_timeout = idle_timeout
         self._count = count
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, Target, Peer]] = []  # newest last
+        self._idle: list[tuple[float, Target, Connection]] = []  # newest last
         self._context: ssl.SSLContext | None = None
         self._opening: set[Target] = set()  # connections being opened ahead
         self._closed = False
 
     def open(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
-             client: Peer | None = None, timeout: float = 0) -> Reply:
+             client: Connection | None = None, timeout: float = 0) -> Reply:
         """Send one request and return the reply, its body unread; `timeout` in seconds, else --idle-timeout.
 
         A kept connection that turns out closed before a reply's first byte is replaced once by a new one.
@@ -1395,11 +1395,11 @@ class Upstream:
         head = render_head(f"{method} {path} HTTP/1.1", [
             *fields.items(), ("accept-encoding", "identity"), ("host", target.name),
             *([("content-length", str(len(body)))] if body or method == "POST" else [])])
-        sent = Sent(method, target, head, body, timeout or self._idle_timeout)
-        peer = self._take(target)
-        if peer is not None:
+        sent = OutgoingRequest(method, target, head, body, timeout or self._idle_timeout)
+        connection = self._take(target)
+        if connection is not None:
             self._count("upstream_reused")
-            reply = self._exchange(peer, sent, client, kept=True)
+            reply = self._exchange(connection, sent, client, kept=True)
             if reply is not None:
                 return reply
         reply = self._exchange(self._connect(target), sent, client, kept=False)
@@ -1408,7 +1408,7 @@ class Upstream:
         return reply
 
     def fetch(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
-              timeout: float = 10) -> Answer:
+              timeout: float = 10) -> BufferedReply:
         """Make one small exchange, the answer read whole. Raises BadUpstream and UpstreamTimeout."""
         fields = {"accept": "application/json", **fields}
         return self.open(method, url, fields, body, timeout=timeout).whole(MAX_REPLY, timeout)
@@ -1427,8 +1427,8 @@ class Upstream:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for _, _, peer in idle:
-            peer.close()
+        for _, _, connection in idle:
+            connection.close()
 
     def _open_ahead(self, target: Target) -> None:
         try:
@@ -1439,7 +1439,7 @@ class Upstream:
             with self._lock:
                 self._opening.discard(target)
 
-    def _take(self, target: Target) -> Peer | None:
+    def _take(self, target: Target) -> Connection | None:
         """Take the newest kept connection that is still alive."""
         oldest = time.monotonic() - POOL_IDLE
         while True:
@@ -1447,24 +1447,24 @@ class Upstream:
                 places = [place for place, (_, kept, _) in enumerate(self._idle) if kept == target]
                 if not places:
                     return None
-                since, _, peer = self._idle.pop(places[-1])
-            if since > oldest and still_open(peer):
-                return peer
-            peer.close()
+                since, _, connection = self._idle.pop(places[-1])
+            if since > oldest and is_still_open(connection):
+                return connection
+            connection.close()
 
-    def _release(self, target: Target, peer: Peer) -> None:
+    def _release(self, target: Target, connection: Connection) -> None:
         """Keep a connection for the next request; the oldest goes when there are too many."""
-        peer.forget()
+        connection.unwatch()
         oldest = time.monotonic() - POOL_IDLE
         with self._lock:
-            self._idle.append((time.monotonic(), target, peer))
+            self._idle.append((time.monotonic(), target, connection))
             kept = [] if self._closed else [entry for entry in self._idle if entry[0] > oldest][-POOL_SIZE:]
             gone = [entry for entry in self._idle if entry not in kept]
             self._idle = kept
         for _, _, old in gone:
             old.close()
 
-    def _connect(self, target: Target) -> Peer:
+    def _connect(self, target: Target) -> Connection:
         """Open a connection, through HTTPS_PROXY where the environment says so."""
         self._count("upstream_opened")
         proxy = find_proxy(target)
@@ -1477,14 +1477,14 @@ class Upstream:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
         try:
             if proxy:
-                connection.set_tunnel(target.host, target.port, proxy_fields(proxy))
+                connection.set_tunnel(target.host, target.port, proxy_headers(proxy))
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as exc:
             connection.close()
             if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
                 raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
-            raise BadUpstream(f"{host} cannot be reached: {describe(exc)}") from exc
-        return Peer(connection.sock)
+            raise BadUpstream(f"{host} cannot be reached: {describe_error(exc)}") from exc
+        return Connection(connection.sock)
 
     def _tls(self) -> ssl.SSLContext:
         """Return the verifying TLS context; SSL_CERT_FILE is honoured by OpenSSL itself."""
@@ -1495,58 +1495,59 @@ class Upstream:
                 self._context.set_alpn_protocols(["http/1.1"])
             return self._context
 
-    def _exchange(self, peer: Peer, sent: Sent, client: Peer | None, kept: bool) -> Reply | None:
+    def _exchange(self, connection: Connection, sent: OutgoingRequest, client: Connection | None,
+                  kept: bool) -> Reply | None:
         """Send a request and read the reply's head; None when a kept connection was closed before it."""
         target, begun = sent.target, False
         try:
-            self._send(peer, sent, kept)
+            self._send(connection, sent, kept)
             until = time.monotonic() + sent.seconds
-            raw = peer.read_head(until, client)
+            raw = connection.read_head(until, client)
             while raw is not None:
                 begun = True
-                reply = Reply(peer, target, parse_reply(raw), sent.method, self._release)
+                reply = Reply(connection, target, parse_reply(raw), sent.method, self._release)
                 if reply.status >= 200 or reply.status == 101:
                     return reply
                 if time.monotonic() > until:
                     raise TimeoutError
-                raw = peer.read_head(until, client)  # 1xx: not yet the answer
+                raw = connection.read_head(until, client)  # 1xx: not yet the answer
         except TimeoutError as exc:
-            peer.close()
+            connection.close()
             raise UpstreamTimeout(f"{target.host} did not answer within {sent.seconds:g} s") from exc
         except (OSError, EOFError, MalformedHttp) as exc:
-            peer.close()
+            connection.close()
             if kept and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
                 return None
-            raise BadUpstream(f"{target.host} broke off before an answer: {describe(exc)}") from exc
+            raise BadUpstream(f"{target.host} broke off before an answer: {describe_error(exc)}") from exc
         except BaseException:
-            peer.close()
+            connection.close()
             raise
-        peer.close()
+        connection.close()
         if begun:
             raise BadUpstream(f"{target.host} closed the connection without a final answer")
         return None
 
     @staticmethod
-    def _send(peer: Peer, sent: Sent, kept: bool) -> None:
+    def _send(connection: Connection, sent: OutgoingRequest, kept: bool) -> None:
         """Send head and body. An upstream that stops reading may have an early answer: go on to that."""
         try:
             if len(sent.body) < READ_SIZE:
-                peer.send(sent.head + sent.body, sent.seconds)
+                connection.send(sent.head + sent.body, sent.seconds)
             else:
-                peer.send(sent.head, sent.seconds)
-                peer.send(sent.body, sent.seconds)
+                connection.send(sent.head, sent.seconds)
+                connection.send(sent.body, sent.seconds)
         except (BrokenPipeError, ConnectionResetError):
             if kept:
                 raise
 
 
-def still_open(peer: Peer) -> bool:
+def is_still_open(connection: Connection) -> bool:
     """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
 
     A TLS session ticket makes the socket readable without being either: reading tells.
     """
     try:
-        return not peer.wait(0) or peer.read() is None
+        return not connection.wait(0) or connection.read() is None
     except OSError:
         return False
 
@@ -1575,7 +1576,7 @@ def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
     return proxy
 
 
-def proxy_fields(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
     """Return the fields for the proxy itself: its user and password, where its address has them."""
     if proxy.username is None:
         return {}
@@ -1587,7 +1588,7 @@ def proxy_fields(proxy: urllib.parse.SplitResult) -> dict[str, str]:
 # The only reader and writer of auth.json. Refresh tokens are used once and rotate, and a Codex on this host
 # may refresh too: re-read first, hold auth.lock, compare before the write, lose nothing (WIRE 2).
 
-Fetch = Callable[..., "Answer"]  # (method, url, headers, body, timeout) -> Answer; section 10's, handed in
+Fetch = Callable[..., BufferedReply]  # Upstream.fetch: method, url, headers, body, timeout
 
 
 class SignIn(NamedTuple):
@@ -1613,23 +1614,23 @@ class SignIn(NamedTuple):
         return fields
 
 
-TOKEN = re.compile(r"[\x21-\x7e]+")
+VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 
 
 def jwt_claims(token: Any) -> dict[str, Any]:
     """Return a JWT's payload; {} when it is none. Nobody checks the signature here: upstream does."""
-    parts = typed(token, str).split(".")
+    parts = or_empty(token, str).split(".")
     if len(parts) != 3:
         return {}
     try:
-        return typed(json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))), dict)
+        return or_empty(json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))), dict)
     except (ValueError, RecursionError, binascii.Error):
         return {}
 
 
 def unix_time(text: Any) -> float:
     """Read an RFC 3339 time such as auth.json's last_refresh; 0 when it is none."""
-    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", typed(text, str))
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", or_empty(text, str))
     try:
         return calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S")) if match else 0.0
     except (ValueError, OverflowError):
@@ -1641,7 +1642,7 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
 
 
-def login_hint(path: str) -> str:
+def sign_in_hint(path: str) -> str:
     """Say what a person does about a missing or dead sign-in in a file; Codex writes its own one only."""
     host, home, path = socket.gethostname(), os.environ.get("CODEX_HOME") or "~/.codex", os.path.abspath(path)
     if path == os.path.abspath(os.path.join(os.path.expanduser(home), "auth.json")):
@@ -1655,24 +1656,24 @@ def read_sign_in(content: Any, path: str) -> SignIn:
     Raises NotSignedIn, which says what is wrong and what to do.
     """
     if not isinstance(content, dict):
-        raise NotSignedIn(f"{path} does not hold a JSON object; {login_hint(path)}")
-    mode, tokens = content.get("auth_mode"), typed(content.get("tokens"), dict)
+        raise NotSignedIn(f"{path} does not hold a JSON object; {sign_in_hint(path)}")
+    mode, tokens = content.get("auth_mode"), or_empty(content.get("tokens"), dict)
     if mode is not None and not (isinstance(mode, str) and mode.lower().startswith("chatgpt")):
-        raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {login_hint(path)}")
-    access = typed(tokens.get("access_token"), str)
-    if not TOKEN.fullmatch(access):
-        raise NotSignedIn(f"{path} holds no ChatGPT access token; {login_hint(path)}")
-    refresh = typed(tokens.get("refresh_token"), str)
-    claims = typed(jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM), dict)
+        raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {sign_in_hint(path)}")
+    access = or_empty(tokens.get("access_token"), str)
+    if not VISIBLE_ASCII.fullmatch(access):
+        raise NotSignedIn(f"{path} holds no ChatGPT access token; {sign_in_hint(path)}")
+    refresh = or_empty(tokens.get("refresh_token"), str)
+    claims = or_empty(jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM), dict)
     accounts = [account for account in (tokens.get("account_id"), claims.get("chatgpt_account_id"))
-                if isinstance(account, str) and TOKEN.fullmatch(account)]
-    expires = number(jwt_claims(access).get("exp")) or 0
+                if isinstance(account, str) and VISIBLE_ASCII.fullmatch(account)]
+    expires = finite_number(jwt_claims(access).get("exp")) or 0
     if expires <= 0:
         written = unix_time(content.get("last_refresh"))
         expires = written + TOKEN_AGE if written else 0
     return SignIn(
-        access, refresh if TOKEN.fullmatch(refresh) else "", accounts[0] if accounts else "",
-        typed(claims.get("chatgpt_plan_type"), str), claims.get("chatgpt_account_is_fedramp") is True,
+        access, refresh if VISIBLE_ASCII.fullmatch(refresh) else "", accounts[0] if accounts else "",
+        or_empty(claims.get("chatgpt_plan_type"), str), claims.get("chatgpt_account_is_fedramp") is True,
         float(expires),
     )
 
@@ -1790,15 +1791,15 @@ class Credentials:
         left = held.expires - time.time()
         if not held.expires or left > TOKEN_MARGIN or not held.refresh_token:
             return held
-        if left > URGENT and time.monotonic() < self._ahead_at:
+        if left > URGENT_SECONDS and time.monotonic() < self._ahead_at:
             return held  # a sign-in server that hangs must not hold up each request
-        if not self._refreshing.acquire(blocking=left < URGENT):
+        if not self._refreshing.acquire(blocking=left < URGENT_SECONDS):
             return held  # another thread is at it, and this token has time left
         try:
             return self._refresh(held, "proactive_expiry")
         except BridgeError as exc:
             log.warning("refresh ahead of time failed: %s", exc.message)
-            self._ahead_at = time.monotonic() + AHEAD_PAUSE
+            self._ahead_at = time.monotonic() + AHEAD_PAUSE_SECONDS
             if left <= 0 and isinstance(exc, NotSignedIn):
                 raise
             return held
@@ -1838,7 +1839,7 @@ class Credentials:
         if signature is None:
             return (f"not signed in: there is no {self.path}, or the system keyring holds the sign-in "
                     "(`cli_auth_credentials_store = \"file\"` in config.toml changes that); "
-                    + login_hint(self.path))
+                    + sign_in_hint(self.path))
         try:
             with open(self.path, "rb") as file:
                 content = json.loads(file.read(MAX_REPLY))
@@ -1848,7 +1849,7 @@ class Credentials:
             return f"{self.path} cannot be read: {exc.strerror}"
         except (ValueError, RecursionError):
             self._torn = True
-            return f"{self.path} is empty or not whole JSON; {login_hint(self.path)}"
+            return f"{self.path} is empty or not whole JSON; {sign_in_hint(self.path)}"
         except NotSignedIn as exc:
             return exc.message
         self._content, self._sign_in = content, sign_in
@@ -1861,7 +1862,7 @@ class Credentials:
             return now  # another thread was first
         if held.refresh_token in self._dead or not held.refresh_token:
             known = self._dead.get(held.refresh_token)
-            raise NotSignedIn(known or f"the sign-in has expired; {login_hint(self.path)}")
+            raise NotSignedIn(known or f"the sign-in has expired; {sign_in_hint(self.path)}")
         if time.monotonic() < self._retry_at:
             raise BadUpstream("the sign-in server failed a moment ago; it is asked again in a second")
         with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
@@ -1876,7 +1877,7 @@ class Credentials:
                    "refresh_reason": reason}
         try:
             fields = {"content-type": "application/json", "user-agent": USER_AGENT}
-            answer = self._fetch("POST", f"{self._issuer}/oauth/token", fields, dump_json(request), 30)
+            answer = self._fetch("POST", f"{self._issuer}/oauth/token", fields, json_bytes(request), 30)
         except BridgeError:
             self._retry_at = time.monotonic() + REFRESH_PAUSE
             raise
@@ -1889,7 +1890,7 @@ class Credentials:
                 return self._store(held, tokens)
         raise self._refused(held, answer)
 
-    def _refused(self, held: SignIn, answer: Answer) -> BridgeError:
+    def _refused(self, held: SignIn, answer: BufferedReply) -> BridgeError:
         """Return what a refused refresh means: for good, or for now."""
         parsed = answer.json()
         error = parsed.get("error")
@@ -1897,7 +1898,7 @@ class Credentials:
         final = answer.status == 401 or (answer.status == 400 and code == "invalid_grant") or code in (
             "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated")
         if final:
-            message = f"the sign-in was refused ({code or answer.status}): {login_hint(self.path)}"
+            message = f"the sign-in was refused ({code or answer.status}): {sign_in_hint(self.path)}"
             self._dead = {held.refresh_token: message}
             return NotSignedIn(message)
         self._retry_at = time.monotonic() + REFRESH_PAUSE
@@ -1930,57 +1931,57 @@ POLL_SECONDS = 5.0  # between two polls, where the server does not say
 
 def device_tokens(fetch: Fetch, issuer: str) -> dict[str, str]:
     """Ask for a code, show it, wait until it is typed, and trade it for tokens. Raises BridgeError."""
-    answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
+    answer = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
     if answer.status == 404:
         raise NotSignedIn("device sign-in is not enabled for this account or workspace: turn it on in "
                           "ChatGPT's security settings (or ask its administrator), or use `codex login`")
-    device = texts_of(answer, "device_auth_id", "user_code")
+    device = required_strings(answer, "device_auth_id", "user_code")
     print(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
           f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.", flush=True)
     interval = str(answer.json().get("interval"))
     seconds = float(interval) if re.fullmatch(r"[0-9]{1,2}", interval) else POLL_SECONDS
-    granted = wait_for_code(fetch, issuer, device, max(seconds, 0.1))
+    granted = poll_for_code(fetch, issuer, device, max(seconds, 0.1))
     trade = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
              "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
              "redirect_uri": f"{issuer}/deviceauth/callback"}
-    answer = ask_issuer(fetch, f"{issuer}/oauth/token", trade, form=True)
-    return texts_of(answer, "id_token", "access_token", "refresh_token")
+    answer = post_to_issuer(fetch, f"{issuer}/oauth/token", trade, form=True)
+    return required_strings(answer, "id_token", "access_token", "refresh_token")
 
 
-def ask_issuer(fetch: Fetch, url: str, wish: Mapping[str, str], form: bool = False) -> Answer:
+def post_to_issuer(fetch: Fetch, url: str, payload: Mapping[str, str], form: bool = False) -> BufferedReply:
     """Post to the sign-in server, in JSON or as a form."""
-    body = urllib.parse.urlencode(wish).encode("ascii") if form else dump_json(wish)
+    body = urllib.parse.urlencode(payload).encode("ascii") if form else json_bytes(payload)
     kind = "application/x-www-form-urlencoded" if form else "application/json"
     return fetch("POST", url, {"content-type": kind, "user-agent": USER_AGENT}, body, 30)
 
 
-def texts_of(answer: Answer, *names: str) -> dict[str, str]:
+def required_strings(answer: BufferedReply, *names: str) -> dict[str, str]:
     """Return the texts that an answer must have. Raises its refusal; BadUpstream when one is not there."""
-    texts = {name: text for name, text in answer.good().items()
-             if name in names and isinstance(text, str) and TOKEN.fullmatch(text)}
+    texts = {name: text for name, text in answer.json_or_raise().items()
+             if name in names and isinstance(text, str) and VISIBLE_ASCII.fullmatch(text)}
     if len(texts) < len(names):
         raise BadUpstream(f"the sign-in server's answer does not have {', '.join(names)}")
     return texts
 
 
-def wait_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
+def poll_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
     """Poll until the code is typed; a server that fails for now is asked again. Raises BridgeError."""
     until = time.monotonic() + DEVICE_SECONDS
     while time.monotonic() < until:
         time.sleep(interval)
         try:
-            answer = ask_issuer(fetch, f"{issuer}/api/accounts/deviceauth/token", device)
+            answer = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/token", device)
         except (BadUpstream, UpstreamTimeout):
             continue
         if answer.status not in (403, 404, 429) and answer.status < 500:
-            return texts_of(answer, "authorization_code", "code_verifier")
+            return required_strings(answer, "authorization_code", "code_verifier")
     raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new one")
 
 
 def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
     """Write a new sign-in as Codex does, the file's other keys kept. Raises OSError, NotSignedIn."""
-    claims = typed(jwt_claims(tokens["id_token"]).get(AUTH_CLAIM), dict)
-    account = typed(claims.get("chatgpt_account_id"), str) or None
+    claims = or_empty(jwt_claims(tokens["id_token"]).get(AUTH_CLAIM), dict)
+    account = or_empty(claims.get("chatgpt_account_id"), str) or None
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, mode=0o700, exist_ok=True)
     with file_lock(os.path.join(folder, "auth.lock")):
@@ -1997,7 +1998,7 @@ def read_object(path: str) -> dict[str, Any]:
     """Return a file's JSON object; {} when there is none. Raises OSError when it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return Answer(200, {}, file.read(MAX_REPLY)).json()
+            return BufferedReply(200, {}, file.read(MAX_REPLY)).json()
     except FileNotFoundError:
         return {}
 
@@ -2040,7 +2041,7 @@ class Routing:
             parts = urllib.parse.urlsplit(self.upstream)
             answer = self._fetch("GET", f"{parts.scheme}://{parts.netloc}/backend-api/wham/accounts/check",
                                  {**self._fields, **sign_in.fields()}, b"", 10)
-            for account in objects(answer.json().get("accounts")):
+            for account in dicts_in(answer.json().get("accounts")):
                 if account.get("id") == sign_in.account:
                     upstream, override = self._checked(account)
             if answer.status != 200:
@@ -2057,7 +2058,7 @@ class Routing:
         configured, upstream = urllib.parse.urlsplit(self.upstream), self.upstream
         origin = account.get("workspace_backend_origin")
         try:
-            parts = urllib.parse.urlsplit(typed(origin, str))
+            parts = urllib.parse.urlsplit(or_empty(origin, str))
             host, _ = parts.hostname or "", parts.port
         except ValueError:
             host, parts = "", configured
@@ -2068,7 +2069,7 @@ class Routing:
             upstream = f"https://{parts.netloc}{configured.path}"
         elif origin:
             log.warning("account routing names an origin outside %s: it is not taken", configured.hostname)
-        override = typed(account.get("account_routing_override"), str)
+        override = or_empty(account.get("account_routing_override"), str)
         known = re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override)
         return upstream, "" if not known or override == "NO_CONSTRAINT" else override
 
@@ -2122,7 +2123,7 @@ class Rule(NamedTuple):
     apply: Callable[[dict[str, Any], Context], dict[str, Any]]
 
 
-WORD = re.compile(r"[\x21-\x7e]{1,128}")  # what is safe in a header
+HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # what is safe in a header
 
 
 def check_request(request: Any) -> None:
@@ -2131,14 +2132,15 @@ def check_request(request: Any) -> None:
     Raises InvalidRequest, naming the parameter.
     """
     if not isinstance(request, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {json_type(request)}")
+        raise InvalidRequest(f"the body must be a JSON object, not {json_type_name(request)}")
     model = request.get("model")
     if not isinstance(model, str) or not model.strip():
-        raise InvalidRequest(f"model must be the name of a model, not {json_type(model)}", "model")
-    if not WORD.fullmatch(model):
+        raise InvalidRequest(f"model must be the name of a model, not {json_type_name(model)}", "model")
+    if not HEADER_WORD.fullmatch(model):
         raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
     if not isinstance(request.get("input", []), (str, list)):
-        raise InvalidRequest(f"input must be a string or a list, not {json_type(request['input'])}", "input")
+        given = json_type_name(request["input"])
+        raise InvalidRequest(f"input must be a string or a list, not {given}", "input")
 
 
 def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -2178,16 +2180,16 @@ def message_item(role: str, text: str) -> dict[str, Any]:
     return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
 
 
-REMOVED = object()  # stands for an item that goes
+DROPPED_ITEM = object()  # stands for an item that goes
 
 
 def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Change each object in the input; REMOVED takes it out. The same request comes back when all stay."""
-    items = typed(request.get("input"), list)
+    items = or_empty(request.get("input"), list)
     changed = [change(item) if isinstance(item, dict) else item for item in items]
     if not any(map(operator.is_not, changed, items)):
         return request
-    return {**request, "input": [item for item in changed if item is not REMOVED]}
+    return {**request, "input": [item for item in changed if item is not DROPPED_ITEM]}
 
 
 def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2278,21 +2280,21 @@ def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]
 
     def change(item: dict[str, Any]) -> Any:
         if dangling(item):
-            return REMOVED
-        kind = typed(item.get("type"), str)
+            return DROPPED_ITEM
+        kind = or_empty(item.get("type"), str)
         # A message's or a call's id can demand the reasoning item before it.
         if context.strict or kind == "message" or kind.endswith(("_call", "_output")):
             return without(item, "id")
         return item
 
-    wanted = context.strict or any(map(dangling, objects(request.get("input"))))
+    wanted = context.strict or any(map(dangling, dicts_in(request.get("input"))))
     return map_items(request, change) if wanted else request
 
 
 def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Drop item ids that are too long or have another type's prefix; never rewrite one."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
-        name, prefix = item.get("id"), ID_PREFIXES.get(typed(item.get("type"), str), "")
+        name, prefix = item.get("id"), ID_PREFIXES.get(or_empty(item.get("type"), str), "")
         good = isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix)
         return item if good else without(item, "id")
     return map_items(request, change)
@@ -2306,12 +2308,12 @@ def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
     session = context.session
     if session and len(session) > MAX_CACHE_KEY:
         session = stable_id(session)
-    return {**request, "prompt_cache_key": session or conversation_id(request, context.client)}
+    return {**request, "prompt_cache_key": session or conversation_hash(request, context.client)}
 
 
-def conversation_id(request: dict[str, Any], client: str) -> str:
+def conversation_hash(request: dict[str, Any], client: str) -> str:
     """Return an id of what stays in a conversation: who, model, instructions, first user message."""
-    items = objects(request.get("input"))
+    items = dicts_in(request.get("input"))
     first = next((item.get("content") for item in items if item.get("role") == "user"), None)
     if isinstance(first, str):
         first = [{"type": "input_text", "text": first}]  # the same text, however it is written
@@ -2370,7 +2372,7 @@ def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     form["parallel_tool_calls"] = False
     form["reasoning"] = {**reasoning, "context": "all_turns"}
     if context.websocket:
-        form["client_metadata"] = {**typed(request.get("client_metadata"), dict), LITE_METADATA: "true"}
+        form["client_metadata"] = {**or_empty(request.get("client_metadata"), dict), LITE_METADATA: "true"}
     return request if form == request else form
 
 
@@ -2381,14 +2383,14 @@ def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | N
         return (carriers[0], items[1:]) if carriers else (None, items)
     gathered: list[Any] = []
     for given in (*(carrier.get("tools") for carrier in carriers), tools):
-        for tool in typed(given, list):
-            if not any(same_tool(tool, known) for known in gathered):
+        for tool in or_empty(given, list):
+            if not any(is_same_tool(tool, known) for known in gathered):
                 gathered.append(tool)
     first = carriers[0] if carriers else {"type": "additional_tools", "role": "developer"}
     return {**first, "tools": gathered}, [item for item in items if not is_additional_tools(item)]
 
 
-def same_tool(tool: Any, other: Any) -> bool:
+def is_same_tool(tool: Any, other: Any) -> bool:
     """Tell whether two tools are one: equal, or of the same type and name."""
     if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
         return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
@@ -2398,12 +2400,12 @@ def same_tool(tool: Any, other: Any) -> bool:
 def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
     items = request.get("input", [])
-    metadata = typed(request.get("client_metadata"), dict)
+    metadata = or_empty(request.get("client_metadata"), dict)
     marked = LITE_METADATA in metadata
     if not (context.lite_header or marked or any(map(is_additional_tools, items))):
         return request
     form = dict(request)
-    carrier, items = gather_tools(items, typed(request.get("tools"), list))
+    carrier, items = gather_tools(items, or_empty(request.get("tools"), list))
     if carrier is not None and isinstance(carrier.get("tools"), list):
         form["tools"], form["input"] = carrier["tools"], items
     if marked:
@@ -2515,7 +2517,7 @@ THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other provider
 
 
 def _mistyped(param: str, wanted: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"{param} must be {wanted}, got {json_type(value)}", param)
+    return InvalidRequest(f"{param} must be {wanted}, got {json_type_name(value)}", param)
 
 
 class _Node:
@@ -2841,23 +2843,23 @@ CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custo
 INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
 
 
-def usage_chat(usage: Object | None) -> Object | None:
+def chat_usage(usage: Object | None) -> Object | None:
     """Translate a response's token counts; None where there are none."""
     if not isinstance(usage, dict) or not usage:
         return None
-    prompt, answer = typed(usage.get("input_tokens"), int), typed(usage.get("output_tokens"), int)
-    cached = typed(usage.get("input_tokens_details"), dict).get("cached_tokens")
-    reasoning = typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
+    prompt, answer = or_empty(usage.get("input_tokens"), int), or_empty(usage.get("output_tokens"), int)
+    cached = or_empty(usage.get("input_tokens_details"), dict).get("cached_tokens")
+    reasoning = or_empty(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
-        "total_tokens": typed(usage.get("total_tokens"), int) or prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": typed(cached, int)},
-        "completion_tokens_details": {"reasoning_tokens": typed(reasoning, int)},
+        "total_tokens": or_empty(usage.get("total_tokens"), int) or prompt + answer,
+        "prompt_tokens_details": {"cached_tokens": or_empty(cached, int)},
+        "completion_tokens_details": {"reasoning_tokens": or_empty(reasoning, int)},
     }
 
 
-class _Fold:
+class ChatDeltas:
     """Turn Responses events into chat deltas, each piece of text exactly once.
 
     `_sent` counts, for each text (its type, item and part), the characters that went out, so that an event
@@ -2878,27 +2880,27 @@ class _Fold:
         self._annotations: dict[tuple[int | str, int, int], Object] = {}
 
     def _deltas(self, event: Object) -> Iterator[Object]:
-        kind, item = typed(event.get("type"), str), typed(event.get("item"), dict)
+        kind, item = or_empty(event.get("type"), str), or_empty(event.get("item"), dict)
         stem, _, verb = kind.rpartition(".")
         key = _item_key(event, item)
-        index = typed(event.get("summary_index", event.get("content_index")), int)
+        index = or_empty(event.get("summary_index", event.get("content_index")), int)
         if stem in TEXT_EVENTS and verb == "delta":
-            yield from self._piece(TEXT_EVENTS[stem], key, index, typed(event.get("delta"), str))
+            yield from self._text_delta(TEXT_EVENTS[stem], key, index, or_empty(event.get("delta"), str))
         elif stem in TEXT_EVENTS and verb == "done":
-            yield from self._rest({**event, "type": TEXT_EVENTS[stem]}, key, index)
+            yield from self._missing_text({**event, "type": TEXT_EVENTS[stem]}, key, index)
         elif kind in PART_EVENTS:
-            yield from self._rest(event.get("part"), key, index)
+            yield from self._missing_text(event.get("part"), key, index)
         elif kind == "response.output_text.annotation.added":
-            number = typed(event.get("annotation_index"), int)
+            number = or_empty(event.get("annotation_index"), int)
             self._annotate(event.get("annotation"), (key, index, number))
         elif kind == "response.output_item.added":
             yield from self._open_call(item, key)
         elif kind == "response.output_item.done":
-            yield from self._whole_item(item, key)
+            yield from self._item_rest(item, key)
         else:
             yield from self._end(kind, event)
 
-    def _piece(self, kind: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
+    def _text_delta(self, kind: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
         if not piece or (kind in CALLS and key not in self._calls):
             return  # a call without its head waits for the whole item
         slot = (kind, key, index)
@@ -2917,28 +2919,28 @@ class _Fold:
             self._content_length += len(lead) + len(piece)
         yield {field: lead + piece}
 
-    def _rest(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
+    def _missing_text(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
         """Yield what is still missing of a whole text; take the citations in it."""
-        part = typed(part, dict)
-        kind = typed(part.get("type"), str)
+        part = or_empty(part, dict)
+        kind = or_empty(part.get("type"), str)
         _, field = PARTS.get(kind) or CALLS.get(kind) or ("", "")
-        text = typed(part.get(field), str)
+        text = or_empty(part.get(field), str)
         if text:
-            yield from self._piece(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
-        for number, annotation in enumerate(typed(part.get("annotations"), list)):
+            yield from self._text_delta(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
+        for number, annotation in enumerate(or_empty(part.get("annotations"), list)):
             self._annotate(annotation, (key, index, number))
 
-    def _whole_item(self, item: Object, key: int | str) -> Iterator[Object]:
+    def _item_rest(self, item: Object, key: int | str) -> Iterator[Object]:
         if item.get("type") in ("message", "reasoning"):
             for parts in ("summary", "content"):
-                for index, part in enumerate(typed(item.get(parts), list)):
-                    yield from self._rest(part, key, index)
+                for index, part in enumerate(or_empty(item.get(parts), list)):
+                    yield from self._missing_text(part, key, index)
         else:
             yield from self._open_call(item, key)
-            yield from self._rest(item, key, 0)
+            yield from self._missing_text(item, key, 0)
 
     def _open_call(self, item: Object, key: int | str) -> Iterator[Object]:
-        form, field = CALLS.get(typed(item.get("type"), str), ("", ""))
+        form, field = CALLS.get(or_empty(item.get("type"), str), ("", ""))
         call_id, name = item.get("call_id"), item.get("name")
         if form and key not in self._calls and isinstance(call_id, str) and isinstance(name, str):
             self._calls[key] = len(self._calls)
@@ -2954,13 +2956,13 @@ class _Fold:
 
     def _annotate(self, annotation: Any, place: tuple[int | str, int, int]) -> None:
         """Keep a citation for the end: the OpenAI SDK cannot add a second list of them to the first."""
-        annotation = typed(annotation, dict)
+        annotation = or_empty(annotation, dict)
         if annotation.get("type") != "url_citation":
             return  # the chat form has no other
         numbers = ("start_index", "end_index")
         start = self._starts.get(place[:2], 0)
-        citation: Object = {field: start + typed(annotation.get(field), int) for field in numbers}
-        citation.update({field: typed(annotation.get(field), str) for field in ("title", "url")})
+        citation: Object = {field: start + or_empty(annotation.get(field), int) for field in numbers}
+        citation.update({field: or_empty(annotation.get(field), str) for field in ("title", "url")})
         self._annotations[place] = {"type": "url_citation", "url_citation": citation}
 
     def _end(self, kind: str, event: Object) -> Iterator[Object]:
@@ -2969,18 +2971,18 @@ class _Fold:
             self.done = self.failed = True
         if kind not in ("response.completed", "response.incomplete"):
             return
-        response = typed(event.get("response"), dict)
+        response = or_empty(event.get("response"), dict)
         if not self._sent and not self._calls:  # the terminal event is all there is
-            for index, item in enumerate(typed(response.get("output"), list)):
-                yield from self._whole_item(typed(item, dict), index)
+            for index, item in enumerate(or_empty(response.get("output"), list)):
+                yield from self._item_rest(or_empty(item, dict), index)
         if self._annotations:
             yield {"annotations": list(self._annotations.values())}
         if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
             yield {"content": ""}  # null would mean that there are calls
-        self.done, self.usage = True, usage_chat(response.get("usage"))
+        self.done, self.usage = True, chat_usage(response.get("usage"))
         if kind == "response.incomplete":
-            reason = typed(response.get("incomplete_details"), dict).get("reason")
-            self._finish_reason = INCOMPLETE_REASONS.get(typed(reason, str), "length")
+            reason = or_empty(response.get("incomplete_details"), dict).get("reason")
+            self._finish_reason = INCOMPLETE_REASONS.get(or_empty(reason, str), "length")
         elif self._calls:
             self._finish_reason = "function_call" if self._legacy_functions else "tool_calls"
 
@@ -2993,7 +2995,7 @@ def _item_key(event: Object, item: Object) -> int | str:
     return ""
 
 
-class ChatStream(_Fold):
+class ChatStream(ChatDeltas):
     """Turn Responses events into Chat Completions chunks.
 
     `done` is set by the terminal event or an `error`; `failed`, where that tells of a failure. No chunk comes
@@ -3228,7 +3230,7 @@ NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # set by the bridge
 PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # of clients that are not Codex, too
 PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # and x-*, openai-*
 NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy would obey the first two
-SESSION_FIELDS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
+SESSION_HEADERS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
 
 
 def codex_version(headers: Mapping[str, str]) -> str:
@@ -3245,7 +3247,7 @@ def is_codex(headers: Mapping[str, str]) -> bool:
 
 def client_session(headers: Mapping[str, str]) -> str:
     """Return the client's own session id, under any of its names; "" when there is none."""
-    return next((headers[name] for name in SESSION_FIELDS if headers.get(name)), "")
+    return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
 
 
 class Identity(NamedTuple):
@@ -3259,7 +3261,7 @@ class Identity(NamedTuple):
         return {"version": self.version, "originator": self.originator, "user-agent": USER_AGENT}
 
 
-def upstream_fields(headers: Mapping[str, str], identity: Identity, session: str) -> dict[str, str]:
+def upstream_headers(headers: Mapping[str, str], identity: Identity, session: str) -> dict[str, str]:
     """Choose, from a client's fields, those that go upstream, and add what Codex adds for ChatGPT.
 
     An allow-list: what is not named here stays here, the client's credentials and addresses above all.
@@ -3274,7 +3276,7 @@ def upstream_fields(headers: Mapping[str, str], identity: Identity, session: str
     passed = {name: value for name, value in passed.items() if value}
     if headers.get("thread_id"):
         passed.setdefault("thread-id", headers["thread_id"])
-    passed.setdefault("session-id", session if WORD.fullmatch(session) else stable_id(session))
+    passed.setdefault("session-id", session if HEADER_WORD.fullmatch(session) else stable_id(session))
     fields = {"version": codex_version(headers) or identity.version, **passed}
     fields.setdefault("originator", identity.originator)
     if not codex or not fields.get("user-agent"):
@@ -3288,7 +3290,7 @@ def routing_hint(request: Mapping[str, Any]) -> str:
     return f"model={request.get('model')}" + (f";tier={tier}" if isinstance(tier, str) else "")
 
 
-def downstream_fields(headers: Mapping[str, str]) -> dict[str, str]:
+def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Choose, from upstream's fields, those that the client gets."""
     return {name: value for name, value in headers.items() if not name.startswith(NOT_PASSED_DOWN)
             and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
@@ -3299,7 +3301,7 @@ def downstream_fields(headers: Mapping[str, str]) -> dict[str, str]:
 # only: str.splitlines would split a text at U+2028.
 
 BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
-NOTABLE = re.compile(rb"response\.(?:output_item\.done|completed|failed|incomplete)")  # what matters here
+NOTABLE_EVENT = re.compile(rb"response\.(?:output_item\.done|completed|failed|incomplete)")  # looked into
 TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
 
 
@@ -3309,15 +3311,15 @@ class Events:
     def __init__(self) -> None:
         self._parts: list[bytes] = []  # of the event that is not whole yet
         self._size = 0  # of those parts, in bytes
-        self._carriage = False  # a CR was seen: lines may end in other ways than LF
+        self._has_cr = False  # a CR was seen: lines may end in other ways than LF
 
     def feed(self, payload: bytes) -> bytes:
         """Return the bytes of all events that are whole now, as they came.
 
         Raises BadUpstream for an event above MAX_EVENT.
         """
-        if self._carriage or b"\r" in payload:
-            return self._feed_any(payload)
+        if self._has_cr or b"\r" in payload:
+            return self._feed_with_cr(payload)
         cut = payload.rfind(b"\n\n") + 2
         if cut == 1:  # none in it; but a blank line may have been cut in two
             cut = int(bool(self._parts) and self._parts[-1][-1:] == b"\n" == payload[:1])
@@ -3326,9 +3328,9 @@ class Events:
             return b""
         return self._take(payload, cut)
 
-    def _feed_any(self, payload: bytes) -> bytes:
+    def _feed_with_cr(self, payload: bytes) -> bytes:
         """Feed a stream whose lines end in CRLF or CR as well: rare, so simple rather than fast."""
-        self._carriage = True
+        self._has_cr = True
         joined = self._drain() + payload
         cut = 0
         for match in BLANK_LINE.finditer(joined):
@@ -3374,27 +3376,27 @@ def event_json(event: bytes) -> dict[str, Any] | None:
     """Return the JSON object that an event carries; None when it carries none."""
     lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
     parts = [line[5:] for line in lines if line.startswith(b"data:")]
-    parsed = read_json(b"\n".join(parts)) if parts else None
+    parsed = json_or_none(b"\n".join(parts)) if parts else None
     return parsed if isinstance(parsed, dict) else None
 
 
 def event_type(parsed: Mapping[str, Any] | None) -> str:
     """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
-    return typed(parsed.get("type"), str) if parsed else ""
+    return or_empty(parsed.get("type"), str) if parsed else ""
 
 
 def render_event(parsed: Mapping[str, Any]) -> bytes:
     """Write an event as upstream writes them; a type that is no word does not get a line of its own."""
     kind = event_type(parsed)
     name = f"event: {kind}\n".encode() if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII) else b""
-    return b"%bdata: %b\n\n" % (name, dump_json(parsed))
+    return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
 
 
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
 KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients have timers on bytes; SDKs trip over an unknown event
 
 
-class Fold:
+class ResponseAssembler:
     """Collect what a response's events carry, for the one object that they amount to.
 
     Upstream's terminal event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5).
@@ -3444,7 +3446,7 @@ class Fold:
     def failure(self) -> BridgeError:
         """Return why there is no response: upstream's own error (429, 503, 400, 502), or that it was cut."""
         if self.final is not None:
-            return failure(typed(self.final.get("response"), dict).get("error"))
+            return failure(or_empty(self.final.get("response"), dict).get("error"))
         if self.error is not None:
             return failure(self.error)
         return BadUpstream("upstream ended the answer without its terminal event")
@@ -3454,15 +3456,15 @@ class Fold:
         if self.final is None or event_type(self.final) == "response.failed":
             raise self.failure()
         self.fill()
-        return typed(self.final.get("response"), dict)
+        return or_empty(self.final.get("response"), dict)
 
 
-def usage_counts(response: Any) -> dict[str, int]:
+def token_counts(response: Any) -> dict[str, int]:
     """Return a response's token counts: input, cached, output, reasoning."""
-    usage = typed(typed(response, dict).get("usage"), dict)
+    usage = or_empty(or_empty(response, dict).get("usage"), dict)
     found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens"),
-             "cached": typed(usage.get("input_tokens_details"), dict).get("cached_tokens"),
-             "reasoning": typed(usage.get("output_tokens_details"), dict).get("reasoning_tokens")}
+             "cached": or_empty(usage.get("input_tokens_details"), dict).get("cached_tokens"),
+             "reasoning": or_empty(usage.get("output_tokens_details"), dict).get("reasoning_tokens")}
     return {name: count for name, count in found.items() if type(count) is int}
 
 
@@ -3769,7 +3771,7 @@ def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
     return found
 
 
-def cors_fields(headers: Mapping[str, str], policy: Policy, preflight: bool) -> dict[str, str]:
+def cors_headers(headers: Mapping[str, str], policy: Policy, preflight: bool) -> dict[str, str]:
     """Return the CORS answer to an allowed origin; nothing for any other."""
     origin = headers.get("origin")
     if origin is None or origin not in policy.origins:
@@ -3803,7 +3805,7 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 # == 19 catalog ===============================================================
 # The live model list and the aliases. Nothing is bundled: without a list, requests pass without its rules.
 
-class Listing(NamedTuple):
+class ModelList(NamedTuple):
     """One model list, as upstream gave it."""
 
     whole: dict[str, Any]
@@ -3812,27 +3814,27 @@ class Listing(NamedTuple):
     created: int  # Unix time at which this bridge first had a list
 
 
-def read_listing(answer: Answer, created: int) -> Listing:
+def parse_model_list(answer: BufferedReply, created: int) -> ModelList:
     """Read upstream's `{"models": [...]}`. Raises BadUpstream when it is something else."""
-    whole = answer.good()
+    whole = answer.json_or_raise()
     models = whole.get("models")
     if not isinstance(models, list):
         raise BadUpstream("upstream's model list is not a model list")
-    entries = {entry["slug"]: entry for entry in objects(models)
-               if WORD.fullmatch(typed(entry.get("slug"), str))}
-    return Listing(whole, entries, answer.headers.get("etag", ""), created)
+    entries = {entry["slug"]: entry for entry in dicts_in(models)
+               if HEADER_WORD.fullmatch(or_empty(entry.get("slug"), str))}
+    return ModelList(whole, entries, answer.headers.get("etag", ""), created)
 
 
-def rank(entry: Mapping[str, Any]) -> float:
+def model_priority(entry: Mapping[str, Any]) -> float:
     """Return an entry's `priority`; the lowest is the catalogue's first."""
-    priority = number(entry.get("priority"))
+    priority = finite_number(entry.get("priority"))
     return 1e9 if priority is None else priority
 
 
-def visible(listing: Listing) -> list[dict[str, Any]]:
+def visible_models(listing: ModelList) -> list[dict[str, Any]]:
     """Return the entries that are meant to be shown, best first."""
     shown = [entry for entry in listing.entries.values() if entry.get("visibility", "list") == "list"]
-    return sorted(shown, key=rank)
+    return sorted(shown, key=model_priority)
 
 
 def read_model(entry: Mapping[str, Any]) -> Model:
@@ -3840,16 +3842,16 @@ def read_model(entry: Mapping[str, Any]) -> Model:
     tiers = entry.get("service_tiers")
     return Model(
         str(entry.get("slug")), entry.get("use_responses_lite") is True,
-        tuple(str(level.get("effort")) for level in objects(entry.get("supported_reasoning_levels"))),
-        tuple(str(tier.get("id")) for tier in objects(tiers)) if isinstance(tiers, list) else None,
+        tuple(str(level.get("effort")) for level in dicts_in(entry.get("supported_reasoning_levels"))),
+        tuple(str(tier.get("id")) for tier in dicts_in(tiers)) if isinstance(tiers, list) else None,
     )
 
 
-def alias_target(listing: Listing, target: str) -> str:
+def alias_target(listing: ModelList, target: str) -> str:
     """Return what an alias's target means: that slug, else the best that begins with it, else the best."""
     if target in listing.entries:
         return target
-    shown = visible(listing)
+    shown = visible_models(listing)
     best = next((entry for entry in shown if entry["slug"].startswith(target)), shown[0] if shown else None)
     return best["slug"] if best else target
 
@@ -3862,19 +3864,20 @@ class Catalog:
 
     VERSIONS = 8  # lists kept: Codex clients of so many versions
 
-    def __init__(self, fetch: Callable[[str, str], Answer], aliases: Mapping[str, str], version: str) -> None:
+    def __init__(self, fetch: Callable[[str, str], BufferedReply], aliases: Mapping[str, str],
+                 version: str) -> None:
         self._fetch = fetch  # (client version, etag) -> Answer
         self._aliases = dict(aliases)
         self.version = version
         self._changed = threading.Condition()
-        self._listings: dict[str, Listing] = {}
+        self._listings: dict[str, ModelList] = {}
         self._asked: dict[str, float] = {}  # version -> monotonic time of the last fetch that ended
         self._problem: dict[str, BridgeError] = {}  # version -> why the last fetch failed
         self._fetching: set[str] = set()
         self._noted = ""  # the last ETag of a response for which the list was fetched anew
         self.refused: dict[str, str] = {}  # alias -> why it is not used
 
-    def listing(self, version: str = "", wait: float = 0) -> Listing | None:
+    def listing(self, version: str = "", wait: float = 0) -> ModelList | None:
         """Return a version's list; ask for it in the background when it is old.
 
         Without one, wait `wait` seconds for the first fetch, but not once that has failed.
@@ -3888,11 +3891,11 @@ class Catalog:
                 self._changed.wait_for(lambda: version in self._listings or version in self._problem, wait)
             return self._listings.get(version)
 
-    def known(self, version: str) -> Listing | None:
+    def known(self, version: str) -> ModelList | None:
         """Return a version's list if it is at hand, kept fresh by `listing`."""
         return self.listing(version) if version in self._listings else None
 
-    def wanted(self, version: str = "") -> Listing:
+    def wanted(self, version: str = "") -> ModelList:
         """Return a version's list, waited for. Raises what it is that there is none."""
         listing = self.listing(version, CATALOG_WAIT)
         if listing is None:
@@ -3914,7 +3917,7 @@ class Catalog:
             with self._changed:
                 self._changed.wait_for(lambda: self.version not in self._fetching, CATALOG_WAIT)
 
-    def note_etag(self, etag: str) -> None:
+    def observe_etag(self, etag: str) -> None:
         """Fetch anew when a response names another list than ours (`x-models-etag`)."""
         held = self._listings.get(self.version)
         if etag and held and held.etag and etag not in (held.etag, self._noted):
@@ -3930,12 +3933,12 @@ class Catalog:
 
     def _run(self, version: str) -> None:
         held = self._listings.get(version)
-        listing: Listing | None = held
+        listing: ModelList | None = held
         problem: BridgeError | None = BadUpstream("the model list could not be asked for")
         try:
             answer = self._fetch(version, held.etag if held else "")
             if answer.status != 304 or held is None:
-                listing = read_listing(answer, held.created if held else int(time.time()))
+                listing = parse_model_list(answer, held.created if held else int(time.time()))
             problem = None
         except BridgeError as exc:
             log.info("the model list cannot be had: %s", exc.message)
@@ -3943,7 +3946,7 @@ class Catalog:
         finally:
             self._settle(version, listing, problem)
 
-    def _settle(self, version: str, listing: Listing | None, problem: BridgeError | None) -> None:
+    def _settle(self, version: str, listing: ModelList | None, problem: BridgeError | None) -> None:
         """Keep what a fetch brought, and forget the versions that were asked for longest ago."""
         with self._changed:
             self._fetching.discard(version)
@@ -3961,7 +3964,7 @@ class Catalog:
             self._refuse_shadows(listing)
             self._changed.notify_all()
 
-    def _refuse_shadows(self, listing: Listing | None) -> None:
+    def _refuse_shadows(self, listing: ModelList | None) -> None:
         """Do without an alias that has a real model's name: that model could not be reached any more."""
         shadows = [name for name in self._aliases if listing and name in listing.entries]
         for alias in shadows:
@@ -3974,7 +3977,7 @@ class Catalog:
         """Tell whether a model's name is an alias."""
         return isinstance(name, str) and name in self._aliases
 
-    def resolve(self, name: str, listing: Listing | None) -> tuple[str, Model | None]:
+    def resolve(self, name: str, listing: ModelList | None) -> tuple[str, Model | None]:
         """Return the slug that a model's name means, and what the catalogue knows of it.
 
         Without a list, an alias means its target literally; an unknown model is passed on as it is.
@@ -3987,17 +3990,17 @@ class Catalog:
         entry = listing.entries.get(slug)
         return slug, read_model(entry) if entry else None
 
-    def aliases(self, listing: Listing | None) -> dict[str, str]:
+    def aliases(self, listing: ModelList | None) -> dict[str, str]:
         """Return each alias and the slug that it means now."""
         return {name: self.resolve(name, listing)[0] for name in self._aliases}
 
-    def openai_list(self, listing: Listing) -> list[dict[str, Any]]:
+    def openai_list(self, listing: ModelList) -> list[dict[str, Any]]:
         """Return the OpenAI shape: the visible models and the aliases."""
-        names = [entry["slug"] for entry in visible(listing)] + list(self._aliases)
+        names = [entry["slug"] for entry in visible_models(listing)] + list(self._aliases)
         shared = {"object": "model", "created": listing.created, "owned_by": "openai"}
         return [{"id": name, **shared} for name in names]
 
-    def codex_list(self, listing: Listing) -> dict[str, Any]:
+    def codex_list(self, listing: ModelList) -> dict[str, Any]:
         """Return the Codex shape: upstream's own, plus its target's entry under each alias's name."""
         extra = [{**listing.entries[slug], "slug": name, "display_name": name}
                  for name, slug in self.aliases(listing).items() if slug in listing.entries]
@@ -4178,7 +4181,7 @@ class Telemetry:
         self._label_values: dict[str, set[str]] = {}
         self._durations: dict[tuple[str, str], list[float]] = {}  # by name and path: counts, then the sum
         self._limits: dict[str, Any] = {}
-        self._told: list[str] = []  # by the last reply, of the limits
+        self._last_headers: list[str] = []  # by the last reply, of the limits
 
     def begin(self, record: Record) -> None:
         """Show a request as running."""
@@ -4211,9 +4214,9 @@ class Telemetry:
     def rate_limits(self, headers: Mapping[str, str], now: float) -> None:
         """Take over the plan's limits where a reply tells them."""
         told = [headers[name] for name in headers if name.startswith("x-codex-")]
-        if told == self._told:
+        if told == self._last_headers:
             return  # nothing new, as in most replies
-        self._told = told
+        self._last_headers = told
         limits = parse_rate_limits(headers)
         if limits:
             with self._lock:
@@ -4470,7 +4473,7 @@ class Store:
                 self._entries.move_to_end((owner, kind, name))
             return self._entries.get((owner, kind, name), (0, None))
 
-    def keep_response(self, owner: str, response: Mapping[str, Any], asked: Asked) -> None:
+    def keep_response(self, owner: str, response: Mapping[str, Any], asked: StoredInput) -> None:
         """Keep a response and its turn, for previous_response_id and item_reference.
 
         Call before the client can know of the response's end.
@@ -4490,11 +4493,11 @@ class Store:
     def keep_reasoning(self, owner: str, output: Any) -> None:
         """Keep the reasoning items of an answer under the calls and texts that they belong to."""
         pending: list[Any] = []
-        for item in objects(output):
+        for item in dicts_in(output):
             if item.get("type") == "reasoning":
                 pending.append(item)
-            elif pending and anchor(item):
-                self.put(owner, "reasoning", anchor(item), pending, len(json.dumps(pending)))
+            elif pending and echo_key(item):
+                self.put(owner, "reasoning", echo_key(item), pending, len(json.dumps(pending)))
                 pending = []
 
     def resolve(self, owner: str, request: dict[str, Any], limit: int) -> dict[str, Any]:
@@ -4517,7 +4520,7 @@ class Store:
             if known is None:
                 return item
             if item["id"] in placed:
-                return REMOVED
+                return DROPPED_ITEM
             placed[item["id"]] = size
             return known
 
@@ -4547,7 +4550,7 @@ class Store:
         whole: list[Any] = []
         seen: set[str] = set()
         for item in items:
-            for kept in self.get(owner, "reasoning", anchor(item)) or []:
+            for kept in self.get(owner, "reasoning", echo_key(item)) or []:
                 if str(kept.get("id")) not in seen:
                     seen.add(str(kept.get("id")))
                     whole.append(kept)
@@ -4555,7 +4558,7 @@ class Store:
         return whole
 
 
-class Asked(NamedTuple):
+class StoredInput(NamedTuple):
     """What the store keeps of a request."""
 
     previous: str  # the response that it continues; "" for none
@@ -4563,21 +4566,21 @@ class Asked(NamedTuple):
     size: int  # of the request, in bytes
 
 
-def what_is_asked(request: dict[str, Any], context: Context, size: int) -> Asked | None:
+def stored_input(request: dict[str, Any], context: Context, size: int) -> StoredInput | None:
     """Return what the store keeps of a request; None where the client does not count on a store."""
     if context.codex or request.get("store") is False:
         return None
     items = input_to_list(request, context).get("input", [])
-    return Asked(request.get("previous_response_id") or "", items, size)
+    return StoredInput(request.get("previous_response_id") or "", items, size)
 
 
-def anchor(item: Any) -> str:
+def echo_key(item: Any) -> str:
     """Return by what a chat client's echo of an item is known: its call id, or its text; else ""."""
     if not isinstance(item, dict):
         return ""
     if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
         return f"call {item['call_id']}"
-    parts = objects(item.get("content")) if item.get("role") == "assistant" else []
+    parts = dicts_in(item.get("content")) if item.get("role") == "assistant" else []
     text = "".join(str(part["text"]) for part in parts if part.get("text"))
     return f"text {stable_id(text)}" if text else ""
 
@@ -4650,7 +4653,7 @@ class KeyRing:
             log.warning("others on this host can read %s: chmod 600 it", self._path)
 
 
-class Limits:
+class KeyQueue:
     """How many requests of a key run at once; more wait their turn, first come, first served.
 
     `_lock` guards the counts and the queues.
@@ -4666,7 +4669,7 @@ class Limits:
         self._queues: dict[str, deque[threading.Event]] = {}
 
     @contextlib.contextmanager
-    def turn(self, name: str, client: Peer, wait: bool = True) -> Iterator[None]:
+    def turn(self, name: str, client: Connection, wait: bool = True) -> Iterator[None]:
         """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
         if name not in self._limits:
             yield
@@ -4677,7 +4680,7 @@ class Limits:
         finally:
             self._leave(name)
 
-    def _enter(self, name: str, client: Peer, longest: int) -> None:
+    def _enter(self, name: str, client: Connection, longest: int) -> None:
         with self._lock:
             queue = self._queues.setdefault(name, deque())
             if self._running.get(name, 0) < self._limits[name]:
@@ -4690,7 +4693,7 @@ class Limits:
         until = time.monotonic() + self.WAIT
         try:
             while not ticket.wait(0.2):
-                client.check()
+                client.raise_if_closed()
                 if time.monotonic() > until:
                     running = self._limits[name]
                     raise TooManyRequests(f"key {name!r} has {running} requests running", retry_after=10)
@@ -4727,9 +4730,9 @@ def plain_path(path: str) -> str:
 class Exchange:
     """One request of a client, and the answer to it."""
 
-    def __init__(self, peer: Peer, head: RequestHead, record: Record,
+    def __init__(self, connection: Connection, head: RequestHead, record: Record,
                  idle: Callable[[bool], None], finish: Callable[[Record], None]) -> None:
-        self.peer = peer
+        self.connection = connection
         self.head = head
         self.record = record
         self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
@@ -4737,7 +4740,7 @@ class Exchange:
         path, _, self.query = head.target.partition("?")
         self.path = plain_path(path)
         self.codex = is_codex(head.headers)
-        self.keep = keeps_alive(head.minor, head.headers)
+        self.keep = keeps_connection(head.minor, head.headers)
         self.started = False  # the answer's first byte is out
         self.extra: dict[str, str] = {}  # fields for whatever answer comes
         self.eager = False  # a prepared head is to go out without waiting for a piece
@@ -4776,7 +4779,7 @@ class Exchange:
             pieces.append(piece)
             until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
         self._unread = False
-        self.peer.ahead = body.rest
+        self.connection.buffer = body.rest
         whole, coding = b"".join(pieces), self.head.headers.get("content-encoding")
         if coding:
             with budget.expanding:
@@ -4798,14 +4801,14 @@ class Exchange:
         """Read what comes next of the body. Raises ClientLeft and SlowRequest."""
         while True:
             try:
-                raw = self.peer.read()
+                raw = self.connection.read()
             except OSError as exc:
                 raise ClientLeft("reset within its request") from exc
             if raw:
                 return raw
             if raw is not None:
                 raise ClientLeft("closed within its request")
-            if not self.peer.wait(until - time.monotonic()):
+            if not self.connection.wait(until - time.monotonic()):
                 raise SlowRequest("the request's body came too slowly")
 
     def end_of_request(self) -> None:
@@ -4815,7 +4818,7 @@ class Exchange:
 
     # -- the answer
 
-    def answer(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
+    def send_response(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
         """Send a whole answer."""
         self.end_of_request()
         bare = self._bare or status in (204, 304)
@@ -4823,16 +4826,17 @@ class Exchange:
         self.send(self._head(status, {**fields, **length}) + (b"" if bare else body))
         self.record.bytes += 0 if bare else len(body)
 
-    def answer_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
+    def send_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
         """Send a whole answer in JSON."""
-        self.answer(status, {**(fields or {}), "content-type": "application/json"}, dump_json(value) + b"\n")
+        headers = {**(fields or {}), "content-type": "application/json"}
+        self.send_response(status, headers, json_bytes(value) + b"\n")
 
-    def answer_error(self, error: BridgeError) -> None:
+    def send_error(self, error: BridgeError) -> None:
         """Send an error in the OpenAI shape."""
         if isinstance(error, MalformedHttp):
             self.keep = False
         self.record.error_by, self.record.error_code = error.by, error.code
-        self.answer_json(error.status, error.body(), {"x-qoo-bridge-error": error.by, **error.headers})
+        self.send_json(error.status, error.body(), {"x-qoo-bridge-error": error.by, **error.headers})
 
     def prepare(self, status: int, fields: Mapping[str, str], at_once: bool = False) -> None:
         """Have a stream's head ready, to be sent with its first piece: until then the status can change.
@@ -4905,17 +4909,17 @@ class Exchange:
     def send(self, payload: bytes) -> None:
         """Send bytes to the client. Raises ClientLeft."""
         try:
-            self.peer.send(payload, WRITE_TIMEOUT)
+            self.connection.send(payload, WRITE_TIMEOUT)
         except OSError as exc:
             raise ClientLeft("stopped reading" if isinstance(exc, TimeoutError) else "left") from exc
 
 
-class EventCopy:
+class ResponsesOutput:
     """Copy Responses events as they are, but for the terminal event's empty `output`, which is filled."""
 
     def __init__(self, codex: bool,
                  on_final: Callable[[dict[str, Any]], None] = lambda response: None) -> None:
-        self.fold = Fold()
+        self.fold = ResponseAssembler()
         self._on_final = on_final  # called with the whole response, before the client can know of its end
         self.count = 0  # of events
         self.done = False  # the terminal event was seen: nothing may follow it
@@ -4925,7 +4929,7 @@ class EventCopy:
     def feed(self, payload: bytes) -> bytes:
         """Return what the client gets of upstream's next bytes: whole events only."""
         whole = self._events.feed(payload)
-        if NOTABLE.search(whole):
+        if NOTABLE_EVENT.search(whole):
             return self._look(whole)
         self.count += whole.count(b"\ndata:") + whole.startswith(b"data:")
         return whole
@@ -4935,7 +4939,7 @@ class EventCopy:
         pieces = []
         for piece in split_events(whole):
             self.count += 1
-            pieces.append(self._see(piece) if NOTABLE.search(piece) else piece)
+            pieces.append(self._see(piece) if NOTABLE_EVENT.search(piece) else piece)
             if self.done:
                 break
         return b"".join(pieces)
@@ -4965,7 +4969,7 @@ class EventCopy:
         return b""
 
 
-class ChatCopy(EventCopy):
+class ChatOutput(ResponsesOutput):
     """Turn Responses events into Chat Completions chunks (or legacy completion chunks)."""
 
     def __init__(self, stream: ChatStream, on_final: Callable[[dict[str, Any]], None]) -> None:
@@ -4984,7 +4988,7 @@ class ChatCopy(EventCopy):
             if parsed is None or self.done:
                 continue
             self.fold.add(parsed)
-            pieces += [b"data: %b\n\n" % dump_json(chunk) for chunk in self.stream.feed(parsed)]
+            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self.stream.feed(parsed)]
             if self.stream.failed:
                 raise self.fold.failure()
             if self.stream.done:
@@ -4996,17 +5000,17 @@ class ChatCopy(EventCopy):
 
     def cut(self, error: BridgeError) -> bytes:
         """Return the error object that SDKs raise from within a stream."""
-        return b"data: %b\n\n" % dump_json(error.body())
+        return b"data: %b\n\n" % json_bytes(error.body())
 
 
-class FoldCopy(EventCopy):
+class JsonOutput(ResponsesOutput):
     """Collect the events for one JSON answer; the client gets nothing until then."""
 
     def feed(self, payload: bytes) -> bytes:
         """Collect upstream's next bytes."""
         for piece in split_events(self._events.feed(payload)):
             self.count += 1
-            if not self.done and (b'"error"' in piece or NOTABLE.search(piece)):
+            if not self.done and (b'"error"' in piece or NOTABLE_EVENT.search(piece)):
                 parsed = event_json(piece) or {}
                 self.fold.add(parsed)
                 if event_type(parsed) in TERMINAL_EVENTS:
@@ -5015,34 +5019,35 @@ class FoldCopy(EventCopy):
         return b""
 
 
-def relay(reply: Reply, exchange: Exchange, copy: EventCopy, keepalive: float, idle_timeout: float) -> None:
+def relay(reply: Reply, exchange: Exchange, copy: ResponsesOutput, keepalive: float,
+          idle_timeout: float) -> None:
     """Copy a reply to the client until its terminal event.
 
     Raises ClientLeft, BadUpstream when upstream ends without the terminal event, UpstreamTimeout when it is
     silent for `idle_timeout`. Upstream's connection is closed then.
     """
-    heard = spoken = time.monotonic()
-    patience = HEAD_WAITS if exchange.eager else min(keepalive, idle_timeout)
+    last_read = last_write = time.monotonic()
+    timeout = HEAD_WAITS if exchange.eager else min(keepalive, idle_timeout)
     try:
         while not copy.done:
-            payload = reply.read(patience, exchange.peer)
-            now, patience = time.monotonic(), min(keepalive, idle_timeout)
+            payload = reply.read(timeout, exchange.connection)
+            now, timeout = time.monotonic(), min(keepalive, idle_timeout)
             if payload:
-                heard = now
+                last_read = now
                 ready = copy.feed(payload)
                 exchange.record.events = copy.count  # for who looks on
                 if ready:
                     exchange.write(ready, last=copy.done)
-                    spoken = now
+                    last_write = now
             elif payload is not None:
                 raise copy.fold.failure()
-            elif now - heard >= idle_timeout:
+            elif now - last_read >= idle_timeout:
                 raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
             else:
                 exchange.begin()
-            if now - spoken >= keepalive:  # silence, or an event that comes in drops
+            if now - last_write >= keepalive:  # silence, or an event that comes in drops
                 exchange.write_silence(copy.silence)
-                spoken = now
+                last_write = now
     except BaseException as exc:
         reply.close()
         if isinstance(exc, BridgeError) and exchange.started:
@@ -5058,10 +5063,10 @@ class Turn(NamedTuple):
 
     reply: Reply
     streamed: bool  # the client wants a stream
-    asked: Asked | None  # for the store, where the client counts on one
+    asked: StoredInput | None  # for the store, where the client counts on one
 
 
-STREAM_FIELDS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
 
 def is_stream(reply: Reply) -> bool:
@@ -5074,20 +5079,21 @@ def is_stream(reply: Reply) -> bool:
 # == 26 websockets ============================================================
 # WebSocket to WebSocket: frames both ways.
 
-class Pending:
+class InFlight:
     """One response.create that is being answered."""
 
-    def __init__(self, record: Record, frame: dict[str, Any], context: Context, asked: Asked | None) -> None:
+    def __init__(self, record: Record, frame: dict[str, Any], context: Context,
+                 asked: StoredInput | None) -> None:
         self.record = record
         self.frame: dict[str, Any] | None = frame  # the client's, for a repair; None once it is answered
         self.context = context
         self.asked = asked  # for the store, where the client counts on one
-        self.fold = Fold()
+        self.fold = ResponseAssembler()
         self.place = contextlib.ExitStack()  # the key's place among its running requests
         self.given: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
 
 
-class Socket:
+class WebSocketRelay:
     """One WebSocket: the client on one side, the backend on the other; the connection's thread uses it."""
 
     CHAINS = 64  # responses whose chain is known, the newest
@@ -5096,9 +5102,9 @@ class Socket:
     def __init__(self, bridge: Bridge, exchange: Exchange, reply: Reply) -> None:
         self._bridge = bridge
         self._exchange = exchange
-        self._client, self._upstream = exchange.peer, reply.peer
+        self._client, self._upstream = exchange.connection, reply.connection
         self._finish = exchange.finish
-        self._pending: deque[Pending] = deque()  # oldest first: answers come in the order of the requests
+        self._pending: deque[InFlight] = deque()  # oldest first: answers come in the order of the requests
         # response id -> what its chain was given of tools and instructions
         self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
         self._from_client = FrameReader(masked=True, max_message=bridge.config.max_body)
@@ -5108,18 +5114,18 @@ class Socket:
 
     def run(self) -> None:
         """Pass frames on, both ways, until either side goes; then the other is closed."""
-        heard = pinged = time.monotonic()
+        last_read = pinged = time.monotonic()
         try:
             self._exchange.idle(True)
             while self._open:
                 ours, theirs = self._wait(self._bridge.config.keepalive)
                 now = time.monotonic()
                 if theirs:
-                    heard = now
+                    last_read = now
                     self._take(self._upstream, self._from_upstream, self._upstream_message)
-                elif now - heard > self._bridge.config.idle_timeout:
+                elif now - last_read > self._bridge.config.idle_timeout:
                     self._end(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
-                elif now - max(heard, pinged) >= self._bridge.config.keepalive:
+                elif now - max(last_read, pinged) >= self._bridge.config.keepalive:
                     pinged = now  # whatever the client does: its own frames tell nothing of upstream
                     self._exchange.send(encode_frame(OP_PING, b""))
                     self._to_upstream(OP_PING, b"")
@@ -5129,7 +5135,7 @@ class Socket:
             self._left = "client-left"
             self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
         except OSError as exc:
-            self._end_cut(describe(exc))
+            self._end_cut(describe_error(exc))
         finally:
             while self._pending:
                 self._settle(self._left)
@@ -5144,11 +5150,11 @@ class Socket:
         theirs, ours = self._upstream.poll(seconds, self._client)
         return ours, theirs
 
-    def _take(self, peer: Peer, reader: FrameReader, handle: Callable[[Message], None]) -> None:
+    def _take(self, connection: Connection, reader: FrameReader, handle: Callable[[Message], None]) -> None:
         """Read what is there and handle the messages in it; a breach of the protocol ends the connection."""
-        at_client = peer is self._client
+        at_client = connection is self._client
         try:
-            raw = peer.read()
+            raw = connection.read()
         except OSError:
             raw = b""
         if raw is None:
@@ -5193,9 +5199,9 @@ class Socket:
             if len(self._pending) >= self.PENDING:
                 raise TooManyRequests("too many requests are running on this connection", retry_after=5)
             context = self._bridge.context(self._exchange, frame, record, websocket=True)
-            asked = what_is_asked(frame, context, len(raw))
+            asked = stored_input(frame, context, len(raw))
             known = self._resolve(frame, record.key) if asked else frame
-            pending = Pending(record, known, context, asked)
+            pending = InFlight(record, known, context, asked)
             place = self._bridge.limits.turn(record.key, self._client, wait=not self._pending)
             pending.place.enter_context(place)
         except BridgeError as exc:
@@ -5212,7 +5218,7 @@ class Socket:
             return frame
         return self._bridge.store.resolve(owner, frame, self._bridge.config.max_body)
 
-    def _send_create(self, pending: Pending, raw: bytes | None) -> None:
+    def _send_create(self, pending: InFlight, raw: bytes | None) -> None:
         """Normalize a response.create and send it: its own bytes if no rule fires."""
         try:
             normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
@@ -5225,7 +5231,7 @@ class Socket:
             self._refuse(pending.record, exc if isinstance(exc, BridgeError) else deep)
             self._exchange.idle(not self._pending)
 
-    def _without_given(self, pending: Pending) -> dict[str, Any]:
+    def _without_given(self, pending: InFlight) -> dict[str, Any]:
         """Leave out the tools and instructions that a frame repeats, where the bridge makes its lite form.
 
         They belong to the connection's chain, which a `previous_response_id` continues (WIRE 6).
@@ -5246,7 +5252,7 @@ class Socket:
         record.error_by, record.error_code = error.by, error.code
         record.total = time.monotonic() - record.started
         event = {"type": "error", "status": error.status, **error.body()}
-        self._exchange.send(encode_frame(OP_TEXT, dump_json(event)))
+        self._exchange.send(encode_frame(OP_TEXT, json_bytes(event)))
         self._finish(record)
 
     # -- upstream -> client
@@ -5272,21 +5278,21 @@ class Socket:
         if not NOTABLE_FRAME.search(message.payload):
             self._pass(pending, message.frames)
             return
-        parsed = typed(read_json(message.payload), dict)
+        parsed = or_empty(json_or_none(message.payload), dict)
         kind = event_type(parsed)
         if kind == "error" and pending.frame is not None and self._repair(pending, parsed):
             return
         pending.fold.add(parsed)
         filled = kind in TERMINAL_EVENTS and pending.fold.fill()
         if kind == "response.completed" and pending.asked is not None:
-            response = typed((pending.fold.final or {}).get("response"), dict)
+            response = or_empty((pending.fold.final or {}).get("response"), dict)
             self._bridge.store.keep_response(pending.record.key, response, pending.asked)
-        frames = encode_frame(OP_TEXT, dump_json(pending.fold.final)) if filled else message.frames
+        frames = encode_frame(OP_TEXT, json_bytes(pending.fold.final)) if filled else message.frames
         self._pass(pending, frames)
         if kind in TERMINAL_EVENTS or kind == "error":
             self._settle(kind.rpartition(".")[2], parsed)
 
-    def _pass(self, pending: Pending, frames: bytes) -> None:
+    def _pass(self, pending: InFlight, frames: bytes) -> None:
         record = pending.record
         if record.first_byte is None:
             record.first_byte = time.monotonic() - record.started
@@ -5294,9 +5300,9 @@ class Socket:
         record.bytes += len(frames)
         self._exchange.send(frames)
 
-    def _repair(self, pending: Pending, event: dict[str, Any]) -> bool:
+    def _repair(self, pending: InFlight, event: dict[str, Any]) -> bool:
         """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
-        status, error = event.get("status"), typed(event.get("error"), dict) or event
+        status, error = event.get("status"), or_empty(event.get("error"), dict) or event
         refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
         context = self._bridge.find_repair(refused, pending.context, pending.record)
         if context is None:
@@ -5314,7 +5320,7 @@ class Socket:
         record.end = end
         record.total = time.monotonic() - record.started
         response = event.get("response")
-        record.usage = usage_counts(response)
+        record.usage = token_counts(response)
         inner = response if isinstance(response, dict) else event
         if isinstance(inner.get("id"), str):
             self._chains[inner["id"]] = pending.given
@@ -5322,7 +5328,7 @@ class Socket:
                 self._chains.popitem(last=False)
         if end in ("error", "failed"):
             record.error_by = "upstream"
-            record.error_code = str(typed(inner.get("error"), dict).get("code") or "")
+            record.error_code = str(or_empty(inner.get("error"), dict).get("code") or "")
             if type(event.get("status")) is int:
                 record.status = event["status"]
         elif end == "cut":
@@ -5349,7 +5355,7 @@ class Socket:
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
 
 
-NOTABLE_FRAME = re.compile(NOTABLE.pattern + rb'|"type" ?: ?"error"')
+NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|"type" ?: ?"error"')
 
 
 # == 27 pages =================================================================
@@ -5685,7 +5691,7 @@ class Bridge:
         hosts = (socket.gethostname(), *config.allow_host)
         self.policy = Policy(config.allow, config.allow_origin, tuple(map(str.lower, hosts)))
         self.key_ring = KeyRing(config.api_key, config.api_key_file)
-        self.limits = Limits(config.limit)
+        self.limits = KeyQueue(config.limit)
         self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
         near = Target.of(config.upstream)[0].host in LOOPBACK  # no line that compression would relieve
         self._compresses = config.compress == "on" or (config.compress == "auto" and not near)
@@ -5716,7 +5722,7 @@ class Bridge:
         record = exchange.record
         try:
             action = self._route(exchange)
-            with self.limits.turn(record.key if exchange.head.method == "POST" else "", exchange.peer):
+            with self.limits.turn(record.key if exchange.head.method == "POST" else "", exchange.connection):
                 action(exchange)
             record.end = record.end or "completed"
         except ClientLeft as exc:
@@ -5742,7 +5748,7 @@ class Bridge:
             record.error_by, record.error_code = error.by, error.code
             return
         try:
-            exchange.answer_error(error)
+            exchange.send_error(error)
         except ClientLeft:
             exchange.keep = False
 
@@ -5751,7 +5757,7 @@ class Bridge:
         headers, method = exchange.head.headers, exchange.head.method
         preflight = method == "OPTIONS" and "access-control-request-method" in headers
         check_browser(method, headers, self.policy)
-        exchange.extra.update(cors_fields(headers, self.policy, preflight))
+        exchange.extra.update(cors_headers(headers, self.policy, preflight))
         path = exchange.path
         methods = self._methods(path)
         if self.key_ring.locked and not preflight and path not in PUBLIC:
@@ -5776,7 +5782,7 @@ class Bridge:
     def options(self, exchange: Exchange) -> None:
         """Answer OPTIONS, a browser's preflight among them."""
         methods = self._methods(exchange.path) or {}
-        exchange.answer(204, {"allow": allowed_methods(methods)}, b"")
+        exchange.send_response(204, {"allow": allowed_methods(methods)}, b"")
 
     # -- /responses
 
@@ -5791,7 +5797,7 @@ class Bridge:
                 response["previous_response_id"] = turn.asked.previous or None  # upstream was not told
                 self.store.keep_response(owner, response, turn.asked)
 
-        copy = EventCopy(exchange.codex, keep) if turn.streamed else FoldCopy(False, keep)
+        copy = ResponsesOutput(exchange.codex, keep) if turn.streamed else JsonOutput(False, keep)
         self._answer(turn, exchange, copy, lambda response: response, at_once=True)
 
     def get_response(self, exchange: Exchange) -> None:
@@ -5800,7 +5806,7 @@ class Bridge:
         response = self.store.get(exchange.record.key, "response", name)
         if response is None:
             raise NotFound(f"there is no response {name!r} (any more): the last ones are kept in memory only")
-        exchange.answer_json(200, response)
+        exchange.send_json(200, response)
 
     # -- /chat/completions, /completions
 
@@ -5822,36 +5828,36 @@ class Bridge:
         def keep(response: dict[str, Any]) -> None:
             self.store.keep_reasoning(owner, response.get("output"))
 
-        copy: EventCopy = FoldCopy(False, keep)
+        copy: ResponsesOutput = JsonOutput(False, keep)
         if turn.streamed:
-            copy = ChatCopy(stream(name, created, model, include_usage=wants_usage(asked), **legacy), keep)
+            copy = ChatOutput(stream(name, created, model, include_usage=wants_usage(asked), **legacy), keep)
         self._answer(turn, exchange, copy,
                      lambda response: complete(response, name, created, model, **legacy))
 
-    def _answer(self, turn: Turn, exchange: Exchange, copy: EventCopy,
+    def _answer(self, turn: Turn, exchange: Exchange, copy: ResponsesOutput,
                 complete: Callable[[dict[str, Any]], dict[str, Any]], at_once: bool = False) -> None:
         """Answer a turn with its stream, or with the one object that `complete` makes of its response."""
         record, reply = exchange.record, turn.reply
-        fields = downstream_fields(reply.headers)
+        fields = downstream_headers(reply.headers)
         if turn.streamed:
-            exchange.prepare(200, {**fields, **STREAM_FIELDS}, at_once)
+            exchange.prepare(200, {**fields, **STREAM_HEADERS}, at_once)
         with reply:
             try:
                 relay(reply, exchange, copy, self.config.keepalive, self.config.idle_timeout)
             finally:
-                self.note_reply(reply)
+                self.observe_headers(reply)
                 record.events = copy.count
                 final = copy.fold.final or {}
-                response = typed(final.get("response"), dict)
-                record.usage = usage_counts(response)
+                response = or_empty(final.get("response"), dict)
+                record.usage = token_counts(response)
                 record.end = event_type(final).rpartition(".")[2]
                 if record.end == "failed":
                     record.error_by = "upstream"
-                    record.error_code = str(typed(response.get("error"), dict).get("code") or "")
+                    record.error_code = str(or_empty(response.get("error"), dict).get("code") or "")
             if turn.streamed:
                 exchange.end()
             else:
-                exchange.answer_json(200, complete(copy.fold.response()), fields)
+                exchange.send_json(200, complete(copy.fold.response()), fields)
 
     def open_turn(self, exchange: Exchange, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> Turn:
         """Read a request, have it prepared, and open its turn upstream.
@@ -5864,7 +5870,7 @@ class Bridge:
         exchange.record.model = request["model"]  # also of a request that is refused below
         prepared = prepare(request)
         context = self.context(exchange, prepared, exchange.record)
-        asked = None if "messages" in request else what_is_asked(request, context, len(raw))
+        asked = None if "messages" in request else stored_input(request, context, len(raw))
         reply = self.send_turn(exchange, prepared, raw if prepared is request else None, context)
         exchange.let_go(self.budget)
         return Turn(reply, request.get("stream") is True, asked)
@@ -5874,7 +5880,8 @@ class Bridge:
         """Gather what the rules may know; note the model in the record."""
         headers, name = exchange.head.headers, request["model"]
         session = client_session(headers) or (stable_id(exchange.record.id) if websocket else "")
-        lite_header = LITE_HEADER in headers or LITE_METADATA in typed(request.get("client_metadata"), dict)
+        metadata = or_empty(request.get("client_metadata"), dict)
+        lite_header = LITE_HEADER in headers or LITE_METADATA in metadata
         needed = self.catalog.is_alias(name) or not lite_header
         own = codex_version(headers)  # a Codex knows the models of its own list, if it has asked for that
         listing = (self.catalog.known(own) if own else None) or \
@@ -5903,7 +5910,7 @@ class Bridge:
             if is_stream(reply):
                 self.upstream.open_ahead(self.config.upstream)
                 return reply
-            self.note_reply(reply)
+            self.observe_headers(reply)
             error = self.read_refusal(reply, exchange)
             repaired = self.find_repair(error, context, record)
             if repaired is None:
@@ -5918,7 +5925,7 @@ class Bridge:
               context: Context) -> Reply:
         """Send a normalized turn."""
         session = context.session or str(request.get("prompt_cache_key"))
-        fields = upstream_fields(exchange.head.headers, self.identity, session)
+        fields = upstream_headers(exchange.head.headers, self.identity, session)
         if context.model.lite if context.model else context.lite_header:
             fields[LITE_HEADER] = "true"
         fields.update({"x-codex-routing-hint": routing_hint(request), "accept": "text/event-stream",
@@ -5927,28 +5934,29 @@ class Bridge:
             packed = zstd_compress(payload)
             if packed is not None:
                 fields["content-encoding"], payload = "zstd", packed
-        return self.signed("POST", "/responses", fields, payload, exchange.peer)
+        return self.signed("POST", "/responses", fields, payload, exchange.connection)
 
-    def note_reply(self, reply: Reply) -> None:
+    def observe_headers(self, reply: Reply) -> None:
         """Note what a reply's head says of the plan's limits and of the model list."""
         self.telemetry.rate_limits(reply.headers, time.time())
-        self.catalog.note_etag(reply.headers.get("x-models-etag", ""))
+        self.catalog.observe_etag(reply.headers.get("x-models-etag", ""))
 
     def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
         """Read a reply that is no stream, as the error that it is."""
         with reply:
-            body = reply.read_all(MAX_ERROR_BODY, self.config.connect_timeout, exchange.peer)
+            body = reply.read_all(MAX_ERROR_BODY, self.config.connect_timeout, exchange.connection)
         headers = reply.headers
         coding = headers.get("content-encoding", "identity")
         if coding != "identity":
             body = f"in the content coding {coding[:40]!r}, which was not asked for".encode()
         error = refusal(reply.status, headers.get("content-type", ""), body, headers.get("retry-after"))
-        resets_at = number(error.error.get("resets_at"))
+        resets_at = finite_number(error.error.get("resets_at"))
         if reply.status == 429 and resets_at is not None:
-            error.headers.setdefault("retry-after", whole_seconds(resets_at - time.time()) or "1")
+            error.headers.setdefault("retry-after", retry_after_seconds(resets_at - time.time()) or "1")
         if reply.status == 401:
-            error.error["message"] = error.message = f"{error.message} ({login_hint(self.config.auth_file)})"
-        handed_on = downstream_fields(headers)
+            hint = sign_in_hint(self.config.auth_file)
+            error.error["message"] = error.message = f"{error.message} ({hint})"
+        handed_on = downstream_headers(headers)
         error.headers.update({name: value for name, value in handed_on.items()
                               if name not in ("content-type", "etag", "retry-after")})
         return error
@@ -5997,19 +6005,19 @@ class Bridge:
         with self._open_websocket(exchange) as reply:
             accept = accept_key(headers["sec-websocket-key"])
             self.telemetry.forget(exchange.record)  # each response.create on it has its own record
-            exchange.start_websocket(accept, downstream_fields(reply.headers))
-            Socket(self, exchange, reply).run()
+            exchange.start_websocket(accept, downstream_headers(reply.headers))
+            WebSocketRelay(self, exchange, reply).run()
 
     def _open_websocket(self, exchange: Exchange) -> Reply:
         """Do the handshake with the backend. Raises its refusal; 426 makes Codex go on over HTTP at once."""
         headers = exchange.head.headers
         key = base64.b64encode(os.urandom(16)).decode("ascii")
         session = client_session(headers) or stable_id(exchange.record.id)
-        fields = upstream_fields(headers, self.identity, session)
+        fields = upstream_headers(headers, self.identity, session)
         fields.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
                        "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
-        reply = self.signed("GET", "/responses", fields, b"", exchange.peer)
-        self.note_reply(reply)
+        reply = self.signed("GET", "/responses", fields, b"", exchange.connection)
+        self.observe_headers(reply)
         if reply.status in (404, 405, 501):  # no WebSocket: 426 makes Codex use HTTP at once (WIRE 6)
             reply.close()
             raise UpgradeRequired("upstream speaks no WebSocket; use POST")
@@ -6023,19 +6031,19 @@ class Bridge:
 
     # -- models, health
 
-    def _fetch_models(self, version: str, etag: str) -> Answer:
+    def _fetch_models(self, version: str, etag: str) -> BufferedReply:
         """Ask upstream for the model list, as a Codex of that version would."""
         known = {"if-none-match": etag} if etag else {}
         return self.call("GET", f"/models?client_version={urllib.parse.quote(version, safe='')}",
                          {**known, "version": version})
 
-    def call(self, method: str, path: str, fields: Mapping[str, str], body: bytes = b"") -> Answer:
+    def call(self, method: str, path: str, fields: Mapping[str, str], body: bytes = b"") -> BufferedReply:
         """Make one small call with this host's sign-in, the answer read whole."""
         fields = {"accept": "application/json", **self.identity.fields(), **fields}
         return self.signed(method, path, fields, body, timeout=10).whole(MAX_REPLY, 10)
 
     def signed(self, method: str, path: str, fields: Mapping[str, str], body: bytes,
-               client: Peer | None = None, timeout: float = 0) -> Reply:
+               client: Connection | None = None, timeout: float = 0) -> Reply:
         """Send a request with this host's sign-in, and once more with a newer one after a 401."""
         sign_in = self.credentials.bearer()
         for last in (False, True):
@@ -6057,34 +6065,34 @@ class Bridge:
         listing = self.catalog.wanted(version)
         value = self.catalog.codex_list(listing) if version else {
             "object": "list", "data": self.catalog.openai_list(listing)}
-        body = dump_json(value)
+        body = json_bytes(value)
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         if exchange.head.headers.get("if-none-match") == etag:
-            exchange.answer(304, {"etag": etag}, b"")
+            exchange.send_response(304, {"etag": etag}, b"")
         else:
-            exchange.answer(200, {"content-type": "application/json", "etag": etag}, body)
+            exchange.send_response(200, {"content-type": "application/json", "etag": etag}, body)
 
     def get_health(self, exchange: Exchange) -> None:
         """Say that the bridge lives; nothing else, because no key is asked for here."""
-        exchange.answer_json(200, {"status": "ok", "version": __version__})
+        exchange.send_json(200, {"status": "ok", "version": __version__})
 
     def get_model(self, exchange: Exchange) -> None:
         """Answer one model or alias in the OpenAI shape."""
         name = exchange.path[len("/models/"):]
         for model in self.catalog.openai_list(self.catalog.wanted()):
             if model["id"] == urllib.parse.unquote(name):
-                return exchange.answer_json(200, model)
+                return exchange.send_json(200, model)
         raise NotFound(f"there is no model {name!r}")
 
     def get_client_config(self, exchange: Exchange) -> None:
         """Answer what to paste on another machine, as text."""
         kind = exchange.path.rpartition("/")[2]
         text = self._client_config(kind, exchange)
-        exchange.answer(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
+        exchange.send_response(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
 
     def _client_config(self, kind: str, exchange: Exchange) -> str:
         """Write a client's block; the address under which it reached us is the one that works for it."""
-        address = exchange.peer.sock.getsockname()
+        address = exchange.connection.sock.getsockname()
         own = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
         host = exchange.head.headers.get("host") or own  # HTTP/1.0 names none
         url = f"{'https' if self.config.tls_cert else 'http'}://{host}/v1"
@@ -6102,7 +6110,7 @@ class Bridge:
             snapshot["sign_in"] = {"state": "not signed in", "message": exc.message}
         listing = self.catalog.listing()
         snapshot["catalog"] = {
-            "models": [entry["slug"] for entry in visible(listing)] if listing else [],
+            "models": [entry["slug"] for entry in visible_models(listing)] if listing else [],
             "aliases": self.catalog.aliases(listing), "refused_aliases": self.catalog.refused,
         }
         return snapshot
@@ -6110,16 +6118,16 @@ class Bridge:
     def get_status(self, exchange: Exchange) -> None:
         """Answer the status for programs, and for the page."""
         status = {**self.status(), "client_config": self._client_config("codex", exchange)}
-        exchange.answer_json(200, status, {"cache-control": "no-store"})
+        exchange.send_json(200, status, {"cache-control": "no-store"})
 
     def get_metrics(self, exchange: Exchange) -> None:
         """Answer the counters in Prometheus' text format."""
         text = metrics_text(self.telemetry.snapshot(time.time())).encode("utf-8")
-        exchange.answer(200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, text)
+        exchange.send_response(200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, text)
 
     def get_page(self, exchange: Exchange) -> None:
         """Answer the status page."""
-        exchange.answer(200, {
+        exchange.send_response(200, {
             "content-type": "text/html; charset=utf-8", "content-security-policy": page_csp(),
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
             "cache-control": "no-store",
@@ -6131,19 +6139,19 @@ class Bridge:
         body = exchange.read_body(self.config.max_body, self.budget) if method == "POST" else b""
         headers = exchange.head.headers
         session = client_session(headers) or stable_id(exchange.record.client)
-        fields = upstream_fields(headers, self.identity, session)
+        fields = upstream_headers(headers, self.identity, session)
         if method == "POST":
             fields["content-type"] = headers.get("content-type", "application/json")
             body = self._without_alias(body)
         if LITE_HEADER in headers:
             fields[LITE_HEADER] = headers[LITE_HEADER]
-        reply = self.signed(method, path, {"accept": "application/json", **fields}, body, exchange.peer)
+        reply = self.signed(method, path, {"accept": "application/json", **fields}, body, exchange.connection)
         if not 200 <= reply.status < 300:
             raise self.read_refusal(reply, exchange)
         exchange.let_go(self.budget)
         with reply:
-            exchange.prepare(reply.status, downstream_fields(reply.headers))
-            while piece := reply.read(self.config.idle_timeout, exchange.peer):
+            exchange.prepare(reply.status, downstream_headers(reply.headers))
+            while piece := reply.read(self.config.idle_timeout, exchange.connection):
                 exchange.write(piece)
             if piece is None:
                 raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
@@ -6151,7 +6159,7 @@ class Bridge:
 
     def _without_alias(self, body: bytes) -> bytes:
         """Put the model in the place of an alias; all else of a side request is passed on as it is."""
-        request = read_json(body)
+        request = json_or_none(body)
         if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
             return body
         slug, _ = self.catalog.resolve(request["model"], self.catalog.listing(wait=CATALOG_WAIT))
@@ -6201,15 +6209,15 @@ class Handler(socketserver.BaseRequestHandler):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.server.tls is not None and not self._handshake(self.server.tls):
             return
-        peer = Peer(self.request)
+        connection = Connection(self.request)
         try:
-            while self._one_exchange(peer, address) and not self.server.stopping.is_set():
+            while self._one_exchange(connection, address) and not self.server.stopping.is_set():
                 pass
         except (ClientLeft, OSError, EOFError):
             pass  # between requests there is nobody to tell
         finally:
             self._note()
-            peer.close()
+            connection.close()
 
     def _handshake(self, context: ssl.SSLContext) -> bool:
         """Do the TLS handshake, here in the connection's own thread; False when there is none to be had."""
@@ -6217,29 +6225,30 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             self.request = context.wrap_socket(self.request, server_side=True)
         except (OSError, ValueError) as exc:
-            log.debug("no TLS with %s: %s", self.client_address[0], describe(exc))
+            log.debug("no TLS with %s: %s", self.client_address[0], describe_error(exc))
             return False
         return True
 
-    def _one_exchange(self, peer: Peer, address: str) -> bool:
+    def _one_exchange(self, connection: Connection, address: str) -> bool:
         """Read and answer one request; tell whether the connection goes on."""
         self._idle(True)
         # A request that follows at once goes before the last one's log line, not behind it.
-        hurried = peer.wait(0.001)
+        hurried = connection.wait(0.001)
         if not hurried:
             self._note()
-            if not peer.wait(IDLE_CLIENT):
+            if not connection.wait(IDLE_CLIENT):
                 return False
         self._idle(False)
         record = Record(next_id(), address, "", "-", "-", started=time.monotonic())
         try:
-            exchange = self._read_request(peer, record)
+            exchange = self._read_request(connection, record)
         except MalformedHttp as exc:
-            refused = Exchange(peer, RequestHead("GET", "-", 1, {}), record, self._idle, self.server.note)
-            refused.answer_error(exc)
+            head = RequestHead("GET", "-", 1, {})
+            refused = Exchange(connection, head, record, self._idle, self.server.note)
+            refused.send_error(exc)
             record.end = "error"
             self.server.note(record)
-            linger(peer)
+            linger(connection)
             return False
         if exchange is None:
             return False
@@ -6247,12 +6256,12 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.bridge.respond(exchange)
         record.total = time.monotonic() - record.started
         if record.status == 101:
-            linger(peer)
+            linger(connection)
             return False
         self._note()
         self._unnoted = record
         if not exchange.keep and not record.end.startswith("client"):
-            linger(peer)
+            linger(connection)
         return exchange.keep
 
     def _note(self) -> None:
@@ -6264,17 +6273,17 @@ class Handler(socketserver.BaseRequestHandler):
     def _idle(self, waiting: bool) -> None:
         self.server.idle(self, waiting)
 
-    def _read_request(self, peer: Peer, record: Record) -> Exchange | None:
+    def _read_request(self, connection: Connection, record: Record) -> Exchange | None:
         """Read a request's head; None when the client has ended the connection. Raises MalformedHttp."""
         try:
-            head = peer.read_head(time.monotonic() + HEAD_TIMEOUT)
+            head = connection.read_head(time.monotonic() + HEAD_TIMEOUT)
         except TimeoutError as exc:
             raise SlowRequest(f"the request's head did not come within {HEAD_TIMEOUT} s") from exc
         if head is None:
             return None
         parsed = parse_request(head)
         record.method, record.path = parsed.method, parsed.target.partition("?")[0]
-        exchange = Exchange(peer, parsed, record, self._idle, self.server.note)
+        exchange = Exchange(connection, parsed, record, self._idle, self.server.note)
         record.user_agent_kind = "codex" if exchange.codex else "other"
         return exchange
 
@@ -6289,7 +6298,7 @@ def server_tls(config: Config) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key)
     except OSError as exc:
-        raise UsageError(f"--tls-cert, --tls-key: {describe(exc)}") from exc
+        raise UsageError(f"--tls-cert, --tls-key: {describe_error(exc)}") from exc
     return context
 
 
@@ -6359,7 +6368,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _turn_away(self, request: Any, error: BridgeError) -> bool:
         """Answer with an error without reading anything, and without waiting."""
-        body = dump_json(error.body())
+        body = json_bytes(error.body())
         head = render_head(f"HTTP/1.1 {error.status} {http.client.responses[error.status]}", [
             ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close"),
             ("x-qoo-bridge-error", "bridge"), *error.headers.items()])
@@ -6375,7 +6384,7 @@ class Server(http.server.ThreadingHTTPServer):
         for handler, request in list(self._waiting.items())[:1]:
             del self._waiting[handler]
             del self._open[handler.accepted]  # it no longer counts, though its thread has yet to end
-            hang_up(request)
+            shut_down(request)
 
     def idle(self, handler: Handler, waiting: bool) -> None:
         """Note that a connection is, or is no longer, between two requests."""
@@ -6383,7 +6392,7 @@ class Server(http.server.ThreadingHTTPServer):
             if not waiting:
                 self._waiting.pop(handler, None)
             elif self.stopping.is_set():
-                hang_up(handler.request)
+                shut_down(handler.request)
             elif handler.accepted in self._open:
                 self._waiting[handler] = self._open[handler.accepted] = handler.request
 
@@ -6418,10 +6427,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.socket.close()
         with self._lock:
             for request in self._waiting.values():
-                hang_up(request)
+                shut_down(request)
             ended = self._lock.wait_for(lambda: not self._open, seconds)
             for request in self._open.values():
-                hang_up(request)
+                shut_down(request)
         self.bridge.upstream.close()
         return ended
 
@@ -6448,12 +6457,12 @@ def greeting(server: Server, config: Config) -> str:
         plan = server.bridge.credentials.current().plan
         account = f"signed in to ChatGPT{f' ({plan})' if plan else ''}"
     except NotSignedIn:
-        account = f"not signed in yet: {login_hint(config.auth_file)}"
+        account = f"not signed in yet: {sign_in_hint(config.auth_file)}"
     door = "a key is asked for" if server.bridge.key_ring.locked else "open to the LAN: no key is set"
     return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {door}"
 
 
-def warn_of_doors(server: Server, config: Config) -> None:
+def warn_of_access(server: Server, config: Config) -> None:
     """Log what would make clients wonder: a key file that cannot be read, an odd --limit or --allow."""
     try:
         keys = server.bridge.key_ring.keys()
@@ -6485,7 +6494,7 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     threading.Thread(target=server.bridge.warm_up, args=(stop,), name="warm-up", daemon=True).start()
     log.info("%s", greeting(server, config))
-    warn_of_doors(server, config)
+    warn_of_access(server, config)
     started(server)
     while not signals:
         time.sleep(0.25)
@@ -6540,9 +6549,9 @@ def login(config: Config, words: argparse.Namespace) -> int:
         print(f"not signed in: {exc.message}", file=sys.stderr)
         return 1
     except OSError as exc:
-        print(f"not signed in: {config.auth_file} cannot be written: {describe(exc)}", file=sys.stderr)
+        print(f"not signed in: {config.auth_file} cannot be written: {describe_error(exc)}", file=sys.stderr)
         return 1
-    email = typed(jwt_claims(tokens["id_token"]).get("email"), str)
+    email = or_empty(jwt_claims(tokens["id_token"]).get("email"), str)
     account = _printable(email) or f"account {sign_in.account or 'without an id'}"
     plan = _printable(sign_in.plan) or "unknown"
     print(f"Signed in as {account}, plan {plan}; written to {config.auth_file}")
@@ -6565,7 +6574,7 @@ def own_url(config: Config) -> str:
     return base_url(config._replace(host=every.get(config.host, config.host)), config.port)
 
 
-def ask_own(config: Config, path: str, key: str = "") -> Answer:
+def request_own_bridge(config: Config, path: str, key: str = "") -> BufferedReply:
     """Ask the bridge that runs on this host: through no proxy, and whatever name its certificate has.
 
     Raises OSError and http.client.HTTPException.
@@ -6581,16 +6590,16 @@ def ask_own(config: Config, path: str, key: str = "") -> Answer:
         connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
         reply = connection.getresponse()
         headers = {name.lower(): value for name, value in reply.getheaders()}
-        return Answer(reply.status, headers, reply.read(MAX_REPLY))
+        return BufferedReply(reply.status, headers, reply.read(MAX_REPLY))
 
 
 def own_models(config: Config, key: str) -> list[str]:
     """Return the models and aliases that the running bridge offers. Raises BridgeError."""
     try:
-        answer = ask_own(config, "/v1/models", key)
+        answer = request_own_bridge(config, "/v1/models", key)
     except (OSError, http.client.HTTPException) as exc:
-        raise BadUpstream(f"no bridge answers on {own_url(config)}: {describe(exc)}") from exc
-    names = [str(model.get("id")) for model in objects(answer.good().get("data"))]
+        raise BadUpstream(f"no bridge answers on {own_url(config)}: {describe_error(exc)}") from exc
+    names = [str(model.get("id")) for model in dicts_in(answer.json_or_raise().get("data"))]
     if not names:
         raise BadUpstream(f"{own_url(config)} has no models")
     return names
@@ -6647,8 +6656,8 @@ class Doctor:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.bridge = Bridge(config)
-        self.stranger = Answer(0, {}, b"")
-        self.login = login_hint(config.auth_file)
+        self.anonymous_reply = BufferedReply(0, {}, b"")
+        self.login = sign_in_hint(config.auth_file)
 
     def examine(self, checks: Iterable[Check]) -> Iterator[tuple[Check, Finding]]:
         """Run the checks in their order; one whose need is not met is skipped."""
@@ -6658,14 +6667,14 @@ class Doctor:
             try:
                 finding = Finding("skipped", f"not tried, see {missing[0]}") if missing else check.run(self)
             except (BridgeError, OSError) as exc:
-                finding = Finding("failed", describe(exc), check.todo)
+                finding = Finding("failed", describe_error(exc), check.todo)
             if finding.state in ("failed", "skipped"):
                 unmet.add(check.name)
             yield check, finding if finding.state == "failed" else finding._replace(todo="")
 
     def ask(self, path: str) -> dict[str, Any]:
         """Ask upstream with this host's sign-in. Raises BridgeError."""
-        return self.bridge.call("GET", path, {}).good()
+        return self.bridge.call("GET", path, {}).json_or_raise()
 
 
 def check_python(doctor: Doctor) -> Finding:
@@ -6706,10 +6715,10 @@ def check_token(doctor: Doctor) -> Finding:
     if not held.expires:
         return Finding("none", f"{plan}; its expiry cannot be read")
     if left > 0:
-        return Finding("ok", f"{plan}; good for {in_words(left)}, until {local_time(held.expires)}")
+        return Finding("ok", f"{plan}; good for {format_duration(left)}, until {local_time(held.expires)}")
     if held.refresh_token:
-        return Finding("ok", f"{plan}; expired {in_words(-left)} ago, to be refreshed")
-    return Finding("failed", f"{plan}; expired {in_words(-left)} ago", doctor.login)
+        return Finding("ok", f"{plan}; expired {format_duration(-left)} ago, to be refreshed")
+    return Finding("failed", f"{plan}; expired {format_duration(-left)} ago", doctor.login)
 
 
 def check_name(doctor: Doctor) -> Finding:
@@ -6720,7 +6729,7 @@ def check_name(doctor: Doctor) -> Finding:
     try:
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
-        raise BadUpstream(f"the name {host} leads nowhere: {describe(exc)}") from exc
+        raise BadUpstream(f"the name {host} leads nowhere: {describe_error(exc)}") from exc
     found = sorted({str(entry[4][0]) for entry in entries})
     return Finding("ok", f"{'the proxy ' if proxy else ''}{host} is {', '.join(found[:2])}"
                    + (f" and {len(found) - 2} more" if len(found) > 2 else ""))
@@ -6736,10 +6745,10 @@ def check_tls(doctor: Doctor) -> Finding:
         if not isinstance(exc.__cause__, ssl.SSLCertVerificationError):
             raise
         return Finding("failed", exc.message, "if a proxy opens TLS here: SSL_CERT_FILE=<its CA, a PEM file>")
-    sock = reply.peer.sock
+    sock = reply.connection.sock
     secure = isinstance(sock, ssl.SSLSocket)
     text = f"{sock.version()}; the certificate is issued by {issuer_of(sock)}" if secure else "plain http"
-    doctor.stranger = reply.whole(MAX_ERROR_BODY, 10)
+    doctor.anonymous_reply = reply.whole(MAX_ERROR_BODY, 10)
     return Finding("ok" if secure else "none", text)
 
 
@@ -6753,16 +6762,17 @@ def issuer_of(sock: ssl.SSLSocket) -> str:
 
 def check_cloudflare(doctor: Doctor) -> Finding:
     """Check that upstream itself answers, and no web page in its place."""
-    error = doctor.stranger.refusal()
+    error = doctor.anonymous_reply.refusal()
     if error.code == "upstream_web_page" or error.status >= 500:
         return Finding("failed", error.message, "try without VPN or proxy, or later")
-    return Finding("ok", f"no page in between ({doctor.stranger.status} to a stranger, as it should be)")
+    status = doctor.anonymous_reply.status
+    return Finding("ok", f"no page in between ({status} to a stranger, as it should be)")
 
 
 def check_routing(doctor: Doctor) -> Finding:
     """Check where the account's requests go."""
     held = doctor.bridge.credentials.current()
-    for account in objects(doctor.ask("/backend-api/wham/accounts/check").get("accounts")):
+    for account in dicts_in(doctor.ask("/backend-api/wham/accounts/check").get("accounts")):
         if account.get("id") == held.account:
             origin, override = (_printable(account.get(key) or "not named") for key in (
                 "workspace_backend_origin", "account_routing_override"))
@@ -6775,13 +6785,13 @@ def check_models(doctor: Doctor) -> Finding:
     catalog = doctor.bridge.catalog
     listing = catalog.wanted()
     aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(listing).items())
-    return Finding("ok", _printable(f"{len(visible(listing))} models; {aliases}"))
+    return Finding("ok", _printable(f"{len(visible_models(listing))} models; {aliases}"))
 
 
 def check_usage(doctor: Doctor) -> Finding:
     """Show the plan's windows as bars."""
-    limits = typed(doctor.ask("/backend-api/wham/usage").get("rate_limit"), dict)
-    windows = objects([limits.get(name) for name in ("primary_window", "secondary_window")])
+    limits = or_empty(doctor.ask("/backend-api/wham/usage").get("rate_limit"), dict)
+    windows = dicts_in([limits.get(name) for name in ("primary_window", "secondary_window")])
     lines = [usage_line(window) for window in windows]
     if limits.get("limit_reached") is True:
         return Finding("failed", "\n".join(lines), "the plan is used up: wait for the reset")
@@ -6790,14 +6800,14 @@ def check_usage(doctor: Doctor) -> Finding:
 
 def usage_line(window: Mapping[str, Any]) -> str:
     """Write one window of the plan: its length, a bar, when it begins anew."""
-    length, used, reset = (number(window.get(key)) or 0 for key in (
+    length, used, reset = (finite_number(window.get(key)) or 0 for key in (
         "limit_window_seconds", "used_percent", "reset_at"))
     full = round(min(max(used, 0), 100) / 5)
     bar = "█" * full + "░" * (20 - full)
-    return f"{in_words(length):<4} {bar} {used:3.0f} % used, resets {local_time(reset)}"
+    return f"{format_duration(length):<4} {bar} {used:3.0f} % used, resets {local_time(reset)}"
 
 
-def in_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Say a time span in its largest unit and the next one below."""
     counts: list[str] = []
     rest = int(seconds)
@@ -6820,7 +6830,7 @@ def check_port(doctor: Doctor) -> Finding:
     """Check that the port is free, or a bridge's already."""
     config = doctor.config
     try:
-        answer = ask_own(config, "/healthz")
+        answer = request_own_bridge(config, "/healthz")
         if answer.status == 200 and answer.json().get("status") == "ok":
             version = _printable(answer.json().get("version"))
             return Finding("ok", f"a bridge runs on {config.port}, version {version}")
@@ -6835,7 +6845,7 @@ def check_port(doctor: Doctor) -> Finding:
     return Finding("failed", f"what answers on {config.port} is no bridge", "end it, or take another --port")
 
 
-def check_door(doctor: Doctor) -> Finding:
+def check_access(doctor: Doctor) -> Finding:
     """Check the files of the keys and of the certificate."""
     config = doctor.config
     try:
@@ -6846,7 +6856,7 @@ def check_door(doctor: Doctor) -> Finding:
             keys, mode = read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
     except (UsageError, OSError, ValueError) as exc:
         where = "" if isinstance(exc, UsageError) else f"{config.api_key_file}: "  # that one says it itself
-        return Finding("failed", where + describe(exc), "name the right file")
+        return Finding("failed", where + describe_error(exc), "name the right file")
     others = os.name == "posix" and mode & 0o077
     path = config.api_key_file
     return Finding("failed" if others else "ok", f"{len(keys)} keys in {path}, mode {mode:04o}",
@@ -6893,29 +6903,29 @@ def check_live(doctor: Doctor) -> Finding:
     server = Server(doctor.config._replace(
         host="127.0.0.1", port=0, tls_cert="", tls_key="", api_key=(), api_key_file="", limit={}))
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    wish = {"model": default_model(doctor.config), "input": "Say hi.", "reasoning": {"effort": "low"},
+    payload = {"model": default_model(doctor.config), "input": "Say hi.", "reasoning": {"effort": "low"},
             "stream": True}
     try:
-        return live_turn(f"http://127.0.0.1:{server.server_port}/v1/responses", dump_json(wish))
+        return live_turn(f"http://127.0.0.1:{server.server_port}/v1/responses", json_bytes(payload))
     finally:
         server.drain(1)
 
 
-def live_turn(url: str, wish: bytes) -> Finding:
+def live_turn(url: str, payload: bytes) -> Finding:
     """Send a request, and say when its first event, its first word and its end came."""
     started = time.monotonic()
     seen: dict[str, float] = {}
-    reply = Upstream(10, 60).open("POST", url, {"content-type": "application/json"}, wish, timeout=60)
+    reply = Upstream(10, 60).open("POST", url, {"content-type": "application/json"}, payload, timeout=60)
     if reply.status != 200:
         raise reply.whole(MAX_ERROR_BODY, 10).refusal()
-    events, fold = Events(), Fold()
+    events, fold = Events(), ResponseAssembler()
     for piece in iter(lambda: reply.read(60) or b"", b""):
         for event in split_events(events.feed(piece)):
             parsed = event_json(event) or {}
             seen.setdefault(event_type(parsed), time.monotonic() - started)
             fold.add(parsed)
     response, total = fold.response(), time.monotonic() - started
-    tokens = usage_counts(response)
+    tokens = token_counts(response)
     word = seen.get("response.output_text.delta", total)
     return Finding("ok", f"{_printable(response.get('model'))}: first event {min(seen.values()):.2f} s, "
                    f"first word {word:.2f} s, end {total:.2f} s; "
@@ -6936,7 +6946,7 @@ CHECKS = (
     Check("models", ("sign-in file", "token", "Cloudflare"), check_models, REFUSED),
     Check("usage", ("sign-in file", "token", "Cloudflare"), check_usage, REFUSED),
     Check("port", (), check_port, "end the program that has it, or choose another --port or --host"),
-    Check("door", (), check_door),
+    Check("door", (), check_access),
     Check("LAN address", (), check_lan),
     Check("firewall", ("LAN address",), check_firewall),
     Check("zstd", (), check_zstd),
@@ -7012,14 +7022,14 @@ def demo_pages() -> dict[str, Any]:
 def demo_sign_in() -> dict[str, Any]:
     """Return an auth.json whose tokens are none."""
     claims = {"exp": int(time.time()) + 365 * 86400, AUTH_CLAIM: {"chatgpt_plan_type": "demo"}}
-    token = f"demo.{base64.urlsafe_b64encode(dump_json(claims)).decode('ascii')}.demo"
+    token = f"demo.{base64.urlsafe_b64encode(json_bytes(claims)).decode('ascii')}.demo"
     tokens = {"id_token": token, "access_token": token, "account_id": "demo"}
     return {"auth_mode": "chatgpt", "tokens": tokens}
 
 
 def demo_tools(tools: Any) -> list[str]:
     """Return the names of a request's tools; the lite form has them in groups."""
-    return [name for tool in objects(tools)
+    return [name for tool in dicts_in(tools)
             for name in demo_tools(tool.get("tools")) or [str(tool.get("name") or tool.get("type"))]]
 
 
@@ -7028,12 +7038,12 @@ def demo_text(item: Mapping[str, Any]) -> str:
     content = item.get("content")
     if isinstance(content, str):
         return content
-    return "".join(str(part.get("text") or "") for part in objects(content))
+    return "".join(str(part.get("text") or "") for part in dicts_in(content))
 
 
 def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return the item that answers: a call of the shell, if there is one not called yet; else a text."""
-    items = objects(request.get("input"))
+    items = dicts_in(request.get("input"))
     tools = [name for holder in (request, *items) for name in demo_tools(holder.get("tools"))]
     ran = any(item.get("type") == "function_call_output" for item in items)
     shell = next((name for name in DEMO_SHELLS if name in tools), "")
@@ -7126,12 +7136,12 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                 for message in reader.feed(received):
                     if message.opcode == OP_CLOSE:
                         return
-                    frame = read_json(message.payload) if message.opcode == OP_TEXT else None
+                    frame = json_or_none(message.payload) if message.opcode == OP_TEXT else None
                     if isinstance(frame, dict):
                         earlier = conversation if frame.get("previous_response_id") else {}
                         items = [*earlier.get("input", []), *(frame.get("input") or [])]
                         conversation = {**earlier, "generate": True, **frame, "input": items}
-                        self._tell(conversation, lambda event: encode_frame(OP_TEXT, dump_json(event)))
+                        self._tell(conversation, lambda event: encode_frame(OP_TEXT, json_bytes(event)))
 
     def _tell(self, request: dict[str, Any], render: Callable[[Mapping[str, Any]], bytes]) -> None:
         """Send the events of an answer, a word at a time."""
@@ -7141,7 +7151,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                 time.sleep(DEMO_PACE if event["type"] == "response.output_text.delta" else 0)
 
     def _answer(self, status: int, value: Any) -> None:
-        body = dump_json(value)
+        body = json_bytes(value)
         self._head(status, "application/json", len(body))
         self.wfile.write(body)
 

@@ -154,14 +154,14 @@ def test_a_missing_key_is_told_from_a_wrong_one(headers: dict[str, str], words: 
 @pytest.mark.parametrize("headers", [{}, {"origin": "http://evil.example"}, {"origin": "null"},
                                      {"origin": ""}])
 def test_no_cors_for_others(headers: dict[str, str], preflight: bool) -> None:
-    assert q.cors_fields(headers, POLICY, preflight) == {}
+    assert q.cors_headers(headers, POLICY, preflight) == {}
 
 
 def test_cors() -> None:
-    answer = q.cors_fields({"origin": PAGE}, POLICY, False)
+    answer = q.cors_headers({"origin": PAGE}, POLICY, False)
     assert answer == {"access-control-allow-origin": PAGE, "vary": "origin",
                       "access-control-expose-headers": "*"}
-    preflight = q.cors_fields({"origin": PAGE}, POLICY, True)
+    preflight = q.cors_headers({"origin": PAGE}, POLICY, True)
     assert preflight["access-control-allow-origin"] == PAGE
     assert preflight["vary"] == "origin"
     assert set(preflight["access-control-allow-methods"].split(", ")) == {"GET", "POST", "OPTIONS"}

@@ -438,8 +438,8 @@ def test_what_is_no_version_is_refused(bridge: RunningBridge, backend: wire.Back
     assert sent(backend, "/models") == []
 
 
-def answer(*names: str) -> q.Answer:
-    return q.Answer(200, {}, wire.dump({"models": [wire.model_entry(name, 1) for name in names]}))
+def answer(*names: str) -> q.BufferedReply:
+    return q.BufferedReply(200, {}, wire.dump({"models": [wire.model_entry(name, 1) for name in names]}))
 
 
 def test_version_whose_list_was_let_go_gets_it_again() -> None:
@@ -453,8 +453,8 @@ def test_version_whose_list_was_let_go_gets_it_again() -> None:
 
 @pytest.mark.parametrize("good", [True, False], ids=["lists", "refusals"])
 def test_versions_that_are_remembered_are_bounded(good: bool) -> None:
-    def fetch(version: str, etag: str) -> q.Answer:
-        return answer(version) if good else q.Answer(400, {}, b"{}")
+    def fetch(version: str, etag: str) -> q.BufferedReply:
+        return answer(version) if good else q.BufferedReply(400, {}, b"{}")
 
     catalog = q.Catalog(fetch, {}, "0")
     for number in range(40):
@@ -588,7 +588,7 @@ ENTRIES = [
     ("bes", "gpt-6.1-sol"), ("x", "gpt-6.1-sol"), ("GPT-5", "gpt-6.1-sol"),  # none: the first by priority
 ])
 def test_what_an_alias_means(target: str, slug: str) -> None:
-    listing = q.read_listing(q.Answer(200, {}, wire.dump({"models": ENTRIES})), 0)
+    listing = q.parse_model_list(q.BufferedReply(200, {}, wire.dump({"models": ENTRIES})), 0)
     assert q.alias_target(listing, target) == slug
 
 

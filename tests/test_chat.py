@@ -1025,7 +1025,7 @@ def test_usage_chunk_only_where_asked_for(include: bool, usage: Object | None) -
     ],
 )
 def test_usage(usage: Object | None, expected: Object | None) -> None:
-    assert q.usage_chat(usage) == expected
+    assert q.chat_usage(usage) == expected
 
 
 FAILURES: list[Object] = [

@@ -53,10 +53,11 @@ class Issuer(wire.SignIn):
     def __init__(self) -> None:
         super().__init__("https://issuer.test")
         self.asked: list[dict[str, Any]] = []
-        self.answers: list[q.Answer | q.BridgeError] = []
+        self.answers: list[q.BufferedReply | q.BridgeError] = []
         self.meanwhile: Callable[[], object] = lambda: None  # happens between the question and its answer
 
-    def fetch(self, method: str, url: str, fields: dict[str, str], body: bytes, timeout: float) -> q.Answer:
+    def fetch(self, method: str, url: str, fields: dict[str, str], body: bytes,
+              timeout: float) -> q.BufferedReply:
         """Take the place of Upstream.fetch."""
         assert (method, url) == ("POST", "https://issuer.test/oauth/token")
         assert fields["content-type"] == "application/json"
@@ -68,9 +69,9 @@ class Issuer(wire.SignIn):
         return answer
 
 
-def reply(status: int, value: object) -> q.Answer:
+def reply(status: int, value: object) -> q.BufferedReply:
     """Make an answer in JSON."""
-    return q.Answer(status, {"content-type": "application/json"}, json.dumps(value).encode())
+    return q.BufferedReply(status, {"content-type": "application/json"}, json.dumps(value).encode())
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -405,7 +406,7 @@ def test_opaque_token_of_unknown_age_is_used(last_refresh: Any, path: Path, issu
     assert q.Credentials(str(path), issuer.token_issuer, issuer.fetch).bearer().access_token == "opaque"
 
 
-PASSING: list[q.Answer | q.BridgeError] = [
+PASSING: list[q.BufferedReply | q.BridgeError] = [
     q.BadUpstream("unreachable"),
     q.UpstreamTimeout("slow"),
     reply(500, {}),
@@ -416,13 +417,13 @@ PASSING: list[q.Answer | q.BridgeError] = [
     reply(200, []),
     reply(200, {"access_token": 5}),
     reply(200, {"access_token": ""}),
-    q.Answer(200, {}, b"<html>"),
+    q.BufferedReply(200, {}, b"<html>"),
     reply(400, {"error": [], "code": {}}),
     reply(400, {"error": {"code": ["invalid_grant"]}}),
 ]
 FINAL = [
     reply(401, {}),
-    q.Answer(401, {}, b"<html>"),
+    q.BufferedReply(401, {}, b"<html>"),
     reply(400, {"error": "invalid_grant"}),
     reply(400, {"error": {"code": "invalid_grant"}}),
     reply(400, {"error": {"code": "refresh_token_expired"}}),
@@ -433,7 +434,7 @@ FINAL = [
 
 @pytest.mark.parametrize("answer", PASSING, ids=repr)
 def test_refresh_ahead_that_fails_leaves_the_old_token(
-    answer: q.Answer | q.BridgeError, path: Path, credentials: q.Credentials, issuer: Issuer
+    answer: q.BufferedReply | q.BridgeError, path: Path, credentials: q.Credentials, issuer: Issuer
 ) -> None:
     expire_in(issuer, path, 60)
     before = path.read_bytes()
@@ -465,14 +466,14 @@ def test_refresh_ahead_that_fails_is_not_tried_by_each_request(
         credentials.bearer()
         clock.skew += q.REFRESH_PAUSE + 1
     assert len(issuer.asked) == 1
-    clock.skew += q.AHEAD_PAUSE
+    clock.skew += q.AHEAD_PAUSE_SECONDS
     credentials.bearer()
     assert len(issuer.asked) == 2
 
 
 @pytest.mark.parametrize("answer", PASSING, ids=repr)
 def test_passing_failure_is_asked_again_after_a_second(
-    answer: q.Answer | q.BridgeError, credentials: q.Credentials, issuer: Issuer, clock: Clock
+    answer: q.BufferedReply | q.BridgeError, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
     held = credentials.current()
     issuer.answers = [answer]
@@ -487,7 +488,7 @@ def test_passing_failure_is_asked_again_after_a_second(
 
 @pytest.mark.parametrize("answer", FINAL, ids=repr)
 def test_dead_refresh_token_is_asked_about_once(
-    answer: q.Answer, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+    answer: q.BufferedReply, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
     held = credentials.current()
     before = path.read_bytes()
@@ -727,12 +728,12 @@ UPSTREAM = "https://chatgpt.com/backend-api/codex"
 
 
 def route(
-    answer: q.Answer | q.BridgeError, upstream: str = UPSTREAM
+    answer: q.BufferedReply | q.BridgeError, upstream: str = UPSTREAM
 ) -> tuple[str, dict[str, str], list[str]]:
     """Ask for the routing once; return what it came to, and the addresses that got the token."""
     urls: list[str] = []
 
-    def fetch(method: str, url: str, fields: dict[str, str], body: bytes, timeout: float) -> q.Answer:
+    def fetch(method: str, url: str, fields: dict[str, str], body: bytes, timeout: float) -> q.BufferedReply:
         assert fields["authorization"] == "Bearer token"
         urls.append(url)
         if isinstance(answer, q.BridgeError):
@@ -835,7 +836,7 @@ def test_override_is_sent_as_a_field(override: Any, sent: str | None) -> None:
     "answer",
     [
         q.BadUpstream("unreachable"),
-        q.Answer(403, {}, b"<html>"),
+        q.BufferedReply(403, {}, b"<html>"),
         reply(200, []),
         reply(200, {}),
         reply(200, {"accounts": None}),
@@ -845,7 +846,7 @@ def test_override_is_sent_as_a_field(override: Any, sent: str | None) -> None:
     ],
     ids=repr,
 )
-def test_failing_to_ask_stops_nothing(answer: q.Answer | q.BridgeError) -> None:
+def test_failing_to_ask_stops_nothing(answer: q.BufferedReply | q.BridgeError) -> None:
     assert route(answer)[:2] == (UPSTREAM, {})
 
 

@@ -180,7 +180,7 @@ def test_retry_after(status: int, sent: str | None, seconds: Any, wanted: str | 
 def test_refusal_can_be_sent_on(number: str) -> None:
     error = q.refusal(400, JSON, b'{"error": {"message": "x", "n": %b}}' % number.encode())
     assert error.message == f'upstream answered 400: {{"error": {{"message": "x", "n": {number}}}}}'
-    q.dump_json(error.body())
+    q.json_bytes(error.body())
 
 
 # -- failures inside a stream -------------------------------------------------

@@ -1166,7 +1166,7 @@ def test_limited_key_waits_its_turn_and_others_do_not(
 def test_waiting_is_bounded(
     start: Start, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
-    monkeypatch.setattr(qoo_bridge.Limits, name, value)
+    monkeypatch.setattr(qoo_bridge.KeyQueue, name, value)
     bridge = start(*LIMITED)
     with wire.Client(bridge.address) as client:
         begin_turn(client, BEARER)

@@ -22,7 +22,7 @@ def short(value: object) -> str:
 
 
 def fields(lines: list[bytes]) -> dict[str, str]:
-    return q.parse_fields("".join(line.decode("latin-1") + "\r\n" for line in lines))
+    return q.parse_headers("".join(line.decode("latin-1") + "\r\n" for line in lines))
 
 
 @pytest.mark.parametrize(("lines", "expected"), [
@@ -53,9 +53,9 @@ def test_single_fields_stand_once(name: str) -> None:
 
 
 def test_number_of_fields() -> None:
-    assert len(fields([b"x%d: y" % n for n in range(q.MAX_FIELDS)])) == q.MAX_FIELDS
+    assert len(fields([b"x%d: y" % n for n in range(q.MAX_HEADERS)])) == q.MAX_HEADERS
     with pytest.raises(q.HeadTooLarge):
-        fields([b"x: y"] * (q.MAX_FIELDS + 1))
+        fields([b"x: y"] * (q.MAX_HEADERS + 1))
 
 
 def request_head(line: str, *fields: str) -> q.RequestHead:
@@ -150,7 +150,7 @@ def test_malformed_body_length(headers: dict[str, str], kind: type[q.BridgeError
     (0, None, False), (0, "close", False), (0, "Keep-Alive", True), (0, "keep-alive, close", False),
 ])
 def test_keeps_alive(minor: int, connection: str | None, keeps: bool) -> None:
-    assert q.keeps_alive(minor, {} if connection is None else {"connection": connection}) is keeps
+    assert q.keeps_connection(minor, {} if connection is None else {"connection": connection}) is keeps
 
 
 def test_render_head() -> None:
@@ -458,14 +458,14 @@ OURS = {"version": "0.169.0", "originator": "qoo_bridge", "user-agent": q.USER_A
 
 
 def test_a_codex_keeps_its_own_fields_and_no_others() -> None:
-    assert q.upstream_fields({**STAYS, **CODEX_FIELDS}, q.Identity("x", "1.0.0"), "key") == {
+    assert q.upstream_headers({**STAYS, **CODEX_FIELDS}, q.Identity("x", "1.0.0"), "key") == {
         "version": "0.169.0", **CODEX_FIELDS}
 
 
 def test_another_client_is_named_as_the_bridge() -> None:
     headers = {**STAYS, "user-agent": "OpenAI/Python 1.0", "originator": "forged", "version": "9.9.9",
               "x-openai-subagent": "forged", "x-codex-beta-features": "forged"}
-    assert q.upstream_fields(headers, US, "key") == {**OURS, "session-id": "key"}
+    assert q.upstream_headers(headers, US, "key") == {**OURS, "session-id": "key"}
 
 
 def test_requests_of_the_bridge_itself_are_named_as_the_bridge() -> None:
@@ -490,20 +490,20 @@ def test_requests_of_the_bridge_itself_are_named_as_the_bridge() -> None:
 ])
 def test_upstream_fields(headers: dict[str, str], session: str, expected: dict[str, str]) -> None:
     before = dict(headers)
-    assert q.upstream_fields(headers, US, session) == expected
+    assert q.upstream_headers(headers, US, session) == expected
     assert headers == before
 
 
 @pytest.mark.parametrize("session", ["", "a b", "a\r\nb: c", "\xe9", "\u2028", "s" * 129])
 def test_session_that_is_no_field_value_is_hashed(session: str) -> None:
-    assert q.upstream_fields({}, US, session)["session-id"] == q.stable_id(session)
+    assert q.upstream_headers({}, US, session)["session-id"] == q.stable_id(session)
 
 
 @pytest.mark.parametrize(("name", "default"), [
     ("session-id", "key"), ("version", "0.169.0"), ("originator", "qoo_bridge"),
 ])
 def test_an_empty_field_is_none(name: str, default: str) -> None:
-    assert q.upstream_fields({"user-agent": AGENT, name: ""}, US, "key")[name] == default
+    assert q.upstream_headers({"user-agent": AGENT, name: ""}, US, "key")[name] == default
 
 
 @pytest.mark.parametrize(("agent", "version"), [
@@ -563,4 +563,4 @@ def test_downstream_fields() -> None:
         "cf-cache-status": "x", "x-accel-redirect": "/etc", "x-accel-buffering": "no", "x-sendfile": "/etc",
         "x-qoo-bridge-error": "bridge", "x-qoo-bridge-id": "forged",
     }
-    assert q.downstream_fields({**stays, **passed}) == passed
+    assert q.downstream_headers({**stays, **passed}) == passed

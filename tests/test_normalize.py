@@ -579,7 +579,7 @@ def test_check_request_takes(fields: Object) -> None:
     (1.5, "a number"),
 ])
 def test_json_type(value: Any, name: str) -> None:
-    assert q.json_type(value) == name
+    assert q.json_type_name(value) == name
 
 
 # -- repairs ------------------------------------------------------------------

@@ -173,7 +173,7 @@ BLANK_LINE_LAST = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)\Z")
 def test_events_cut_at_every_byte_stay_whole(line_end: bytes) -> None:
     turn = b"".join([wire.sse_bytes(FIRST), DELTA, wire.sse_bytes(LAST)]).replace(b"\n", line_end)
     for cut in range(len(turn) + 1):
-        copy = q.EventCopy(codex=False)
+        copy = q.ResponsesOutput(codex=False)
         pieces = [copy.feed(turn[:cut]), copy.feed(turn[cut:])]
         joined = b"".join(pieces)
         assert turn[: len(joined)] == joined
@@ -184,7 +184,7 @@ def test_events_cut_at_every_byte_stay_whole(line_end: bytes) -> None:
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
 def test_events_are_counted(line_end: bytes) -> None:
-    copy = q.EventCopy(codex=False)
+    copy = q.ResponsesOutput(codex=False)
     for event in TURN:
         copy.feed(wire.sse_bytes(event).replace(b"\n", line_end))
     assert copy.count == len(TURN)
@@ -466,7 +466,7 @@ def test_client_that_leaves_after_the_terminal_event_is_no_error(
     assert ask(bridge).ended == "last-chunk"
 
 
-@pytest.mark.parametrize("step", ["end", "answer_json"])
+@pytest.mark.parametrize("step", ["end", "send_json"])
 def test_reply_is_closed_when_the_client_left_in_between(
     step: str,
     bridge: RunningBridge,
@@ -503,7 +503,7 @@ def left_open(
     monkeypatch.setattr(q.Bridge, "send_turn", send_turn)
     with asking(bridge, stream=stream):
         ended(logged)
-    peer = replies[0].peer
+    peer = replies[0].connection
     forgotten = peer.sock.fileno() >= 0 and not any(
         held is peer for _, _, held in bridge.bridge.upstream._idle
     )
@@ -540,7 +540,7 @@ def test_client_that_leaves_before_100_is_no_fault(
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     with wire.Client(bridge.address) as client, monkeypatch.context() as patched:
-        patched.setattr(q.Peer, "send", broken)
+        patched.setattr(q.Connection, "send", broken)
         client.send(raw_request("1.1", "Expect: 100-continue").partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
         lines = ended(logged)
     bridge.faults.clear()

@@ -31,7 +31,7 @@ def stream(*endings: bytes) -> bytes:
     """Write EVENTS and a comment, with the line endings in turn."""
     lines = [b": comment", b""]
     for event in EVENTS:
-        lines += [b"event: response.output_text.delta", b"id: 1", b"data: " + q.dump_json(event), b""]
+        lines += [b"event: response.output_text.delta", b"id: 1", b"data: " + q.json_bytes(event), b""]
     return b"".join(line + endings[at % len(endings)] for at, line in enumerate(lines))
 
 
@@ -171,14 +171,14 @@ def test_render_event() -> None:
     ("é\ud800", b'"\\u00e9\\ud800"'),
 ])
 def test_dump_json(value: Any, raw: bytes) -> None:
-    assert q.dump_json(value) == raw
+    assert q.json_bytes(value) == raw
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("text", ["x", "\ud800"])
 def test_dump_json_writes_json_only(number: float, text: str) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        q.dump_json([text, number])
+        q.json_bytes([text, number])
 
 
 @pytest.mark.parametrize("kind", ["x\n\ndata: [DONE]", "x\r", "a b", "\u2028", "x" * 101, ""])
@@ -210,8 +210,8 @@ def terminal(kind: str = "completed", **response: Any) -> Object:
 EMPTY_OUTPUTS: tuple[Object, ...] = ({"output": []}, {}, {"output": None})
 
 
-def folded(*events: Object) -> q.Fold:
-    fold = q.Fold()
+def folded(*events: Object) -> q.ResponseAssembler:
+    fold = q.ResponseAssembler()
     for event in events:
         fold.add(event)
     return fold
@@ -336,9 +336,9 @@ def test_odd_values_raise_nothing_else() -> None:
     *[(odd, {}) for odd in ODD_COUNTS],
 ])
 def test_usage_counts(usage: Any, counts: dict[str, int]) -> None:
-    assert q.usage_counts({"usage": usage}) == counts
+    assert q.token_counts({"usage": usage}) == counts
 
 
 @pytest.mark.parametrize("response", [None, 5, "x", [], {}, True])
 def test_usage_counts_of_an_odd_response(response: Any) -> None:
-    assert q.usage_counts(response) == {}
+    assert q.token_counts(response) == {}

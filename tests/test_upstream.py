@@ -45,7 +45,7 @@ def upstream(backend: wire.Backend) -> Iterator[Counted]:
     one.close()
 
 
-def fetch(upstream: q.Upstream, backend: wire.Listener, timeout: float = 5) -> q.Answer:
+def fetch(upstream: q.Upstream, backend: wire.Listener, timeout: float = 5) -> q.BufferedReply:
     """Make one exchange on the path that tests script."""
     return upstream.fetch("GET", f"{backend.upstream}/x", {}, timeout=timeout)
 
@@ -811,7 +811,7 @@ def test_reader_that_is_slow_but_steady_gets_all(tls: bool) -> None:
     reader = threading.Thread(target=read_slowly)
     reader.start()
     context = ssl.create_default_context(cafile=str(wire.certificates() / "ca.pem"))
-    peer = q.Peer(context.wrap_socket(ours, server_hostname="localhost") if tls else ours)
+    peer = q.Connection(context.wrap_socket(ours, server_hostname="localhost") if tls else ours)
     peer.send(bytes(size), 0.3)  # the whole takes longer than that; each part of it does not
     reader.join(5)
     peer.close()

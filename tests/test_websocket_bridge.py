@@ -1406,14 +1406,14 @@ def test_a_client_that_leaves_is_no_failed_request(
 def test_a_client_that_takes_nothing_any_more_is_no_failed_request(
     bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes, client, send = Notes(bridge, monkeypatch), dial(bridge, CODEX_FIELDS), q.Peer.send
+    notes, client, send = Notes(bridge, monkeypatch), dial(bridge, CODEX_FIELDS), q.Connection.send
 
-    def fail_at_the_client(peer: q.Peer, payload: bytes | memoryview, seconds: float) -> None:
+    def fail_at_the_client(peer: q.Connection, payload: bytes | memoryview, seconds: float) -> None:
         if not isinstance(peer.sock, ssl.SSLSocket):
             raise BrokenPipeError
         send(peer, payload, seconds)
 
-    monkeypatch.setattr(q.Peer, "send", fail_at_the_client)
+    monkeypatch.setattr(q.Connection, "send", fail_at_the_client)
     client.send_json(create())
     told = notes.next()
     assert (told.end, told.error_by) == ("client-left", "")
