@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
+import os
 import random
 import re
 import subprocess
@@ -11,16 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+
+pytest.register_assert_rewrite("help")
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import wire
 
-import qoo_bridge
+import qoo_bridge as q
 
-PARSER = qoo_bridge.build_parser()
+PARSER = q.build_parser()
 POLL = 0.001  # seconds; each test waits so long for its bridge to end
 
 
@@ -49,8 +54,8 @@ class RunningBridge:
         words = PARSER.parse_intermixed_args([
             "--host", "127.0.0.1", "--port", "0", "--upstream", backend.upstream, "--issuer", backend.issuer,
             "--auth-file", str(auth_file), "--log-file", "-", *options])
-        self.config = qoo_bridge.load_config(vars(words), {})
-        self.server = qoo_bridge.Server(self.config)
+        self.config = q.load_config(vars(words), {})
+        self.server = q.Server(self.config)
         self.server.bridge.on_fault = self.faults.append
         self.address = ("127.0.0.1", self.server.server_port)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
@@ -58,7 +63,7 @@ class RunningBridge:
         self._thread.start()
 
     @property
-    def bridge(self) -> qoo_bridge.Bridge:
+    def bridge(self) -> q.Bridge:
         """Return the parts."""
         return self.server.bridge
 
@@ -75,7 +80,7 @@ class Process:
         self.lines: list[str] = []
         begun = time.monotonic()
         self.process = subprocess.Popen([
-            sys.executable, "-W", "error", qoo_bridge.__file__, "--host", "127.0.0.1", "--port", "0",
+            sys.executable, "-W", "error", q.__file__, "--host", "127.0.0.1", "--port", "0",
             "--upstream", backend.upstream, "--issuer", backend.issuer,
             "--auth-file", str(folder / "auth.json"), "--log-file", "-", *options,
         ], stderr=subprocess.PIPE, text=True)
@@ -165,3 +170,192 @@ def run(backend: wire.Backend, tmp_path: Path) -> Iterator[Run]:
 def bridge(start: Start) -> RunningBridge:
     """A bridge with the default options."""
     return start()
+
+
+class Lines(logging.Handler):
+    """Keep the log's lines, tracebacks too; a line is written after the answer, so a test waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changed = threading.Condition()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take one line."""
+        with self.changed:
+            self.lines.append(f"{record.levelname} {self.format(record)}")
+            self.changed.notify_all()
+
+    def wait_for(self, text: str) -> str:
+        """Return the first line with `text` in it, once it is there."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: any(text in line for line in self.lines), 5), self.lines
+            return next(line for line in self.lines if text in line)
+
+
+@pytest.fixture
+def log_lines() -> Iterator[Lines]:
+    """The bridge's log, from debug on."""
+    lines, level = Lines(), q.log.level
+    q.log.addHandler(lines)
+    q.log.setLevel(logging.DEBUG)
+    yield lines
+    q.log.removeHandler(lines)
+    q.log.setLevel(level)
+
+
+class Hall:
+    """The bridges that rows share, one for each set of options, in front of one backend."""
+
+    def __init__(self, backend: wire.Backend, auth_file: Path) -> None:
+        self.backend = backend
+        self._auth_file = auth_file
+        self._bridges: dict[tuple[str, ...], RunningBridge] = {}
+        self._seen = 0
+
+    def bridge(self, *options: str) -> RunningBridge:
+        """Return the bridge with these options."""
+        if options not in self._bridges:
+            self._bridges[options] = RunningBridge(self.backend, self._auth_file, *options)
+        return self._bridges[options]
+
+    def asked(self) -> list[wire.Request]:
+        """Return what came upstream in this row."""
+        return self.backend.requests[self._seen:]
+
+    def begin(self) -> None:
+        """Begin a row."""
+        self._seen = len(self.backend.requests)
+
+    def end(self) -> None:
+        """End a row: nobody may have met a fault in it."""
+        faults = [fault for each in self._bridges.values() for fault in each.faults]
+        for each in self._bridges.values():
+            each.faults.clear()
+        assert faults == []
+        self.backend.check()
+
+    def close(self) -> None:
+        """End all bridges."""
+        for each in self._bridges.values():
+            each.close()
+
+
+@pytest.fixture(scope="module")
+def building(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hall]:
+    """The hall, for all rows of this file."""
+    with pytest.MonkeyPatch.context() as patch, wire.Backend() as backend:
+        patch.setenv("SSL_CERT_FILE", backend.ca_file)
+        for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+            patch.delenv(name, raising=False)
+        auth_file = tmp_path_factory.mktemp("door") / "auth.json"
+        wire.write_auth(auth_file, backend)
+        hall = Hall(backend, auth_file)
+        yield hall
+        hall.close()
+
+
+@pytest.fixture
+def hall(building: Hall) -> Iterator[Hall]:
+    """The hall, for one row."""
+    building.begin()
+    yield building
+    building.end()
+
+
+@pytest.fixture
+def door(hall: Hall) -> RunningBridge:
+    """The shared bridge with the default options."""
+    return hall.bridge()
+
+
+@pytest.fixture
+def logged(backend: wire.Backend) -> Iterator[list[str]]:
+    """Collect what is logged, formatted with its level and traceback."""
+    backend.routing = (backend.origin, "NO_CONSTRAINT")  # any other is worth a warning
+    lines: list[str] = []
+    form = logging.Formatter("%(levelname)s %(message)s")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(form.format(record))  # type: ignore[method-assign]
+    logger = logging.getLogger("qoo_bridge")
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+DAY = 86400.0  # seconds: longer than any test
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no list grow old, and nobody wait for it in vain."""
+    monkeypatch.setattr(q, "CATALOG_AGE", DAY)
+    monkeypatch.setattr(q, "CATALOG_WAIT", DAY)
+
+
+BRIDGE = Path(__file__).resolve().parents[1] / "qoo_bridge.py"
+Popen = subprocess.Popen[str]
+Launch = Callable[..., Popen]
+Command = Callable[..., tuple[int, str, str]]
+
+
+@contextlib.contextmanager
+def running(folder: Path, program: tuple[str, ...], *words: object) -> Iterator[Popen]:
+    """Run `python -I -S PROGRAM WORDS` in a folder, its output in pipes; kill it in the end."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("QOO_")}
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", *program, *map(str, words)],
+        env={**environment, "HOME": str(folder), "CODEX_HOME": str(folder), "LC_ALL": "C.UTF-8", "TZ": "UTC"},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    """Start `qoo_bridge.py WORDS`; all end with the test."""
+    with contextlib.ExitStack() as started:
+        yield lambda *words: started.enter_context(running(tmp_path, (str(BRIDGE),), *words))
+
+
+class Closed(q.Upstream):
+    """Close, with the test, the connections that a command leaves to the end of its process."""
+
+    all: ClassVar[list[Closed]] = []
+
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.all.append(self)
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """Run `main(WORDS)` in this process; return its status and what it printed."""
+    for name in [name for name in os.environ if name.startswith("QOO_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CODEX_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("handlers", []), ("propagate", True)):  # a command may set its own
+        monkeypatch.setattr(q.log, name, value)
+    monkeypatch.setattr(q, "Upstream", Closed)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        status = q.main(list(map(str, words)))
+        return (status, *capsys.readouterr())
+
+    yield run
+    while Closed.all:
+        Closed.all.pop().close()

@@ -1,10 +1,16 @@
-"""Section 12, access: which networks, hosts, origins and keys come in, and what a web page is told."""
+"""Room access: which networks, hosts, origins and keys come in, and what a web page is told."""
+
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
+import socket
 
 import pytest
+import wire
+from conftest import Hall, Lines, RunningBridge, Start
+from help import API_KEY, BEARER, HOST, JSON_TYPE, ORIGIN, POST, REQUEST, from_address, head
 
 import qoo_bridge as q
 
@@ -192,3 +198,216 @@ def test_a_bare_secret_in_the_key_file_is_not_shown() -> None:
     with pytest.raises(ValueError, match="line 1: ") as caught:
         q.read_key_file(SECRET)
     assert SECRET not in str(caught.value)
+
+
+def count_turns(asked: list[wire.Request]) -> int:
+    """Count what cost something upstream: all but what the bridge asks of itself."""
+    own = ("/backend-api/wham/accounts/check", "/backend-api/codex/models")
+    return sum(each.path not in own for each in asked)
+
+
+# -- browsers
+
+
+@pytest.fixture
+def web(hall: Hall) -> RunningBridge:
+    """A bridge that one origin may call."""
+    return hall.bridge("--allow-origin", ORIGIN, "--allow-host", "Bridge.Example.com")
+
+
+@pytest.mark.parametrize("origin", [
+    "null", "https://evil.example", "http://page.example", "https://page.example:8443",
+    "https://page.example.evil.example",
+    "https://PAGE.example", "https://page.example/", f"{ORIGIN}, {ORIGIN}", "http://127.0.0.1:4050", "x",
+])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_other_origin_is_refused_without_cors(
+    web: RunningBridge, hall: Hall, method: str, origin: str
+) -> None:
+    with wire.Client(web.address) as client:
+        client.request(method, "/v1/responses" if method == "POST" else "/v1/models",
+                       REQUEST if method == "POST" else None,
+                       {"Origin": origin, "Access-Control-Request-Method": "POST"})
+        reply = client.read_reply()
+    assert reply.status == 403
+    assert [name for name, _ in reply.headers if name.lower().startswith("access-control")] == []
+    assert count_turns(hall.asked()) == 0
+
+
+def test_other_origin_is_refused_before_its_body(door: RunningBridge) -> None:
+    reply = wire.raw(door.address, head(POST, HOST, JSON_TYPE, "Origin: null", "Content-Length: 5000"))
+    assert (reply.status, reply.header("connection")) == (403, "close")
+
+
+def test_websocket_of_another_origin_is_refused(web: RunningBridge, hall: Hall) -> None:
+    with contextlib.closing(wire.WebSocketClient(web.address)) as client:
+        assert client.connect("/v1/responses", {"Origin": "https://evil.example"}).status == 403
+    assert count_turns(hall.asked()) == 0
+
+
+def cors(reply: wire.RawReply) -> dict[str, str]:
+    """Return an answer's CORS fields."""
+    return {name.lower(): value for name, value in reply.headers
+            if name.lower() == "vary" or name.lower().startswith("access-control")}
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [
+    ("GET", "/v1/models", 200), ("POST", "/v1/responses", 200), ("GET", "/nothing", 404),
+    ("POST", "/v1/models", 405),
+])
+def test_allowed_origin_gets_cors(web: RunningBridge, method: str, path: str, status: int) -> None:
+    with wire.Client(web.address) as client:
+        client.request(method, path, REQUEST if method == "POST" else None, {"Origin": ORIGIN})
+        reply = client.read_reply()
+    assert reply.status == status
+    assert cors(reply) == {
+        "access-control-allow-origin": ORIGIN, "access-control-expose-headers": "*", "vary": "origin"}
+
+
+def test_preflight_is_answered_without_a_key(hall: Hall) -> None:
+    bridge = hall.bridge("--allow-origin", ORIGIN, "--api-key", f"page={API_KEY}")
+    with wire.Client(bridge.address) as client:
+        client.request("OPTIONS", "/v1/responses", headers={
+            "Origin": ORIGIN, "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization, content-type"})
+        reply = client.read_reply()
+        client.request("OPTIONS", "/v1/responses", headers={"Origin": ORIGIN})
+        assert client.read_reply().status == 401  # no preflight
+    assert reply.status == 204
+    assert cors(reply) == {
+        "access-control-allow-origin": ORIGIN, "vary": "origin", "access-control-max-age": "600",
+        "access-control-allow-methods": "GET, POST, OPTIONS",
+        "access-control-allow-headers": "authorization, content-type, x-api-key, session-id, thread-id"}
+
+
+@pytest.mark.parametrize("host", [
+    "127.0.0.1", "127.0.0.1:4050", "10.1.2.3:4050", "[::1]", "[fe80::1]:4050", "localhost", "LOCALHOST:4050",
+    "nas",
+    "nas.local", "nas.lan:4050", "nas.internal", "nas.home.arpa", "nas.local.", "bridge.example.com",
+    "BRIDGE.example.com:4050", socket.gethostname(),
+])
+def test_host_of_this_bridge_passes(web: RunningBridge, host: str) -> None:
+    assert wire.get(web.address, "/healthz", {"Host": host}).status == 200
+
+
+@pytest.mark.parametrize("host", [
+    "evil.example", "evil.example:4050", "127.0.0.1.evil.example", "nas.local.evil.example",
+    "localhost.evil.example",
+    "evillan.example", "x.bridge.example.com", "example.com", "nas.lan@evil.example", "nas.lan/evil",
+    "nas.lan:x", "a b",
+    "[::1", "1.2.3", "0x7f.1", "nas.lan:4050:1", ".", "nas.lan,evil.example", "\xe9.lan", "nas.lan#", ":4050",
+])
+def test_other_host_is_refused(web: RunningBridge, host: str) -> None:
+    statuses = [wire.get(web.address, path, {"Host": host}).status for path in ("/healthz", "/status")]
+    assert statuses == [403, 403]
+
+
+@pytest.mark.parametrize(("fields", "status"), [
+    ({"Content-Type": "text/plain"}, 200),
+    ({"Content-Type": "application/x-www-form-urlencoded"}, 200),
+    ({"Content-Type": "text/plain", "Origin": ORIGIN}, 403),
+    ({"Content-Type": "text/plain", "Sec-Fetch-Site": "same-origin"}, 403),
+    ({"Content-Type": "application/x-www-form-urlencoded", "Sec-Fetch-Mode": "no-cors"}, 403),
+    ({"Content-Type": "multipart/form-data; boundary=application/json", "Sec-Fetch-Dest": "empty"}, 403),
+    ({"Content-Type": "text/plain; x=application/json", "Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Content-Type": "", "Sec-Fetch-Site": "cross-site"}, 403),
+    ({"Content-Type": "application/json", "Origin": ORIGIN, "Sec-Fetch-Site": "cross-site"}, 200),
+    ({"Content-Type": "Application/JSON; charset=utf-8", "Origin": ORIGIN}, 200),
+])
+def test_post_of_a_browser_is_json(
+    web: RunningBridge, hall: Hall, fields: dict[str, str], status: int
+) -> None:
+    assert wire.post(web.address, "/v1/responses", REQUEST, fields).status == status
+    assert count_turns(hall.asked()) == (status == 200)
+
+
+# -- keys
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"Authorization": "Bearer wrong-key-000000"}, {"Authorization": f"Bearer {API_KEY}x"},
+    {"Authorization": f"Bearer {API_KEY[:-1]}"}, {"Authorization": f"Basic {API_KEY}"},
+    {"Authorization": API_KEY},
+    {"Authorization": "Bearer"}, {"Authorization": "Bearer \xe9\xff"}, {"x-api-key": "wrong-key-000000"},
+    {"x-api-key": ""},
+    {"Cookie": f"key={API_KEY}"}, {"x-api-key": "laptop"}, {"Authorization": f"Bearer laptop={API_KEY}"},
+    {"Authorization": f"Bearer {API_KEY.upper()}"}, {"api-key": API_KEY},
+])
+@pytest.mark.parametrize(("method", "path"), [
+    ("POST", "/v1/responses"), ("GET", "/status"), ("GET", "/nothing"),
+])
+def test_without_its_key_nobody_comes_in(hall: Hall, method: str, path: str, fields: dict[str, str]) -> None:
+    bridge = hall.bridge("--api-key", f"laptop={API_KEY}")
+    with wire.Client(bridge.address) as client:
+        client.request(method, path, REQUEST if method == "POST" else None, fields)
+        reply = client.read_reply()
+    assert (reply.status, reply.header("www-authenticate")) == (401, 'Bearer realm="qoo-bridge"')
+    assert reply.json["error"]["code"] == "invalid_api_key"
+    assert API_KEY.encode() not in reply.body
+    assert count_turns(hall.asked()) == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/status", "/metrics", "/client-config/codex",
+                                  "/api/codex/usage"])
+def test_every_endpoint_wants_the_key(hall: Hall, path: str) -> None:
+    bridge = hall.bridge("--api-key", f"laptop={API_KEY}")
+    assert wire.get(bridge.address, path).status == 401
+    assert wire.get(bridge.address, path, BEARER).status == 200
+    assert [wire.get(bridge.address, public).status for public in ("/healthz", "/")] == [200, 200]
+
+
+@pytest.mark.parametrize("fields", [
+    BEARER, {"authorization": f"bearer {API_KEY}"}, {"Authorization": f"BEARER   {API_KEY}  "},
+    {"x-api-key": API_KEY},
+    {"X-API-Key": API_KEY, "Authorization": "Basic eDp5"},
+])
+def test_key_opens_and_stays_here(
+    start: Start, backend: wire.Backend, log_lines: Lines, fields: dict[str, str]
+) -> None:
+    bridge = start("--api-key", "other=sk-other-0123456789", "--api-key", f"laptop={API_KEY}")
+    assert wire.post(bridge.address, "/v1/responses", REQUEST, fields).status == 200
+    assert "127.0.0.1/laptop " in log_lines.wait_for("/v1/responses")
+    status = wire.get(bridge.address, "/status", fields)
+    assert [row["client"] for row in status.json["clients"]] == ["laptop"]
+    seen = repr([each.headers for each in backend.requests]) + repr(log_lines.lines) + repr(bridge.config)
+    metrics = wire.get(bridge.address, "/metrics", fields)
+    assert API_KEY not in seen + status.body.decode() + metrics.body.decode()
+
+
+# -- networks
+
+
+@pytest.mark.parametrize(("options", "address", "status"), [
+    *(((), address, 200) for address in (
+        "127.0.0.1", "127.9.9.9", "10.0.0.1", "172.16.0.1", "172.31.255.255", "192.168.1.1", "169.254.7.7",
+        "100.64.0.1",
+        "100.127.255.255", "::1", "fe80::1%eth0", "fc00::1", "fd12:3456::1", "::ffff:192.168.1.1",
+        "::ffff:127.0.0.1")),
+    *(((), address, 403) for address in (
+        "8.8.8.8", "172.32.0.1", "172.15.255.255", "192.169.0.1", "100.128.0.1", "100.63.255.255", "11.0.0.1",
+        "0.0.0.0",
+        "255.255.255.255", "2001:db8::1", "2606:4700::1111", "::", "::ffff:8.8.8.8", "::8.8.8.8",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::", "not an address", "")),
+    (("--allow", "203.0.113.0/24"), "203.0.113.9", 200),
+    (("--allow", "203.0.113.0/24"), "::ffff:203.0.113.9", 200),
+    (("--allow", "203.0.113.0/24"), "192.168.1.1", 403),
+    (("--allow", "203.0.113.0/24"), "127.0.0.1", 200),
+    (("--allow", "2001:db8::/32"), "2001:db8::7", 200),
+    (("--allow", "2001:db8::/32"), "203.0.113.9", 403),
+    (("--allow", "10.0.0.0/8", "--allow", "203.0.113.9"), "203.0.113.9", 200),
+    (("--allow", "10.0.0.0/8", "--allow", "203.0.113.9"), "203.0.113.8", 403),
+])
+def test_networks_outside_are_refused(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], address: str, status: int
+) -> None:
+    bridge = hall.bridge(*options)
+    from_address(bridge, monkeypatch, address)
+    with wire.Client(bridge.address) as client:
+        if status == 200:
+            client.request("GET", "/healthz")
+        reply = client.read_reply()  # a refusal comes before anything was sent
+        assert reply.status == status
+        if status == 403:
+            assert (reply.header("connection"), reply.json["error"]["code"]) == ("close", "forbidden")
+            assert client.left()

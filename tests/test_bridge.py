@@ -1,65 +1,367 @@
-"""End to end, over real sockets: chat clients, legacy completions, and what the store remembers for them."""
+"""End to end, over real sockets: chat clients, legacy completions, and what the backend is sent.
+
+The last part holds what the backend is sent through the bridge beside what the same Codex sends it itself.
+"""
 
 from __future__ import annotations
 
 import json
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import wire
 from conftest import RunningBridge, Start
+from help import (
+    AGENT,
+    ANSWER,
+    CHAT,
+    RESPONSES,
+    TEXT,
+    WAYS,
+    ask_path,
+    asked_turns,
+    chunks,
+    script,
+    sent,
+    turns,
+)
 
 import qoo_bridge as q
 
 Object = dict[str, Any]
-CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ASKED: dict[str, Object] = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, TEXT: {"prompt": "hi"}}
-ANSWER = "the answer"
 BRISK = ("--keepalive", "0.05")
-ANN, BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
-KEYS = ("--api-key", f"ann={ANN}", "--api-key", f"bob={BOB}")
-WAYS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 BOTH = pytest.mark.parametrize("path", [CHAT, TEXT])
 
 
-def script(backend: wire.Backend, *replies: wire.Reply) -> None:
-    """Queue the answers of the next turns; one that breaks a rule of the backend is refused all the same."""
-    backend.on("/responses", *(wire.checked(backend, reply) for reply in replies))
+# -- side by side with a Codex that is signed in itself -----------------------
 
 
-def key_of(secret: str) -> dict[str, str]:
-    """Return the header that shows a client's key."""
-    return {"Authorization": f"Bearer {secret}"} if secret else {}
+class Capture(NamedTuple):
+    """One captured request; `ids` are what differs with every session: id -> what it is."""
+
+    ids: dict[str, str]
+    headers: dict[str, str]
+    body: Object
 
 
-def ask(bridge: RunningBridge, path: str, secret: str = "", **fields: Any) -> wire.RawReply:
-    """Send a request and read the whole reply."""
-    return wire.post(bridge.address, path, {"model": "gpt-5.5", **fields}, key_of(secret))
+def text(*texts: str) -> list[Object]:
+    return [{"type": "input_text", "text": each} for each in texts]
 
 
-def chunks(body: bytes) -> list[Any]:
-    """Return the events of a chat stream, `[DONE]` as that word, comments left out; nothing may be torn."""
-    *blocks, rest = body.split(b"\n\n")
-    assert rest == b""
-    told = [block for block in blocks if not block.startswith(b":")]
-    assert all(block.startswith(b"data: ") for block in told)
-    return ["[DONE]" if block == b"data: [DONE]" else json.loads(block[6:]) for block in told]
+def message(name: str, role: str, *texts: str, **more: Any) -> Object:
+    return {"type": "message", "id": f"msg_{name}", "role": role, "content": text(*texts), **more}
 
 
-def asked_turns(backend: wire.Backend) -> list[wire.Request]:
-    """Return the requests for turns that came upstream."""
-    return [request for request in backend.requests if request.path.endswith("/codex/responses")]
+def end_of_turn(output_id: str, output: str, **more: Any) -> list[Object]:
+    """Return what every capture's input ends with; `more` stands in each item."""
+    said = {"type": "output_text", "text": "Running a tool", "annotations": []}
+    return [
+        {"type": "reasoning", "id": "rs_0123abc", "summary": [{"type": "summary_text", "text": "think"}],
+         "content": None, "encrypted_content": "gAAAAAB_enc", **more},
+        {"type": "message", "status": "completed", "id": "msg_0aa1", "role": "assistant", "content": [said],
+         "phase": "commentary", **more},
+        {"type": "function_call", "status": "completed", "id": "fc_0bb2", "name": "exec_command",
+         "arguments": '{"cmd": "echo hi"}', "call_id": "call_1", **more},
+        {"type": "function_call_output", "id": f"fco_{output_id}", "call_id": "call_1", "output": output,
+         **more},
+    ]
 
 
-def turns(backend: wire.Backend) -> list[Object]:
-    """Return the bodies of the turns that came upstream."""
-    return [request.json for request in asked_turns(backend)]
+def named(*tools: str) -> list[Object]:
+    """Return tools from `type:name`; the captures hold no more of them."""
+    return [{"type": kind, "name": name or None} for kind, _, name in (tool.partition(":") for tool in tools)]
 
 
-def kinds(body: Object) -> list[str]:
-    """Name the items of a turn: their type, or the role of a message."""
-    return [item.get("role") or item["type"] for item in body["input"]]
+SKILLS, PERMISSIONS = "<skills_instructions>\n## Skills\nA skill is…", "<permissions instructions>\nFile…"
+PLACE = "<environment_context>\n  <cwd>/home/user/project"
+TEAM, MODE = "You are `main`, the primary agent in a team of …", "<multi_agent_mode>Any earlier instruction…"
+PASSTHROUGH = {"internal_chat_message_metadata_passthrough": {"turn_id": "…", "create_time": 1795328042.373}}
+
+BRIDGE_PLAIN = Capture(
+    {
+        "01a201df-3cb2-7781-97fc-5b29c49ae5cd": "session",
+        "4dbbee8e-2b6d-4a9d-8939-644d3889dbba": "installation",
+        "01a201df-3cd2-71b2-a17f-1957d84b71a2": "turn",
+    },
+    {
+        "x-codex-beta-features": "remote_compaction_v2", "x-codex-turn-state": "ts-sticky-1",
+        "x-codex-window-id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd:0",
+        "x-codex-turn-metadata": '{"installation_id":"4dbbee8e-2b6d-4a9d-8939-644d3889dbba"}',
+        "x-client-request-id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd",
+        "session-id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd",
+        "thread-id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd", "accept": "text/event-stream",
+        "content-type": "application/json", "authorization": "Bearer <redacted>", "originator": "codex_exec",
+        "user-agent": AGENT,
+    },
+    {
+        "model": "gpt-5.5", "stream": True,
+        "input": [
+            message("78f43e30-e31a-5ba4-81da-beafe83265dc", "developer", "You are Codex, a coding agent…"),
+            message("01a201df-3ce8-78c1-bbc9-59778bf17af2", "developer", SKILLS, PERMISSIONS, "<tools>\n…"),
+            message("01a201df-3ce8-78c1-bbc9-598f8655ec7e", "user", PLACE),
+            message("01a201df-3d00-76e1-a3b8-080c4afeafff", "user", "say hi"),
+            *end_of_turn("01a201df-3d6c-7010-a202-8ceb27a457f7", "Chunk ID: f09f81\nOutput:\nhi\n"),
+        ],
+        "tools": named("function:exec_command", "function:write_stdin", "function:request_user_input",
+                       "custom:apply_patch", "function:view_image", "function:get_goal",
+                       "function:create_goal", "function:update_goal", "tool_search:", "web_search:"),
+        "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"effort": "medium"}, "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "01a201df-3cb2-7781-97fc-5b29c49ae5cd", "text": {"verbosity": "low"},
+        "client_metadata": {
+            "root_turn_id": "01a201df-3cd2-71b2-a17f-1957d84b71a2",
+            "x-codex-installation-id": "4dbbee8e-2b6d-4a9d-8939-644d3889dbba",
+            "x-codex-window-id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd:0",
+            "x-codex-turn-metadata": '{"installation_id":"4dbbee8e-2b6d-4a9d-8939-644d3889dbba"}',
+            "turn_id": "01a201df-3cd2-71b2-a17f-1957d84b71a2",
+            "thread_id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd",
+            "session_id": "01a201df-3cb2-7781-97fc-5b29c49ae5cd",
+        },
+    },
+)
+CHATGPT_PLAIN = Capture(
+    {
+        "01a201e4-4ce1-7c41-adda-ecb6a8c97083": "session",
+        "7b256306-0895-4b9e-8f51-2b98c434cce6": "installation",
+        "01a201e4-4d18-7411-965e-cafa03fab80a": "turn",
+        "ts-sticky-17": "ts-sticky-1",
+    },
+    {
+        "version": "0.169.0", "x-codex-beta-features": "remote_compaction_v2",
+        "x-codex-turn-state": "ts-sticky-17", "x-codex-window-id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083:0",
+        "x-codex-turn-metadata": '{"installation_id":"7b256306-0895-4b9e-8f51-2b98c434cce6"}',
+        "x-codex-routing-hint": "model=gpt-5.5",
+        "x-client-request-id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083",
+        "session-id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083",
+        "thread-id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083", "accept": "text/event-stream",
+        "content-encoding": "zstd", "content-type": "application/json", "authorization": "Bearer <redacted>",
+        "chatgpt-account-id": "acct-uuid-1", "originator": "codex_exec", "user-agent": AGENT,
+        "host": "localhost:8843", "content-length": "16687",
+    },
+    {
+        "model": "gpt-5.5", "stream": True,
+        "input": [
+            message("…", "developer", "You are Codex, a coding agent…", **PASSTHROUGH),
+            message("…", "developer", SKILLS, PERMISSIONS, "<tools>\n…", **PASSTHROUGH),
+            message("…", "user", PLACE, **PASSTHROUGH),
+            message("01a201e4-4d47-7040-8a03-64dd702462c1", "user", "say hi", **PASSTHROUGH),
+            *end_of_turn("01a201e4-4db8-79b3-a072-3ab0ba373b29", "Chunk ID: f61fbd\n…", **PASSTHROUGH),
+        ],
+        "tools": named("function:exec_command", "function:write_stdin", "function:list_mcp_resources",
+                       "function:list_mcp_resource_templates", "function:read_mcp_resource",
+                       "function:request_user_input", "custom:apply_patch", "function:view_image",
+                       "function:get_goal", "function:create_goal", "function:update_goal",
+                       "namespace:image_gen", "tool_search:", "web_search:"),
+        "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"effort": "medium"}, "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "01a201e4-4ce1-7c41-adda-ecb6a8c97083", "text": {"verbosity": "low"},
+        "client_metadata": {
+            "thread_id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083",
+            "turn_id": "01a201e4-4d18-7411-965e-cafa03fab80a", "mcp_attribution": '{"status":"none"}',
+            "x-codex-turn-metadata": '{"installation_id":"7b256306-0895-4b9e-8f51-2b98c434cce6"}',
+            "x-codex-installation-id": "7b256306-0895-4b9e-8f51-2b98c434cce6",
+            "root_turn_id": "01a201e4-4d18-7411-965e-cafa03fab80a", "guardian_credits_requested": "true",
+            "session_id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083",
+            "x-codex-window-id": "01a201e4-4ce1-7c41-adda-ecb6a8c97083:0",
+        },
+    },
+)
+BRIDGE_LITE = Capture(
+    {
+        "01a201df-d8be-78d2-93d1-0b40877d03c7": "session",
+        "4dbbee8e-2b6d-4a9d-8939-644d3889dbba": "installation",
+        "01a201df-d8d7-74b2-ba0c-26518456802c": "turn",
+        "gpt-5.6-sol": "lite-model",
+    },
+    {
+        "x-codex-beta-features": "remote_compaction_v2", "x-codex-turn-state": "ts-sticky-1",
+        "x-codex-window-id": "01a201df-d8be-78d2-93d1-0b40877d03c7:0",
+        "x-codex-turn-metadata": '{"installation_id":"4dbbee8e-2b6d-4a9d-8939-644d3889dbba"}',
+        "x-openai-internal-codex-responses-lite": "true",
+        "x-client-request-id": "01a201df-d8be-78d2-93d1-0b40877d03c7",
+        "session-id": "01a201df-d8be-78d2-93d1-0b40877d03c7",
+        "thread-id": "01a201df-d8be-78d2-93d1-0b40877d03c7", "accept": "text/event-stream",
+        "content-type": "application/json", "authorization": "Bearer <redacted>", "originator": "codex_exec",
+        "user-agent": AGENT,
+    },
+    {
+        "model": "gpt-5.6-sol", "stream": True,
+        "input": [
+            {"type": "additional_tools", "id": "at_01a201df-d8e6-7152-b3b4-02908d5a1e48", "role": "developer",
+             "tools": named("namespace:functions", "namespace:collaboration")},
+            message("01a201df-d8e6-7152-b3b4-02af0392adfd", "developer", "You are Codex, an agent…"),
+            message("01a201df-d8e6-7152-b3b4-02b5ce437e87", "developer", SKILLS, PERMISSIONS),
+            message("01a201df-d8e6-7152-b3b4-02c56eeebaa8", "developer", TEAM),
+            message("01a201df-d8e6-7152-b3b4-02d5d883ebfa", "developer", MODE),
+            message("01a201df-d8e6-7152-b3b4-02e42e20afbf", "user", PLACE),
+            message("01a201df-d8f2-7a60-bce8-2d2501bd117a", "user", "say hi"),
+            *end_of_turn("01a201df-d956-75b2-a4cb-ecf8f2d88711", "Chunk ID: c4a73b\nOutput:\nhi\n"),
+        ],
+        "tool_choice": "auto", "parallel_tool_calls": False,
+        "reasoning": {"effort": "low", "context": "all_turns"}, "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "01a201df-d8be-78d2-93d1-0b40877d03c7", "text": {"verbosity": "low"},
+        "client_metadata": {
+            "session_id": "01a201df-d8be-78d2-93d1-0b40877d03c7",
+            "x-codex-window-id": "01a201df-d8be-78d2-93d1-0b40877d03c7:0",
+            "root_turn_id": "01a201df-d8d7-74b2-ba0c-26518456802c",
+            "x-codex-turn-metadata": '{"installation_id":"4dbbee8e-2b6d-4a9d-8939-644d3889dbba"}',
+            "thread_id": "01a201df-d8be-78d2-93d1-0b40877d03c7",
+            "x-codex-installation-id": "4dbbee8e-2b6d-4a9d-8939-644d3889dbba",
+            "turn_id": "01a201df-d8d7-74b2-ba0c-26518456802c",
+        },
+    },
+)
+CHATGPT_LITE = Capture(
+    {
+        "01a201e3-e519-7251-bc7f-37fed468c079": "session",
+        "7b256306-0895-4b9e-8f51-2b98c434cce6": "installation",
+        "01a201e3-e55c-7f52-978f-7a3d14d0f294": "turn",
+        "gpt-6-sol": "lite-model", "ts-sticky-17": "ts-sticky-1",
+    },
+    {
+        "version": "0.169.0", "x-openai-account-routing-override": "us",
+        "x-codex-beta-features": "remote_compaction_v2", "x-codex-turn-state": "ts-sticky-17",
+        "x-codex-window-id": "01a201e3-e519-7251-bc7f-37fed468c079:0",
+        "x-codex-turn-metadata": '{"installation_id":"7b256306-0895-4b9e-8f51-2b98c434cce6"}',
+        "x-openai-internal-codex-responses-lite": "true", "x-codex-routing-hint": "model=gpt-6-sol",
+        "x-client-request-id": "01a201e3-e519-7251-bc7f-37fed468c079",
+        "session-id": "01a201e3-e519-7251-bc7f-37fed468c079",
+        "thread-id": "01a201e3-e519-7251-bc7f-37fed468c079", "accept": "text/event-stream",
+        "content-encoding": "zstd", "content-type": "application/json", "authorization": "Bearer <redacted>",
+        "chatgpt-account-id": "acct-uuid-1", "originator": "codex_exec", "user-agent": AGENT,
+        "host": "localhost:8843", "content-length": "23491",
+    },
+    {
+        "model": "gpt-6-sol", "stream": True,
+        "input": [
+            {"type": "additional_tools", "id": "at_01a201e3-e585-7df3-bbb7-032cfe6e8064", "role": "developer",
+             "tools": named("namespace:functions", "namespace:clock", "namespace:collaboration")},
+            message("01a201e3-e585-7df3-bbb7-033e6e2d4340", "developer", "You are Codex, an agent…",
+                    **PASSTHROUGH),
+            message("01a201e3-e585-7df3-bbb7-034a183eaab3", "developer", SKILLS, PERMISSIONS, "<coll…",
+                    **PASSTHROUGH),
+            message("01a201e3-e585-7df3-bbb7-0356ede9b078", "developer", TEAM, **PASSTHROUGH),
+            message("01a201e3-e585-7df3-bbb7-036c2604fb5a", "developer", MODE, **PASSTHROUGH),
+            message("01a201e3-e585-7df3-bbb7-037bb1752730", "user", PLACE, **PASSTHROUGH),
+            message("01a201e3-e594-7772-94dd-416956784899", "user", "say hi", **PASSTHROUGH),
+            *end_of_turn("…", "Chunk ID: …", **PASSTHROUGH),
+        ],
+        "tool_choice": "auto", "parallel_tool_calls": False,
+        "reasoning": {"effort": "medium", "context": "all_turns"}, "store": False,
+        "include": ["reasoning.encrypted_content"],
+        "prompt_cache_key": "01a201e3-e519-7251-bc7f-37fed468c079", "text": {"verbosity": "low"},
+        "client_metadata": {
+            "root_turn_id": "01a201e3-e55c-7f52-978f-7a3d14d0f294",
+            "x-codex-turn-metadata": '{"installation_id":"7b256306-0895-4b9e-8f51-2b98c434cce6"}',
+            "turn_id": "01a201e3-e55c-7f52-978f-7a3d14d0f294",
+            "thread_id": "01a201e3-e519-7251-bc7f-37fed468c079",
+            "session_id": "01a201e3-e519-7251-bc7f-37fed468c079",
+            "x-codex-window-id": "01a201e3-e519-7251-bc7f-37fed468c079:0",
+            "guardian_credits_requested": "true",
+            "x-codex-installation-id": "7b256306-0895-4b9e-8f51-2b98c434cce6",
+            "mcp_attribution": '{"status":"none"}',
+        },
+    },
+)
+
+
+class Difference(NamedTuple):
+    """A field in which the two may differ: `alike` holds of what the bridge and what Codex itself sent."""
+
+    why: str
+    alike: Callable[[Any, Any], bool]
+
+
+def item_fields(items: list[Object]) -> list[Object]:
+    """Return what kind of items these are and which fields they have, but for Codex's note to ChatGPT."""
+    return [{name: item[name] if name in ("type", "role") else "" for name in item if name not in PASSTHROUGH}
+            for item in items]
+
+
+OF_CHATGPT_ALONE = {"mcp_attribution", "guardian_credits_requested"}  # of client_metadata
+HEADER_DIFFERENCES = {
+    "accept-encoding": Difference(
+        "the bridge reads the events that it relays, so it asks for them as they are; Codex asks nothing",
+        lambda bridge, direct: (bridge, direct) == ("identity", None)),
+    "authorization": Difference(
+        "the captures are redacted; the sign-in is this host's, whatever the client sent",
+        lambda bridge, direct: str(bridge).startswith("Bearer ey") and direct == "Bearer <redacted>"),
+    "chatgpt-account-id": Difference(
+        "the account is this host's", lambda bridge, direct: bool(bridge and direct)),
+    "host": Difference("the stand-ins listened on other ports",
+                       lambda bridge, direct: str(bridge).startswith("localhost:")),
+    "content-length": Difference("the captures' texts are cut",
+                                 lambda bridge, direct: str(bridge).isdigit() and str(direct).isdigit()),
+}
+BODY_DIFFERENCES = {
+    "input": Difference(
+        "Codex notes in every item when and why it was made, for its built-in provider alone; ids and texts "
+        "are of two conversations",
+        lambda bridge, direct: item_fields(bridge) == item_fields(direct)),
+    "client_metadata": Difference(
+        "two entries that Codex makes for its built-in provider alone",
+        lambda bridge, direct: bridge == {name: direct[name] for name in set(direct) - OF_CHATGPT_ALONE}),
+}
+PLAIN_DIFFERENCES = {
+    "tools": Difference(
+        "four tools that Codex offers with its built-in provider alone (MCP resources, image generation)",
+        lambda bridge, direct: bridge == [tool for tool in direct if tool in bridge]
+        and len(direct) == len(bridge) + 4),
+}
+LITE_DIFFERENCES = {
+    "reasoning": Difference(
+        "the captures are of two lite models, each with its own default effort",
+        lambda bridge, direct: (bridge.pop("effort"), direct.pop("effort")) == ("low", "medium")
+        and bridge == direct),
+}
+
+
+def without_ids(value: Any, ids: dict[str, str]) -> Any:
+    """Return a JSON value with every id replaced by what it is."""
+    written = json.dumps(value)
+    for name, what in ids.items():
+        written = written.replace(name, what)
+    return json.loads(written)
+
+
+def unlike(bridge: Object, direct: Object, differences: dict[str, Difference]) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that differ without a reason, and those with one that no longer differ."""
+    names = {*bridge, *direct, *differences}
+    pairs = {name: (bridge.get(name), direct.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if (pair[0] == pair[1]) == (name in differences)
+            or (name in differences and not differences[name].alike(*pair))}
+
+
+@pytest.mark.skipif(not wire.HAS_ZSTD, reason="no libzstd on this host: the body goes as it is")
+@pytest.mark.parametrize(("given", "direct", "differences"), [
+    (BRIDGE_PLAIN, CHATGPT_PLAIN, {**BODY_DIFFERENCES, **PLAIN_DIFFERENCES}),
+    (BRIDGE_LITE, CHATGPT_LITE, {**BODY_DIFFERENCES, **LITE_DIFFERENCES}),
+], ids=["plain", "lite"])
+def test_backend_is_sent_what_codex_itself_sends_it(
+    start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch,
+    given: Capture, direct: Capture, differences: dict[str, Difference],
+) -> None:
+    monkeypatch.setattr(q, "COMPRESS_FROM", 1)  # bytes; with their whole texts these requests are 40 KB
+    override = direct.headers.get("x-openai-account-routing-override", "NO_CONSTRAINT")
+    backend.routing = (backend.origin, override)
+    bridge = start("--compress", "on")
+    sign_in = bridge.bridge.credentials.bearer()
+    bridge.bridge.routing._ask(sign_in)  # as at every start, but waited for
+    raw = json.dumps(given.body).encode()
+    reply = wire.post(bridge.address, "/v1/responses", raw, given.headers)
+    assert (reply.status, reply.header("x-qoo-bridge-repaired"), backend.refusals) == (200, None, [])
+    (request,) = sent(backend)
+    assert request.body == raw  # the client's own bytes
+    headers = without_ids(dict(request.headers), given.ids)
+    assert len(headers) == len(request.headers)
+    assert unlike(headers, without_ids(direct.headers, direct.ids), HEADER_DIFFERENCES) == {}
+    body, wanted = without_ids(request.json, given.ids), without_ids(direct.body, direct.ids)
+    assert list(body) == list(wanted)  # in Codex's order
+    assert unlike(body, wanted, differences) == {}
 
 
 def text_of(choice: Object) -> str:
@@ -75,7 +377,7 @@ def text_of(choice: Object) -> str:
 @pytest.mark.parametrize("empty_output", [True, False])
 def test_whole_answer(path: str, empty_output: bool, bridge: RunningBridge, backend: wire.Backend) -> None:
     script(backend, wire.turn(*wire.text_turn(ANSWER, reasoning=True, empty_output=empty_output)))
-    reply = ask(bridge, path, **ASKED[path])
+    reply = ask_path(bridge, path, **ASKED[path])
     assert (reply.status, reply.header("content-type")) == (200, "application/json")
     assert reply.json["object"] == {CHAT: "chat.completion", TEXT: "text_completion"}[path]
     [choice] = reply.json["choices"]
@@ -91,7 +393,7 @@ def test_streamed_answer(
     path: str, options: Object | None, bridge: RunningBridge, backend: wire.Backend
 ) -> None:
     script(backend, wire.turn(*wire.text_turn(ANSWER, reasoning=True)))
-    reply = ask(bridge, path, stream=True, stream_options=options, **ASKED[path])
+    reply = ask_path(bridge, path, stream=True, stream_options=options, **ASKED[path])
     assert (reply.status, reply.ended) == (200, "last-chunk")
     assert reply.header("content-type") == "text/event-stream; charset=utf-8"
     *told, done = chunks(reply.body)
@@ -194,7 +496,7 @@ def test_failure_before_the_first_byte_is_a_status(
 ) -> None:
     reply_of, status, text = EARLY[name]
     script(backend, reply_of)
-    reply = ask(bridge, path, stream=stream, **ASKED[path])
+    reply = ask_path(bridge, path, stream=stream, **ASKED[path])
     assert (reply.status, reply.header("content-type")) == (status, "application/json")
     assert text in reply.json["error"]["message"]
     assert set(reply.json["error"]) >= {"message", "type", "param", "code"}
@@ -207,7 +509,7 @@ def test_failure_within_a_stream_is_never_a_clean_end(
 ) -> None:
     reply_of, _, text = LATE[name]
     script(backend, reply_of)
-    reply = ask(bridge, path, stream=True, stream_options={"include_usage": True}, **ASKED[path])
+    reply = ask_path(bridge, path, stream=True, stream_options={"include_usage": True}, **ASKED[path])
     assert (reply.status, reply.ended) == (200, "cut")
     *told, error = chunks(reply.body)
     assert "".join(text_of(chunk["choices"][0]) for chunk in told) == "half of"
@@ -223,7 +525,7 @@ def test_failure_is_a_status_where_one_answer_is_due(
 ) -> None:
     reply_of, status, text = LATE[name]
     script(backend, reply_of)
-    reply = ask(bridge, path, **ASKED[path])
+    reply = ask_path(bridge, path, **ASKED[path])
     assert reply.status == status
     assert text in reply.json["error"]["message"]
 
@@ -258,340 +560,9 @@ def test_failure_after_a_comment_is_an_error_in_the_stream(
 def test_what_cannot_be_done_costs_no_turn(
     path: str, fields: Object, param: str, stream: bool, bridge: RunningBridge, backend: wire.Backend
 ) -> None:
-    reply = ask(bridge, path, **{**ASKED[path], "stream": stream, **fields})
+    reply = ask_path(bridge, path, **{**ASKED[path], "stream": stream, **fields})
     assert (reply.status, reply.json["error"]["param"]) == (400, param)
     assert turns(backend) == []
-
-
-# -- the tool loop of chat clients: the reasoning comes back ----------------------------------
-
-
-def say(bridge: RunningBridge, messages: list[Object], stream: bool, secret: str = "") -> Object:
-    """Ask as a chat client does; return the assistant's message, put together from its pieces."""
-    reply = ask(bridge, CHAT, secret, messages=messages, stream=stream)
-    assert reply.status == 200
-    if not stream:
-        message: Object = reply.json["choices"][0]["message"]
-        return message
-    calls: list[Object] = []
-    text = ""
-    for chunk in chunks(reply.body)[:-1]:
-        delta = chunk["choices"][0]["delta"]
-        text += delta.get("content") or ""
-        for call in delta.get("tool_calls", ()):
-            if call["index"] == len(calls):
-                calls.append({"id": call["id"], "type": "function", "function": {**call["function"]}})
-            else:
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-    return {"role": "assistant", "content": text or None, **({"tool_calls": calls} if calls else {})}
-
-
-def with_outputs(message: Object) -> list[Object]:
-    """Return what a client sends back of a turn: the calls, and the answer to each."""
-    calls = message.get("tool_calls", [])
-    outputs = [{"role": "tool", "tool_call_id": call["id"], "content": "sunny"} for call in calls]
-    return [message, *outputs]
-
-
-USER = {"role": "user", "content": "hi"}
-
-
-@WAYS
-def test_reasoning_goes_back_in_front_of_its_call(
-    stream: bool, bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    first, second, third = (wire.reasoning_item(encrypted_content=f"gAAA{n}") for n in range(3))
-    script(
-        backend,
-        wire.turn(*wire.items_turn(first, wire.call_item("a", "{}", "c1"), wire.call_item("b", "{}", "c2"))),
-        wire.turn(*wire.items_turn(second, wire.call_item("a", '{"x": 1}', "c3"))),
-        wire.turn(*wire.items_turn(third, wire.message_item(ANSWER))),
-    )
-    history = [USER]
-    for _ in range(3):
-        history += with_outputs(say(bridge, history, stream))
-    say(bridge, [*history, USER], stream)
-    items = turns(backend)[-1]["input"]
-    call, output = "function_call", "function_call_output"
-    assert kinds(turns(backend)[-1]) == [
-        "user", "reasoning", call, call, output, output, "reasoning", call, output, "reasoning", "assistant",
-        "user",
-    ]  # fmt: skip
-    assert [item for item in items if item["type"] == "reasoning"] == [first, second, third]
-    assert [item["call_id"] for item in items if "call_id" in item] == ["c1", "c2", "c1", "c2", "c3", "c3"]
-    assert items[7]["arguments"] == '{"x": 1}'
-    assert backend.refusals == []
-
-
-@WAYS
-@pytest.mark.parametrize("as_parts", [False, True], ids=["text", "parts"])
-def test_reasoning_goes_back_in_front_of_its_text(
-    as_parts: bool, stream: bool, bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    reasoning = wire.reasoning_item()
-    script(backend, wire.turn(*wire.items_turn(reasoning, wire.message_item(ANSWER))))
-    message = say(bridge, [USER], stream)
-    if as_parts:
-        message = {**message, "content": [{"type": "text", "text": message["content"]}]}
-    say(bridge, [USER, message, USER, message, USER], stream)  # the text twice, the reasoning once
-    assert kinds(turns(backend)[-1]) == ["user", "reasoning", "assistant", "user", "assistant", "user"]
-    assert turns(backend)[-1]["input"][1] == reasoning
-
-
-def test_several_reasoning_items_keep_their_places(bridge: RunningBridge, backend: wire.Backend) -> None:
-    items = [
-        wire.reasoning_item(), wire.message_item("let me look"), wire.reasoning_item(),
-        wire.reasoning_item(), wire.call_item("look", "{}", "c1"),
-    ]  # fmt: skip
-    script(backend, wire.turn(*wire.items_turn(*items)))
-    say(bridge, [USER, *with_outputs(say(bridge, [USER], False))], False)
-    sent = turns(backend)[-1]["input"]
-    assert [item["type"] for item in sent[1:-1]] == [item["type"] for item in items]
-    assert [sent[1], sent[3], sent[4]] == [items[0], items[2], items[3]]
-
-
-def test_custom_call_has_its_reasoning_too(bridge: RunningBridge, backend: wire.Backend) -> None:
-    reasoning = wire.reasoning_item()
-    script(backend, wire.turn(*wire.items_turn(reasoning, wire.custom_call_item("sh", "ls", "c1"))))
-    message = say(bridge, [USER], False)
-    assert message["tool_calls"][0]["type"] == "custom"
-    say(bridge, [USER, *with_outputs(message)], False)
-    assert kinds(turns(backend)[-1]) == ["user", "reasoning", "custom_tool_call", "custom_tool_call_output"]
-
-
-@pytest.mark.parametrize("secret", [ANN, BOB])
-def test_reasoning_is_given_to_its_own_client_only(secret: str, start: Start, backend: wire.Backend) -> None:
-    bridge = start(*KEYS)
-    script(backend, wire.turn(*wire.items_turn(wire.reasoning_item(), wire.call_item("a", "{}", "c1"))))
-    message = say(bridge, [USER], False, ANN)
-    say(bridge, [USER, *with_outputs(message)], False, secret)
-    assert ("reasoning" in kinds(turns(backend)[-1])) is (secret == ANN)
-
-
-def test_call_that_is_not_known_costs_nothing(bridge: RunningBridge, backend: wire.Backend) -> None:
-    call = {"id": "c9", "type": "function", "function": {"name": "a", "arguments": "{}"}}
-    asked = with_outputs({"role": "assistant", "content": "unheard of", "tool_calls": [call]})
-    assert say(bridge, [USER, *asked], False)["content"] == "sunny"
-    assert kinds(turns(backend)[-1]) == ["user", "assistant", "function_call", "function_call_output"]
-
-
-# -- what /responses remembers -------------------------------------------------------
-
-
-def respond(bridge: RunningBridge, stream: bool = False, secret: str = "", **fields: Any) -> Object:
-    """Ask for a response that goes well, and return it."""
-    reply = ask(bridge, RESPONSES, secret, stream=stream, **fields)
-    assert reply.status == 200, reply.body
-    response: Object = wire.sse(reply.body)[-1]["response"] if stream else reply.json
-    return response
-
-
-def thoughtful(backend: wire.Backend, *items: wire.Item) -> list[wire.Item]:
-    """Script a turn of a reasoning item and these, which the backend takes back only behind it."""
-    output = [wire.reasoning_item(), *items]
-    backend.partners.update({item["id"]: output[0]["id"] for item in items})
-    script(backend, wire.turn(*wire.items_turn(*output)))
-    return output
-
-
-@WAYS
-def test_previous_response_is_replayed(stream: bool, bridge: RunningBridge, backend: wire.Backend) -> None:
-    first = thoughtful(backend, wire.call_item("a", "{}", "c1"))
-    second = thoughtful(backend, wire.message_item(ANSWER))
-    outputs = [{"type": "function_call_output", "call_id": "c1", "output": "sunny"}]
-    one = respond(bridge, stream, input="one", instructions="brief")
-    two = respond(bridge, stream, input=outputs, previous_response_id=one["id"])
-    respond(bridge, stream, input="three", previous_response_id=two["id"])
-    respond(bridge, stream, input="other", previous_response_id=one["id"])
-    assert (one["previous_response_id"], two["previous_response_id"]) == (None, one["id"])
-    asked, _, whole, branch = turns(backend)
-    assert asked["instructions"] == "brief"
-    assert whole["instructions"] == ""  # the API does not carry them over
-    assert "previous_response_id" not in whole
-    assert kinds(whole) == [
-        "user", "reasoning", "function_call", "function_call_output", "reasoning", "assistant", "user",
-    ]  # fmt: skip
-    assert whole["input"][:-1] == [*asked["input"], *first, *outputs, *second]
-    assert branch["input"][:-1] == [*asked["input"], *first]
-    assert backend.refusals == []
-
-
-def test_a_refused_request_is_logged_with_its_model(bridge: RunningBridge) -> None:
-    assert ask(bridge, RESPONSES, input="hi", previous_response_id="resp_unknown").status == 400
-    while not bridge.bridge.telemetry.snapshot(0)["recent"]:  # noted when the client has its answer
-        threading.Event().wait(0.001)
-    assert bridge.bridge.telemetry.snapshot(0)["recent"][0]["model"] == "gpt-5.5"
-
-
-def test_what_lies_below_a_response_is_not_served(bridge: RunningBridge) -> None:
-    name = respond(bridge, False, input="one")["id"]
-    reply = wire.get(bridge.address, f"/v1/responses/{name}/input_items")
-    assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
-    assert "there is nothing at" in reply.json["error"]["message"]
-
-
-def test_store_keeps_the_rest_when_one_is_too_large() -> None:
-    store = q.Store(10_000)
-    store.put("ann", "turn", "small", 1, 100)
-    store.put("bob", "turn", "large", 2, 20_000)
-    assert (store.get("ann", "turn", "small"), store.get("bob", "turn", "large")) == (1, None)
-
-
-@pytest.mark.parametrize("previous", ["resp_unknown", "", 1, True, [], {}])
-def test_unknown_previous_response_is_400(
-    previous: object, bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    reply = ask(bridge, RESPONSES, input="hi", previous_response_id=previous)
-    assert (reply.status, reply.json["error"]["param"]) == (400, "previous_response_id")
-    assert "not known" in reply.json["error"]["message"]
-    assert turns(backend) == []
-
-
-@WAYS
-def test_response_can_be_had_again(stream: bool, bridge: RunningBridge) -> None:
-    response = respond(bridge, stream, input="hi")
-    assert [item["type"] for item in response["output"]] == ["message"]
-    for path in (f"{RESPONSES}/{response['id']}", f"/responses/{response['id']}/"):
-        reply = wire.get(bridge.address, path)
-        assert (reply.status, reply.json) == (200, response)
-
-
-@pytest.mark.parametrize("name", ["resp_unknown", "resp_%00", "..", "a" * 500])
-def test_unknown_response_is_404(name: str, bridge: RunningBridge) -> None:
-    respond(bridge, input="hi")
-    reply = wire.get(bridge.address, f"{RESPONSES}/{name}")
-    assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
-
-
-def test_no_client_reads_another_one(start: Start, backend: wire.Backend) -> None:
-    bridge = start(*KEYS)
-    reasoning, _ = thoughtful(backend, wire.message_item(ANSWER))
-    name = respond(bridge, False, ANN, input="hi")["id"]
-    for secret, statuses, found in ((ANN, (200, 200), True), (BOB, (404, 400), False)):
-        fields = key_of(secret)
-        reference = {"type": "item_reference", "id": reasoning["id"]}
-        got = wire.get(bridge.address, f"{RESPONSES}/{name}", fields)
-        asked = ask(bridge, RESPONSES, secret, input="hi", previous_response_id=name)
-        assert (got.status, asked.status) == statuses
-        respond(bridge, False, secret, input=[USER, reference])
-        assert (reasoning in turns(backend)[-1]["input"]) is found
-
-
-@WAYS
-def test_reference_becomes_its_item_in_place(
-    stream: bool, bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    items = thoughtful(backend, wire.call_item("a", "{}", "c1"), wire.message_item(ANSWER))
-    respond(bridge, stream, input="hi")
-    references = [{"type": "item_reference", "id": item["id"]} for item in items]
-    output = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
-    respond(bridge, stream, input=[USER, *references, output])
-    assert turns(backend)[-1]["input"][1:] == [*items, output]
-    assert backend.refusals == []
-
-
-def test_unknown_reference_goes_and_with_it_the_ids(bridge: RunningBridge, backend: wire.Backend) -> None:
-    asked = [USER, {"type": "item_reference", "id": "rs_unknown"}, wire.message_item(ANSWER)]
-    respond(bridge, input=asked)
-    assert kinds(turns(backend)[-1]) == ["user", "assistant"]
-    assert not any("id" in item for item in turns(backend)[-1]["input"])
-
-
-@pytest.mark.parametrize(
-    ("fields", "headers"),
-    [
-        ({"store": False}, {}),
-        ({"store": True}, {"User-Agent": "codex_exec/0.169.0 (Debian)", "Originator": "codex_exec"}),
-    ],
-    ids=["store false", "codex"],
-)
-@WAYS
-def test_nothing_is_kept_unasked(
-    stream: bool, fields: Object, headers: dict[str, str], bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    reasoning, _ = thoughtful(backend, wire.message_item(ANSWER))
-    body = {"model": "gpt-5.5", "input": "hi", "stream": stream, **fields}
-    reply = wire.post(bridge.address, RESPONSES, body, headers)
-    name = (wire.sse(reply.body)[-1]["response"] if stream else reply.json)["id"]
-    assert wire.get(bridge.address, f"{RESPONSES}/{name}").status == 404
-    assert ask(bridge, RESPONSES, input="hi", previous_response_id=name).status == 400
-    respond(bridge, input=[USER, {"type": "item_reference", "id": reasoning["id"]}])
-    assert kinds(turns(backend)[-1]) == ["user"]
-
-
-def test_turn_that_failed_midway_is_not_continued(bridge: RunningBridge, backend: wire.Backend) -> None:
-    script(backend, wire.cut(*wire.text_turn(ANSWER, response_id="resp_cut")[:-1]))
-    assert ask(bridge, RESPONSES, input="hi").status == 502
-    assert ask(bridge, RESPONSES, input="hi", previous_response_id="resp_cut").status == 400
-
-
-# -- the store's bound ------------------------------------------------------------
-
-
-def test_least_recently_used_goes_first() -> None:
-    store = q.Store(4 * (1000 + 500))
-    for name in "abcd":
-        store.put("ann", "item", name, name, 1000)
-    assert store.get("ann", "item", "a") == "a"  # used: b is the oldest now
-    store.put("ann", "item", "e", "e", 1000)
-    assert [store.get("ann", "item", name) for name in "abcde"] == ["a", None, "c", "d", "e"]
-
-
-def test_entry_that_is_put_again_counts_once() -> None:
-    store = q.Store(2 * (1000 + 500))
-    store.put("ann", "item", "a", "a", 1000)
-    for value in range(50):
-        store.put("ann", "item", "b", value, 1000)
-    assert [store.get("ann", "item", name) for name in "ab"] == ["a", 49]
-
-
-def test_entry_above_the_bound_is_not_kept() -> None:
-    store = q.Store(1000)
-    store.put("ann", "item", "a", "a", 1001)
-    assert store.get("ann", "item", "a") is None
-    store.put("ann", "item", "b", "b", 1)
-    assert store.get("ann", "item", "b") == "b"
-
-
-@pytest.mark.parametrize("name", [None, 1, [], {}, True])
-def test_name_of_any_type_is_no_fault(name: object) -> None:
-    assert q.Store(1000).get("ann", "item", name) is None
-
-
-def test_old_conversations_go(monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
-    monkeypatch.setattr(q, "STORE_SIZE", 40_000)
-    bridge = start()
-    names = [respond(bridge, input=f"{number} {'x' * 4000}")["id"] for number in range(8)]
-    found = [wire.get(bridge.address, f"{RESPONSES}/{name}").status for name in names]
-    assert (found[0], found[-1]) == (404, 200)
-    assert found == sorted(found, reverse=True)
-    assert ask(bridge, RESPONSES, input="hi", previous_response_id=names[0]).status == 400
-    assert ask(bridge, RESPONSES, input="hi", previous_response_id=names[-1]).status == 200
-
-
-def test_long_conversation_stays_within_the_bound(
-    monkeypatch: pytest.MonkeyPatch, start: Start, backend: wire.Backend
-) -> None:
-    monkeypatch.setattr(q, "STORE_SIZE", 60_000)
-    bridge = start()
-    name, statuses = None, []
-    for number in range(20):  # 160 KB in all: at some turn the conversation is too long to be kept
-        reply = ask(bridge, RESPONSES, input=f"{number} {'x' * 4000}", previous_response_id=name)
-        statuses.append(reply.status)
-        if reply.status != 200:
-            break
-        name = reply.json["id"]
-    assert max(len(json.dumps(turn["input"])) for turn in turns(backend)) <= 65_000
-    assert (statuses[3], statuses[-1]) == (200, 400)
-
-
-def test_references_do_not_grow_beyond_max_body(start: Start, backend: wire.Backend) -> None:
-    bridge = start("--max-body", "64k")
-    message, reference = wire.message_item("x" * 16_000), "item_reference"
-    script(backend, wire.turn(*wire.items_turn(message)))
-    respond(bridge, input="hi")
-    ask(bridge, RESPONSES, input=[USER, *[{"type": reference, "id": message["id"]} for _ in range(500)]])
-    assert max(len(request.body) for request in asked_turns(backend)) <= 64 * 1024
 
 
 # -- bytes --------------------------------------------------------------------------

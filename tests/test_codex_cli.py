@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -34,7 +35,7 @@ class Machine(NamedTuple):
         """Set up the profile as README says: with what the bridge itself answers to a new machine.
 
         `catalog=False` leaves the model list out, as older set-ups do. The way here is HTTP;
-        test_websocket_bridge.py has the other one.
+        `test_codex_goes_on_over_the_websocket` has the other one.
         """
         text = wire.get(bridge.address, "/v1/client-config/codex").body.decode("utf-8")
         config, second_file, profile = text.replace('"local_md"', f'"{model}"').partition("# 2. ")
@@ -151,3 +152,38 @@ def test_codex_is_named_as_itself(backend: wire.Backend, bridge: RunningBridge, 
     assert request.header("version") == version
     assert request.header("originator") == "codex_exec"
     assert (request.header("user-agent") or "").startswith(f"codex_exec/{version} ")
+
+
+@pytest.mark.parametrize("model", ["local_md", "gpt-5.5"])
+def test_codex_goes_on_over_the_websocket(
+    backend: wire.Backend, bridge: RunningBridge, tmp_path: Path, model: str
+) -> None:
+    machine = Machine(tmp_path / "codex-home", tmp_path / "project")
+    machine.home.mkdir()
+    machine.project.mkdir()
+    machine.configure(bridge, model)
+    config = machine.home / "config.toml"
+    lines = [line for line in config.read_text("utf-8").splitlines(True) if "supports_websockets" not in line]
+    at = lines.index('wire_api = "responses"\n')
+    config.write_text("".join([*lines[:at], "supports_websockets = true\n", *lines[at:]]), "utf-8")
+    call = wire.call_item("exec_command", wire.dump({"cmd": COMMAND}).decode())
+    backend.on_frame(
+        wire.answer_frame,  # the prewarm
+        lambda ws, _: ws.events(*wire.items_turn(wire.reasoning_item(), call)),
+        lambda ws, _: ws.events(*wire.text_turn(ANSWER)),
+    )
+    done = machine.codex(
+        "exec", "--profile", "local_lan", "--skip-git-repo-check", "--sandbox", "danger-full-access", PROMPT
+    )
+    assert (done.returncode, done.stdout) == (0, ANSWER + "\n"), done.stderr
+    assert OUTPUT in done.stderr
+    assert "Falling back" not in done.stderr
+    assert [request for request in backend.requests if request.method == "POST"] == []
+    prewarm, turn, result = backend.wait_for_frames(3)  # no more: none was refused
+    assert prewarm["generate"] is False
+    assert PROMPT in json.dumps(turn["input"])
+    assert turn["previous_response_id"] and result["previous_response_id"]
+    (item,) = result["input"]
+    assert (item["type"], item["call_id"]) == ("function_call_output", call["call_id"])
+    assert item["output"].endswith(f"\n{OUTPUT}\n")
+    assert len([request for request in backend.requests if request.header("upgrade")]) == 1

@@ -1,4 +1,5 @@
-"""Section 4, normalize: a table of rows a rule, captured requests left alone, odd values in every place."""
+"""Room normalize: a table of rows a rule, captured requests left alone, odd values in every place."""
+
 from __future__ import annotations
 
 import json
@@ -572,14 +573,6 @@ def test_check_request_names_the_parameter(request_: Any, param: str | None) -> 
 @pytest.mark.parametrize("fields", [{}, {"input": ""}, {"input": []}, {"input": [1]}, {"model": "m" * 128}])
 def test_check_request_takes(fields: Object) -> None:
     q.check_request({"model": "gpt-5.5", **fields})
-
-
-@pytest.mark.parametrize(("value", "name"), [
-    ({}, "an object"), ([], "a list"), ("", "a string"), (True, "a boolean"), (None, "null"), (1, "a number"),
-    (1.5, "a number"),
-])
-def test_json_type(value: Any, name: str) -> None:
-    assert q.json_type_name(value) == name
 
 
 # -- repairs ------------------------------------------------------------------

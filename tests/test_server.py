@@ -1,4 +1,4 @@
-"""Section 16, server: many connections at once, what they leave behind, and how it ends.
+"""Room server: connections, many at once, what they leave behind, and how it ends.
 
 `python tests/test_server.py` runs 500 paced streams and a soak of 10,000 requests, and prints what they cost.
 """
@@ -14,7 +14,7 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
+import ssl
 import sys
 import threading
 import time
@@ -27,14 +27,31 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import Run, RunningBridge, Start
+from conftest import Hall, Run, RunningBridge, Start
+from help import (
+    BODY,
+    CANARY,
+    FIRST,
+    HOST,
+    JSON_TYPE,
+    LAST,
+    POST,
+    REQUEST,
+    SECONDS,
+    STREAM,
+    asking,
+    begin_turn,
+    from_address,
+    head,
+    raw_request,
+    refused,
+    settled,
+    until,
+)
 
 import qoo_bridge as q
 
-FIRST, *MIDDLE, LAST = wire.text_turn("hello", empty_output=False)
-BODY = {"model": "gpt-5.5", "stream": True, "input": "hi"}
 KEY, LATER_KEY = "a-key-of-the-test-1", "a-key-of-the-test-2"  # equally long
-SECONDS = 10  # until a test gives up; nothing here takes three
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
 
@@ -66,7 +83,7 @@ class Crowd:
     def __init__(self, address: wire.Address, texts: Iterable[str]) -> None:
         self.clients = {text: wire.Client(address, SECONDS) for text in texts}
         for text, client in self.clients.items():
-            client.request("POST", "/v1/responses", {**BODY, "input": text})
+            client.request("POST", "/v1/responses", {**STREAM, "input": text})
 
     def read_until(self, mark: bytes) -> None:
         """Read all streams until each has this in it."""
@@ -144,7 +161,7 @@ def test_many_streams_lose_nothing_and_one_too_many_is_503(
         assert late.left()
     turns.gate.set()
     assert crowd.are_whole(turns)
-    assert wire.post(bridge.address, "/v1/responses", BODY).status == 200  # an idle connection makes room
+    assert wire.post(bridge.address, "/v1/responses", STREAM).status == 200  # an idle connection makes room
 
 
 def test_token_that_turns_invalid_under_load_costs_one_refresh(
@@ -177,17 +194,9 @@ def descriptors(process: int | str = "self") -> int:
     return len(list(folder.iterdir())) if folder.exists() else 0
 
 
-def settled(count: Callable[[], int], most: int) -> int:
-    """Count until it is no more than that, or for three seconds."""
-    deadline = time.monotonic() + 3
-    while count() > most and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
-    return count()
-
-
 SOAK: list[tuple[str, dict[str, Any]]] = [
-    ("/v1/responses", BODY),
-    ("/v1/responses", {**BODY, "stream": False}),
+    ("/v1/responses", STREAM),
+    ("/v1/responses", {**STREAM, "stream": False}),
     ("/v1/chat/completions", {"model": "gpt-5.5", "messages": [{"role": "user", "content": "hi"}]}),
     ("/v1/nothing", {}),
 ]
@@ -313,7 +322,7 @@ def test_hang_up_rereads_keys_and_sign_in(run: Run, backend: wire.Backend, tmp_p
 
 def ask(address: wire.Address, key: str) -> int:
     """Ask for a turn with a key of the bridge; return the status."""
-    return wire.post(address, "/v1/responses", BODY, {"Authorization": f"Bearer {key}"}).status
+    return wire.post(address, "/v1/responses", STREAM, {"Authorization": f"Bearer {key}"}).status
 
 
 def rewrite(path: Path, change: Callable[[str], str]) -> None:
@@ -323,13 +332,6 @@ def rewrite(path: Path, change: Callable[[str], str]) -> None:
     path.write_text(text.rstrip().ljust(before.st_size), encoding="utf-8")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert path.stat().st_size == before.st_size
-
-
-def test_start_tells_what_will_turn_clients_away(run: Run, tmp_path: Path) -> None:
-    running = run("--api-key-file", str(tmp_path / "none"), "--limit", "laptop=1")
-    warning = "--limit names laptop, and there is no such key"
-    assert settled(lambda: warning not in "".join(running.lines), 0) == 0
-    assert "none cannot be read" in "".join(running.lines)
 
 
 @posix
@@ -360,30 +362,10 @@ def test_no_file_left_makes_nothing_spin(bridge: RunningBridge, monkeypatch: pyt
     assert naps == [0.1]
 
 
-def test_log_needs_no_file_to_be_opened_later() -> None:
-    code = ("import sys, encodings; sys.path.insert(0, sys.argv[1]); import qoo_bridge as q; "
-            "encodings.__path__ = []; q.log_line(q.Record('a', 'b', '', 'GET', '/'))")
-    words = [sys.executable, "-I", "-S", "-B", "-c", code, str(Path(q.__file__).parent)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_port_in_use_is_named(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, q.__file__, "--host", "127.0.0.1", "--port", str(port), "--log-file", "-",
-             "--auth-file", str(tmp_path / "auth.json")],
-            capture_output=True, text=True, timeout=SECONDS, check=False)
-    reason = f"{os.strerror(errno.EADDRINUSE)}; is a bridge running already?"
-    text = f"cannot listen on 127.0.0.1 port {port}: {reason}\n"
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", text)
-
-
 def test_streams_that_do_not_end_are_cut_at_last(backend: wire.Backend, bridge: RunningBridge) -> None:
     backend.on("/responses", wire.hang(FIRST))
     with wire.Client(bridge.address) as client:
-        client.request("POST", "/v1/responses", BODY)
+        client.request("POST", "/v1/responses", STREAM)
         client.read_head()
         assert client.read_event() == FIRST
         assert bridge.server.drain(0.05) is False
@@ -490,3 +472,350 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# -- bytes that are not HTTP/1.1 as it is taken here
+
+
+def malformed(status: int, name: str, *lines: str, marks: Any = ()) -> Any:
+    """Make a row of head lines."""
+    return pytest.param(head(*lines), status, id=name, marks=marks)
+
+
+MALFORMED = [
+    malformed(400, "both-lengths", POST, HOST, JSON_TYPE, "Content-Length: 40", "Transfer-Encoding: chunked"),
+    malformed(400, "both-lengths-other-order", POST, HOST, "Transfer-Encoding: chunked", "Content-Length: 0"),
+    malformed(400, "two-lengths", POST, HOST, "Content-Length: 0", "Content-Length: 40"),
+    malformed(400, "two-equal-lengths", POST, HOST, "Content-Length: 40", "content-length: 40"),
+    *(malformed(400, f"length-{declared!r}", POST, HOST, f"Content-Length: {declared}")
+      for declared in ("-1", "+5", "1_0", "\xb2", "1e3", "", "0x10", "5, 5", "5 5", "1.0", "9" * 30)),
+    malformed(400, "space-before-colon", POST, HOST, "Content-Length : 40"),
+    malformed(400, "tab-before-colon", POST, HOST, "Transfer-Encoding\t: chunked"),
+    *(malformed(501, f"coding-{coding}", POST, HOST, f"Transfer-Encoding: {coding}")
+      for coding in ("gzip", "identity", "gzip, chunked", "chunked, chunked", "xchunked", "chunked;q=1")),
+    malformed(400, "two-codings", POST, HOST, "Transfer-Encoding: chunked", "Transfer-Encoding: identity"),
+    malformed(400, "coding-vertical-tab", POST, HOST, "Transfer-Encoding: \x0bchunked"),
+    malformed(400, "bare-lf-in-head", "GET / HTTP/1.1\nX-A: 1", HOST),
+    malformed(400, "bare-lf-in-value", "GET / HTTP/1.1", HOST, "X-A: 1\nX-B: 2"),
+    malformed(400, "bare-cr-in-value", "GET / HTTP/1.1", HOST, "X-A: 1\rX-B: 2"),
+    malformed(400, "nul-in-value", "GET / HTTP/1.1", HOST, "X-A: 1\x002"),
+    malformed(400, "nul-in-name", "GET / HTTP/1.1", HOST, "X\x00A: 1"),
+    malformed(400, "nul-in-target", "GET /\x00 HTTP/1.1", HOST),
+    malformed(400, "obs-fold", "GET / HTTP/1.1", HOST, "X-A: 1", " 2"),
+    malformed(400, "obs-fold-tab", "GET / HTTP/1.1", HOST, "X-A: 1", "\t2"),
+    malformed(400, "fold-before-the-fields", "GET / HTTP/1.1", " X-A: 1", HOST),
+    malformed(400, "no-colon", "GET / HTTP/1.1", HOST, "X-A"),
+    malformed(400, "no-name", "GET / HTTP/1.1", HOST, ": 1"),
+    malformed(400, "name-not-ascii", "GET / HTTP/1.1", HOST, "X-\xe9: 1"),
+    malformed(431, "100-KB-of-headers", "GET / HTTP/1.1", HOST,
+              *[f"X-{n}: {'a' * 1000}" for n in range(100)]),
+    malformed(431, "one-header-of-100-KB", "GET / HTTP/1.1", HOST, f"X-A: {'a' * 100_000}"),
+    malformed(431, "1000-headers", "GET / HTTP/1.1", HOST, *[f"X-{n}: a" for n in range(1000)]),
+    malformed(414, "target-of-10-KB", f"GET /{'a' * 10_000} HTTP/1.1", HOST),
+    malformed(414, "query-of-10-KB", f"GET /v1/models?a={'a' * 10_000} HTTP/1.1", HOST),
+    malformed(400, "absolute-form", "GET http://bridge.lan/healthz HTTP/1.1", HOST),
+    malformed(400, "absolute-form-elsewhere", "POST https://chatgpt.com/v1/responses HTTP/1.1", HOST),
+    malformed(400, "double-slash", "GET //chatgpt.com/healthz HTTP/1.1", HOST),
+    malformed(400, "asterisk", "OPTIONS * HTTP/1.1", HOST),
+    malformed(400, "no-slash", "GET healthz HTTP/1.1", HOST),
+    malformed(400, "space-in-target", "GET /healthz x HTTP/1.1", HOST),
+    malformed(400, "two-spaces", "GET  /healthz HTTP/1.1", HOST),
+    malformed(400, "tab-in-request-line", "GET\t/healthz\tHTTP/1.1", HOST),
+    malformed(400, "target-not-ascii", "GET /\xe9 HTTP/1.1", HOST),
+    malformed(501, "connect", "CONNECT chatgpt.com:443 HTTP/1.1", "Host: chatgpt.com:443"),
+    malformed(501, "trace", "TRACE / HTTP/1.1", HOST),
+    malformed(501, "unknown-method", "BREW /v1/responses HTTP/1.1", HOST),
+    malformed(400, "lower-case-method", "get /healthz HTTP/1.1", HOST),
+    malformed(400, "http-0.9", "GET /healthz"),
+    malformed(505, "http-0.9-named", "GET /healthz HTTP/0.9", HOST),
+    malformed(505, "http-2.0-preface", "PRI * HTTP/2.0", "", "SM"),
+    malformed(505, "http-3", "GET /healthz HTTP/3.0", HOST),
+    malformed(400, "http-11", "GET /healthz HTTP/11", HOST),
+    malformed(400, "not-http", "GET /healthz ICY/1.1", HOST),
+    malformed(400, "no-host", "GET /healthz HTTP/1.1", "X-A: 1"),
+    malformed(400, "empty-host", "GET /healthz HTTP/1.1", "Host:"),
+    malformed(400, "two-hosts", "GET /healthz HTTP/1.1", HOST, "Host: chatgpt.com"),
+    malformed(400, "two-equal-hosts", "GET /healthz HTTP/1.1", HOST, HOST),
+    malformed(400, "two-keys", "GET /healthz HTTP/1.1", HOST, "Authorization: Bearer a",
+              "Authorization: Bearer b"),
+]
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), MALFORMED)
+def test_malformed_request_is_refused_and_closed(
+    door: RunningBridge, request_bytes: bytes, status: int
+) -> None:
+    refused(door, request_bytes, status)
+
+
+@pytest.mark.parametrize("request_bytes", [
+    pytest.param(b"GET /healthz HTTP/1.1\nHost: bridge.lan\n\n", id="bare-lf-throughout"),
+    pytest.param(b"GET /healthz\r\n", id="http-0.9"),
+    pytest.param(b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x03", id="tls-client-hello"),
+])
+def test_head_that_cannot_end_is_cut(
+    start: Start, monkeypatch: pytest.MonkeyPatch, request_bytes: bytes
+) -> None:
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    reply = wire.raw(start().address, request_bytes)
+    assert reply.status in (400, 408)
+    assert (reply.header("connection"), reply.rest) == ("close", b"")
+
+
+def test_head_of_bare_lf_is_malformed_not_slow(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.2)
+    assert wire.raw(start().address, b"GET /healthz HTTP/1.1\nHost: bridge.lan\n\n").status == 400
+
+
+@pytest.mark.parametrize("first", [
+    pytest.param(CANARY, id="get"),
+    pytest.param(head(POST, HOST, JSON_TYPE, f"Content-Length: {len(BODY)}") + BODY, id="post"),
+    pytest.param(head(POST, HOST, JSON_TYPE, "Content-Length: 2") + b"{}", id="post-refused"),
+    pytest.param(head(POST, HOST, JSON_TYPE, "Content-Length: 0"), id="post-empty"),
+    pytest.param(head(POST, HOST, JSON_TYPE), id="post-without-length"),
+])
+def test_pipelined_request_is_answered(door: RunningBridge, first: bytes) -> None:
+    with wire.Client(door.address, 0.3) as client:
+        client.send(first + b"GET /v1/nothing HTTP/1.1\r\nHost: a\r\n\r\n" + CANARY)
+        assert client.read_reply().status in (200, 400)
+        assert [client.read_reply().status, client.read_reply().status] == [404, 200]
+
+
+@pytest.mark.parametrize(("version", "fields", "kept"), [
+    ("1.1", (), True),
+    ("1.1", ("Connection: close",), False),
+    ("1.1", ("Connection: Foo, CLOSE",), False),
+    ("1.0", (), False),
+    ("1.0", ("Connection: Keep-Alive",), True),
+])
+def test_connection_is_kept_as_asked(door: RunningBridge, version: str, fields: tuple[str, ...],
+                                     kept: bool) -> None:
+    with wire.Client(door.address) as client:
+        client.send(head(f"GET /healthz HTTP/{version}", HOST, *fields) + CANARY)
+        assert client.read_reply().status == 200
+        if kept:
+            assert client.read_reply().status == 200
+        else:
+            assert client.reader.to_end() == b""
+
+
+# -- deadlines
+
+
+@pytest.mark.parametrize("sent", [
+    pytest.param(b"G", id="one-byte"),
+    pytest.param(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-A: ", id="within-a-field"),
+    pytest.param(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r", id="before-the-last-byte"),
+])
+def test_slow_head_is_cut(start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    reply = wire.raw(start().address, sent)
+    assert (reply.status, reply.header("connection"), reply.rest) == (408, "close", b"")
+
+
+def test_silent_connection_is_closed_without_an_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "IDLE_CLIENT", 0.1)
+    with wire.Client(start().address) as client:
+        assert client.reader.to_end() == b""
+
+
+def test_slow_senders_hold_up_nobody(bridge: RunningBridge) -> None:
+    slow = [socket.create_connection(bridge.address, 5) for _ in range(200)]
+    try:
+        for number, sock in enumerate(slow):
+            begun = head(POST, HOST, JSON_TYPE, "Content-Length: 9") + b"{"
+            sock.sendall(b"GET /he" if number % 2 else begun)
+        assert wire.get(bridge.address, "/healthz", timeout=2).status == 200
+        assert wire.post(bridge.address, "/v1/responses", REQUEST, timeout=3).status == 200
+    finally:
+        for sock in slow:
+            sock.close()
+
+
+# -- max connections
+
+def test_one_connection_too_many_is_503(start: Start, backend: wire.Backend) -> None:
+    bridge = start("--max-connections", "2")
+    backend.on("/responses", wire.hang(wire.created()), wire.hang(wire.created()))
+    with wire.Client(bridge.address) as one, wire.Client(bridge.address) as two:
+        for client in (one, two):
+            begin_turn(client)
+        with wire.Client(bridge.address) as third:
+            reply = third.read_reply()  # nothing was sent
+            assert (reply.status, reply.header("retry-after"), reply.json["error"]["code"]) == (
+                503, "2", "bridge_overloaded")
+            assert third.left()
+        one.close()
+        assert until(lambda: healthy(bridge))
+
+
+def healthy(bridge: RunningBridge) -> bool:
+    """Tell whether the bridge answers."""
+    with contextlib.suppress(OSError, wire.PeerLeft):
+        return wire.get(bridge.address, "/healthz").status == 200
+    return False
+
+
+def test_oldest_idle_connection_makes_room(start: Start) -> None:
+    bridge = start("--max-connections", "2")
+    with wire.Client(bridge.address) as old, wire.Client(bridge.address) as young:
+        for client in (old, young):
+            client.request("GET", "/healthz")
+            assert client.read_reply().status == 200
+            # Both wait for a request. Only now may the next one come: which thread waits longer decides.
+            assert until(lambda: len(bridge.server._waiting) == 2)
+        assert wire.get(bridge.address, "/healthz").status == 200
+        assert old.left()
+        young.request("GET", "/healthz")
+        assert young.read_reply().status == 200
+
+
+# -- TLS
+
+
+@pytest.fixture
+def secure(hall: Hall) -> RunningBridge:
+    """A bridge that serves https with the stand-in's certificate."""
+    folder = Path(hall.backend.ca_file).parent
+    return hall.bridge("--tls-cert", str(folder / "leaf.pem"), "--tls-key", str(folder / "leaf.key"))
+
+
+def served(bridge: RunningBridge, hall: Hall) -> str | None:
+    """Do a turn over TLS; return the protocol's version."""
+    with wire.Client(bridge.address, 3, tls=wire.trusting(hall.backend)) as client:
+        begin_turn(client)
+        assert client.read_events()[-1]["type"] == "response.completed"
+        client.request("GET", "/healthz")
+        assert client.read_reply().status == 200
+        return client.sock.version() if isinstance(client.sock, ssl.SSLSocket) else None
+
+
+def test_https_is_served(secure: RunningBridge, hall: Hall) -> None:
+    assert served(secure, hall) in ("TLSv1.2", "TLSv1.3")
+
+
+def client_hello(version: bytes) -> bytes:
+    """Write a ClientHello without extensions, for OpenSSL's own client no longer offers TLS 1.1."""
+    suites = bytes.fromhex("c00ac009c014c013c02bc02f0035002f")
+    hello = version + bytes(32) + b"\0" + len(suites).to_bytes(2, "big") + suites + b"\x01\0"
+    message = b"\x01" + len(hello).to_bytes(3, "big") + hello
+    return b"\x16\x03\x01" + len(message).to_bytes(2, "big") + message
+
+
+@pytest.mark.parametrize("version", [b"\x03\x01", b"\x03\x02"], ids=["TLS-1.0", "TLS-1.1"])
+def test_tls_before_1_2_is_refused(secure: RunningBridge, hall: Hall, version: bytes) -> None:
+    with wire.Client(secure.address) as client:
+        client.send(client_hello(version))
+        answer = client.reader.to_end()
+    assert (answer[:1], answer[-2:]) == (b"\x15", b"\x02\x46")  # alert: fatal, protocol_version
+    served(secure, hall)
+
+
+@pytest.mark.parametrize("begun", [b"", b"\x16", client_hello(b"\x03\x03")[:20]],
+                         ids=["silent", "a-byte", "a-part"])
+def test_unfinished_handshake_holds_up_nobody(secure: RunningBridge, hall: Hall, begun: bytes) -> None:
+    slow = [socket.create_connection(secure.address, 5) for _ in range(50)]
+    try:
+        for sock in slow:
+            sock.sendall(begun)
+        served(secure, hall)
+    finally:
+        for sock in slow:
+            sock.close()
+
+
+def test_unfinished_handshake_is_cut(secure: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    with wire.Client(secure.address) as client:
+        assert client.left()
+
+
+@pytest.mark.parametrize("sent", [CANARY, b"\x00" * 100, b"\x15\x03\x03\x00\x02\x02\x28", os.urandom(64)],
+                         ids=["http", "zeros", "alert", "noise"])
+def test_what_is_no_tls_is_closed(secure: RunningBridge, hall: Hall, sent: bytes) -> None:
+    with wire.Client(secure.address) as client:
+        client.send(sent)
+        assert b"HTTP/1.1 200" not in client.reader.to_end()
+    served(secure, hall)
+
+
+# -- networks
+
+
+def test_refused_network_costs_no_connection(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge = start("--max-connections", "1")
+    with monkeypatch.context() as patch:
+        from_address(bridge, patch, "8.8.8.8")
+        for _ in range(3):
+            with wire.Client(bridge.address) as client:
+                assert client.read_reply().status == 403
+    assert wire.get(bridge.address, "/healthz").status == 200
+
+
+def has_ipv6() -> bool:
+    """Tell whether this host's loopback has IPv6."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on loopback")
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_double_colon_takes_both_families(start: Start, address: str) -> None:
+    bridge = start("--host", "::")
+    assert wire.get((address, bridge.address[1]), "/healthz", {"Host": "localhost"}).status == 200
+
+
+# -- HTTP on the client's side ----------------------------------------------------------
+
+
+def test_pipelined_requests_are_answered_in_order(bridge: RunningBridge, backend: wire.Backend) -> None:
+    first, second = (wire.text_turn(text, empty_output=False) for text in ("one", "two"))
+    gate = threading.Event()
+    backend.on("/responses", wire.gated(gate, first[:1], first[1:]), wire.turn(*second))
+    with wire.Client(bridge.address) as client:
+        client.send(raw_request() + raw_request() + b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        client.read_head()
+        assert client.read_event() == first[0]
+        gate.set()
+        assert client.read_events() == first[1:]
+        client.read_head()
+        assert client.read_events() == second
+        assert client.read_reply().json["status"] == "ok"
+
+
+def test_request_sent_while_the_answer_comes_is_answered(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    gate = threading.Event()
+    backend.on("/responses", wire.gated(gate, [FIRST], [LAST]))
+    with asking(bridge) as client:
+        client.read_head()
+        client.read_event()
+        for byte in raw_request():
+            client.send(bytes([byte]))
+        gate.set()
+        assert client.read_events() == [LAST]
+        assert client.read_reply().ended == "last-chunk"
+
+
+def test_connection_is_kept(bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        for stream in (True, False, True):
+            client.request("POST", "/v1/responses", {**STREAM, "stream": stream})
+            reply = client.read_reply()
+            assert reply.status == 200
+            assert (reply.header("connection") or "keep-alive") == "keep-alive"
+
+
+@pytest.mark.parametrize("request_bytes", [raw_request("1.1", "Connection: close"), raw_request("1.0")])
+def test_connection_ends_when_the_client_wants_it(request_bytes: bytes, bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        client.send(request_bytes)
+        reply = client.read_reply()
+        assert reply.header("connection") == "close"
+        assert reply.ended in ("last-chunk", "close")
+        assert client.left(1)

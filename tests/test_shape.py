@@ -40,6 +40,8 @@ PURE = {
     "access",
 }
 PRINTS = ("sign-in", "commands", "doctor", "demo", "main")
+WITHOUT_TESTS = {"constants"}  # there is nothing in it that does anything
+BESIDE_SECTIONS = {"bridge", "codex_cli", "fuzz", "readme", "shape", "wire"}  # tests of no single section
 # A name in an annotation is never looked up when the file runs, but it tells of a section further down.
 ANNOTATIONS_BELOW = {
     ("websockets", "Bridge"): "until the pipeline is one",
@@ -304,3 +306,10 @@ def git(*arguments: str) -> str:
 def test_top_level_holds_the_agreed_names() -> None:
     tracked = {name.partition("/")[0] for name in git("ls-files").splitlines()}
     assert tracked == TOP_LEVEL
+
+
+def test_tests_mirror_the_sections() -> None:
+    present = {path.stem[len("test_"):] for path in (ROOT / "tests").glob("test_*.py")}
+    sections = {re.sub(r"\W", "_", name) for name in NUMBERS} - WITHOUT_TESTS
+    assert sorted(sections - present) == []
+    assert sorted(present - sections - BESIDE_SECTIONS) == []

@@ -1,21 +1,20 @@
+"""Room telemetry: records, counters, the log line's text, metrics."""
+
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import threading
 import time
 from email.message import Message
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from help import NOW, finished, record
 
 import qoo_bridge
-from qoo_bridge import PAGE, Record, Telemetry, log_line, metrics_text, page_csp, parse_rate_limits
+from qoo_bridge import Record, Telemetry, log_line, metrics_text, parse_rate_limits
 
-NOW = 1_795_384_800.0  # a whole minute
 HOSTILE_TEXTS = [
     'a" b="c',
     "back\\slash\\",
@@ -36,32 +35,6 @@ SAMPLE = re.compile(
 LABEL = re.compile(r'([a-z_]+)="((?:[^"\\]|\\.)*)"')
 
 
-def record(**fields: Any) -> Record:
-    """Build a record of an ordinary request."""
-    ordinary = {
-        "id": "r1",
-        "client": "192.168.1.20",
-        "key": "",
-        "method": "POST",
-        "path": "/v1/responses",
-        "model": "local_md",
-        "slug": "gpt-5.5",
-        "status": 200,
-        "end": "completed",
-        "total": 2.0,
-    }
-    return Record(**{**ordinary, **fields})
-
-
-def finished(*records: Record, now: float = NOW) -> Telemetry:
-    """Build a telemetry that has seen these records."""
-    telemetry = Telemetry()
-    for each in records:
-        telemetry.begin(each)
-        telemetry.finish(each, now)
-    return telemetry
-
-
 def samples(telemetry: Telemetry) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Read /metrics back; fails at a line that is neither a comment nor one well-formed sample."""
     found = {}
@@ -80,9 +53,6 @@ def sample(telemetry: Telemetry, name: str, **labels: str) -> float:
     """Add up the samples of a metric that carry these labels."""
     wanted = set(labels.items())
     return sum(n for (each, of), n in samples(telemetry).items() if each == name and wanted <= set(of))
-
-
-# the log line
 
 
 def test_log_line_says_everything_in_order() -> None:
@@ -139,9 +109,6 @@ def test_log_line_is_one_printable_ascii_line(name: str, text: str) -> None:
     assert len(line) < 1500
 
 
-# hostile values everywhere
-
-
 @pytest.mark.parametrize(
     "value", [None, True, 1.5, [], ["a", {}], {"a": 1}, -1, pytest.param(10**400, id="huge")]
 )
@@ -180,9 +147,6 @@ def test_a_usage_that_is_no_count_is_not_added(count: Any) -> None:
     telemetry = finished(record(usage={"input": count, "output": 5, "else": 9}))
     assert telemetry.snapshot(NOW)["recent"][0]["usage"] == {"output": 5}
     assert sample(telemetry, "qoo_bridge_tokens_total") == 5
-
-
-# counters
 
 
 def test_totals_by_client_and_model() -> None:
@@ -247,9 +211,6 @@ def test_what_the_bridge_refused_claims_no_label_value(name: str) -> None:
     assert telemetry.snapshot(NOW)["recent"][2]["status"] == 404
 
 
-# histograms
-
-
 def test_histogram_buckets_sum_and_count() -> None:
     totals = [0.01, 0.05, 0.0501, 7.0, 601.0]
     records = [record(total=total, first_byte=total / 2) for total in totals]
@@ -268,9 +229,6 @@ def test_histogram_buckets_sum_and_count() -> None:
 
 def test_a_reply_without_a_byte_is_in_no_first_byte_histogram() -> None:
     assert sample(finished(record(first_byte=None)), "qoo_bridge_first_byte_seconds_count") == 0
-
-
-# the last hour
 
 
 def test_hour_is_sixty_minutes_up_to_now() -> None:
@@ -297,9 +255,6 @@ def test_minutes_kept_are_bounded(step: int) -> None:
         telemetry.finish(record(), NOW + i * step)
     assert len(telemetry._minutes) <= qoo_bridge.HOUR_MINUTES
     assert telemetry.snapshot(NOW + 199 * step)["hour"][-1]["requests"] == 1
-
-
-# open and recent requests
 
 
 def test_open_streams_come_and_go() -> None:
@@ -392,9 +347,6 @@ def test_threads_lose_no_count() -> None:
     assert sample(telemetry, "qoo_bridge_refreshes_total") == 4 * rounds
     assert sample(telemetry, "qoo_bridge_request_seconds_count") == 4 * rounds
 
-
-# rate limits
-
 LIMIT_HEADERS = {
     "X-Codex-Primary-Used-Percent": "42.5",
     "x-codex-primary-window-minutes": "300",
@@ -456,9 +408,6 @@ def test_rate_limit_gauges() -> None:
             assert sample(telemetry, f"qoo_bridge_rate_limit_{name}", window=window) == value
 
 
-# the format and the page
-
-
 def test_every_family_stands_once_with_help_and_type() -> None:
     telemetry = finished(record(first_byte=1.0, end="cut", usage={"input": 1}))
     telemetry.rate_limits(LIMIT_HEADERS, NOW)
@@ -471,64 +420,3 @@ def test_every_family_stands_once_with_help_and_type() -> None:
     assert ("refreshes_total", "refreshes total") in helped
     assert set(qoo_bridge.METRIC_HELP.items()) < set(helped)
     assert text.endswith("\n") and "\n\n" not in text
-
-
-class Markup(HTMLParser):
-    """Collect the page's style, script, ids and attributes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inside = ""
-        self.texts: dict[str, str] = {}
-        self.attributes: list[tuple[str, str]] = []
-        self.feed(PAGE)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.inside = tag
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        if self.inside in ("style", "script"):
-            self.texts[self.inside] = self.texts.get(self.inside, "") + data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-
-def test_page_policy_allows_the_page_and_nothing_else() -> None:
-    policy = dict(directive.strip().split(" ", 1) for directive in page_csp().split(";"))
-    for tag in ("style", "script"):
-        digest = base64.b64encode(hashlib.sha256(Markup().texts[tag].encode()).digest()).decode()
-        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
-    assert policy["connect-src"] == "'self'"
-    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
-        assert policy[name] == "'none'"
-    assert "unsafe" not in page_csp()
-
-
-def test_page_has_no_outside_asset_and_nothing_inline_that_the_policy_blocks() -> None:
-    names = {name for name, _ in Markup().attributes}
-    assert not names & {"style", "src", "href", "srcset", "action"}
-    assert not [name for name in names if name.startswith("on")]
-
-
-@pytest.mark.parametrize(
-    "sink", ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function("]
-)
-def test_page_script_makes_text_nodes_only(sink: str) -> None:
-    assert sink not in Markup().texts["script"]
-
-
-def test_page_script_finds_every_element_it_names() -> None:
-    script, ids = Markup().texts["script"], [value for name, value in Markup().attributes if name == "id"]
-    named = set(re.findall(r'\$\("(\w+)"\)', script)) | set(re.findall(r'(?:put|table)\("(\w+)"', script))
-    assert named and named <= set(ids)
-    assert len(set(ids)) == len(ids)
-
-
-def test_page_reads_only_what_the_snapshot_gives() -> None:
-    telemetry = finished(record())
-    read = set(re.findall(r"\bs\.(\w+)", Markup().texts["script"]))
-    merged_by_the_server = {"sign_in", "catalog", "client_config"}
-    assert read - merged_by_the_server <= set(telemetry.snapshot(NOW))
-    assert merged_by_the_server < read

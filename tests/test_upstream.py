@@ -1,4 +1,4 @@
-"""Section 10, upstream: the pool, broken and hostile peers, TLS, the proxy; then what a client gets of it."""
+"""Room upstream: the pool, broken and hostile peers, TLS, the proxy; then what a client gets of it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import wire
 from conftest import RunningBridge, Start
+from help import STREAM
 
 import qoo_bridge as q
 
-BODY = {"model": "gpt-5.5", "stream": True, "input": "hi"}
 OK = wire.reply_json(200, {})
 CLOSED = wire.reply_raw(b"", "close")  # without a byte of an answer
 RESET = wire.reply_raw(b"", "reset")
@@ -633,7 +633,7 @@ def test_proxy_that_is_down_is_named(backend: wire.Backend, monkeypatch: pytest.
 
 def ask(bridge: RunningBridge) -> wire.RawReply:
     """Ask for a turn."""
-    return wire.post(bridge.address, "/v1/responses", BODY)
+    return wire.post(bridge.address, "/v1/responses", STREAM)
 
 
 def refused(reply: wire.RawReply, status: int, by: str) -> str:
@@ -793,26 +793,3 @@ def test_http_1_0_reply_is_a_stream(bridge: RunningBridge, backend: wire.Backend
     )
     reply = ask(bridge)
     assert (reply.status, reply.ended) == (200, "last-chunk")
-
-
-@pytest.mark.parametrize("tls", [False, True], ids=["tcp", "tls"])
-def test_reader_that_is_slow_but_steady_gets_all(tls: bool) -> None:
-    ours, theirs = socket.socketpair()
-    size, taken = 2_000_000, [0]
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
-
-    def read_slowly() -> None:
-        sock = wire.server_context().wrap_socket(theirs, server_side=True) if tls else theirs
-        with sock:
-            while taken[0] < size:
-                taken[0] += len(sock.recv(16384))
-                threading.Event().wait(0.005)
-
-    reader = threading.Thread(target=read_slowly)
-    reader.start()
-    context = ssl.create_default_context(cafile=str(wire.certificates() / "ca.pem"))
-    peer = q.Connection(context.wrap_socket(ours, server_hostname="localhost") if tls else ours)
-    peer.send(bytes(size), 0.3)  # the whole takes longer than that; each part of it does not
-    reader.join(5)
-    peer.close()
-    assert taken[0] == size

@@ -1,4 +1,4 @@
-"""Section 8, websocket: the frame codec, fed whole, byte by byte and at random cuts."""
+"""Room frames: the WebSocket codec, fed whole, byte by byte and at random cuts."""
 
 from __future__ import annotations
 

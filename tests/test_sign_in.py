@@ -1,4 +1,4 @@
-"""Section 9, credentials: auth.json, its refresh, account routing; then the same through the bridge."""
+"""Room sign-in: auth.json and its refresh, beside a Codex that does the same."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import RunningBridge, Start
+from help import json_answer
 
 import qoo_bridge as q
 
-BODY = {"model": "gpt-5.5", "stream": True, "input": "hi"}
-CHECK = "/backend-api/wham/accounts/check"
 posix = pytest.mark.skipif(os.name == "nt", reason="flock, modes and links are POSIX's")
 
 
@@ -63,15 +61,10 @@ class Issuer(wire.SignIn):
         assert fields["content-type"] == "application/json"
         self.asked.append(json.loads(body))
         self.meanwhile()
-        answer = self.answers.pop(0) if self.answers else reply(200, self.rotate())
+        answer = self.answers.pop(0) if self.answers else json_answer(200, self.rotate())
         if isinstance(answer, q.BridgeError):
             raise answer
         return answer
-
-
-def reply(status: int, value: object) -> q.BufferedReply:
-    """Make an answer in JSON."""
-    return q.BufferedReply(status, {"content-type": "application/json"}, json.dumps(value).encode())
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -126,11 +119,6 @@ def logged() -> Iterator[list[str]]:
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(before)
-
-
-def ask(bridge: RunningBridge, **headers: str) -> wire.RawReply:
-    """Ask for a turn."""
-    return wire.post(bridge.address, "/v1/responses", BODY, headers)
 
 
 # -- the file -----------------------------------------------------------------
@@ -351,7 +339,7 @@ def test_only_returned_tokens_are_replaced(
 ) -> None:
     before = stored(path)["tokens"]
     new = {name: issuer.rotate()[name] for name in returned}
-    issuer.answers = [reply(200, {**new, "token_type": "Bearer"})]
+    issuer.answers = [json_answer(200, {**new, "token_type": "Bearer"})]
     credentials.after_401(credentials.current())
     assert stored(path)["tokens"] == {**before, **new}
 
@@ -409,26 +397,26 @@ def test_opaque_token_of_unknown_age_is_used(last_refresh: Any, path: Path, issu
 PASSING: list[q.BufferedReply | q.BridgeError] = [
     q.BadUpstream("unreachable"),
     q.UpstreamTimeout("slow"),
-    reply(500, {}),
-    reply(429, {"error": "slow_down"}),
-    reply(403, {}),
-    reply(400, {"error": {"code": "invalid_request"}}),
-    reply(200, {}),
-    reply(200, []),
-    reply(200, {"access_token": 5}),
-    reply(200, {"access_token": ""}),
+    json_answer(500, {}),
+    json_answer(429, {"error": "slow_down"}),
+    json_answer(403, {}),
+    json_answer(400, {"error": {"code": "invalid_request"}}),
+    json_answer(200, {}),
+    json_answer(200, []),
+    json_answer(200, {"access_token": 5}),
+    json_answer(200, {"access_token": ""}),
     q.BufferedReply(200, {}, b"<html>"),
-    reply(400, {"error": [], "code": {}}),
-    reply(400, {"error": {"code": ["invalid_grant"]}}),
+    json_answer(400, {"error": [], "code": {}}),
+    json_answer(400, {"error": {"code": ["invalid_grant"]}}),
 ]
 FINAL = [
-    reply(401, {}),
+    json_answer(401, {}),
     q.BufferedReply(401, {}, b"<html>"),
-    reply(400, {"error": "invalid_grant"}),
-    reply(400, {"error": {"code": "invalid_grant"}}),
-    reply(400, {"error": {"code": "refresh_token_expired"}}),
-    reply(403, {"code": "refresh_token_reused"}),
-    reply(400, {"error": "refresh_token_invalidated"}),
+    json_answer(400, {"error": "invalid_grant"}),
+    json_answer(400, {"error": {"code": "invalid_grant"}}),
+    json_answer(400, {"error": {"code": "refresh_token_expired"}}),
+    json_answer(403, {"code": "refresh_token_reused"}),
+    json_answer(400, {"error": "refresh_token_invalidated"}),
 ]
 
 
@@ -720,288 +708,3 @@ def test_failed_write_leaves_the_old_file_and_no_other(
         q.write_private(str(path), {"new": True})
     assert path.read_bytes() == before
     assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
-
-
-# -- account routing ------------------------------------------------------------
-
-UPSTREAM = "https://chatgpt.com/backend-api/codex"
-
-
-def route(
-    answer: q.BufferedReply | q.BridgeError, upstream: str = UPSTREAM
-) -> tuple[str, dict[str, str], list[str]]:
-    """Ask for the routing once; return what it came to, and the addresses that got the token."""
-    urls: list[str] = []
-
-    def fetch(method: str, url: str, fields: dict[str, str], body: bytes, timeout: float) -> q.BufferedReply:
-        assert fields["authorization"] == "Bearer token"
-        urls.append(url)
-        if isinstance(answer, q.BridgeError):
-            raise answer
-        return answer
-
-    sign_in = q.SignIn("token", "", "acc", "pro", False, 0.0)
-    routing = q.Routing(upstream, fetch, {})
-    assert routing.of(sign_in) == (upstream, {})  # a request does not wait for the answer
-    for thread in threading.enumerate():
-        if thread.name == "routing":
-            thread.join(5)
-    base, fields = routing.of(sign_in)
-    return base, fields, urls
-
-
-def account(
-    origin: Any = "https://chatgpt.com", override: Any = "NO_CONSTRAINT", **changes: Any
-) -> dict[str, Any]:
-    """Return the answer's entry for an account."""
-    return {"id": "acc", "workspace_backend_origin": origin, "account_routing_override": override, **changes}
-
-
-@pytest.mark.parametrize(
-    ("origin", "base"),
-    [
-        ("https://chatgpt.com", UPSTREAM),
-        ("https://chatgpt.com/", UPSTREAM),
-        ("https://us.chatgpt.com", "https://us.chatgpt.com/backend-api/codex"),
-        ("https://a.us.chatgpt.com:8443", "https://a.us.chatgpt.com:8443/backend-api/codex"),
-    ],
-)
-def test_origin_of_the_same_site_is_taken(origin: str, base: str) -> None:
-    assert route(reply(200, {"accounts": [account(origin)]}))[0] == base
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "http://chatgpt.com",
-        "https://evil.test",
-        "https://chatgpt.com.evil.test",
-        "https://evilchatgpt.com",
-        "https://chatgpt.com@evil.test",
-        "https://evil.test/chatgpt.com",
-        "https://evil.test#.chatgpt.com",
-        "https://evil.test?.chatgpt.com",
-        "https://user:pw@chatgpt.com",
-        "https://chatgpt.com/other",
-        "https://chatgpt.com:99999",
-        "https://[chatgpt.com",
-        "//chatgpt.com",
-        "chatgpt.com",
-        "file:///chatgpt.com",
-        "",
-        None,
-        5,
-        [],
-        {},
-        ["https://us.chatgpt.com"],
-        *(
-            pytest.param(
-                origin)
-            for origin in (
-                "https://evil.test\\.chatgpt.com",
-                "https://two words.chatgpt.com",
-                "https://.chatgpt.com",
-                "https://\u4f8b.chatgpt.com",
-            )
-        ),
-    ],
-)
-def test_any_other_origin_is_not_taken(origin: Any) -> None:
-    base, _, urls = route(reply(200, {"accounts": [account(origin)]}))
-    assert base == UPSTREAM
-    assert urls == ["https://chatgpt.com/backend-api/wham/accounts/check"]
-
-
-@pytest.mark.parametrize(
-    ("override", "sent"),
-    [
-        ("us", "us"),
-        ("us_cr", "us_cr"),
-        ("NO_CONSTRAINT", None),
-        ("", None),
-        (None, None),
-        (5, None),
-        (["us"], None),
-        ("us\r\nx-evil: 1", None),
-        ("us\n", None),
-        ("x" * 33, None),
-    ],
-)
-def test_override_is_sent_as_a_field(override: Any, sent: str | None) -> None:
-    fields = route(reply(200, {"accounts": [account(override=override)]}))[1]
-    assert fields == ({"x-openai-account-routing-override": sent} if sent else {})
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        q.BadUpstream("unreachable"),
-        q.BufferedReply(403, {}, b"<html>"),
-        reply(200, []),
-        reply(200, {}),
-        reply(200, {"accounts": None}),
-        reply(200, {"accounts": {}}),
-        reply(200, {"accounts": [None, 5, [], {}]}),
-        reply(200, {"accounts": [account("https://us.chatgpt.com", "us", id="another")]}),
-    ],
-    ids=repr,
-)
-def test_failing_to_ask_stops_nothing(answer: q.BufferedReply | q.BridgeError) -> None:
-    assert route(answer)[:2] == (UPSTREAM, {})
-
-
-# -- through the bridge -----------------------------------------------------------
-
-
-def test_request_without_sign_in_is_answered_with_the_remedy(start: Start, backend: wire.Backend) -> None:
-    bridge = start(signed_in=False)
-    reply = ask(bridge)
-    assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "bridge")
-    assert reply.json["error"]["code"] == "not_signed_in"
-    assert "codex login" in reply.json["error"]["message"]
-    assert backend.requests == []
-    wire.write_auth(bridge.auth_file, backend)
-    assert ask(bridge).status == 200
-
-
-def test_sign_in_travels_with_the_request(bridge: RunningBridge, backend: wire.Backend) -> None:
-    reply = ask(bridge, Authorization="Bearer the-clients-own")
-    assert reply.status == 200
-    sent = backend.wait_for(1, "/responses")[0]
-    assert wire.find_all(sent.headers, "authorization") == [f"Bearer {backend.access_token}"]
-    assert sent.header("chatgpt-account-id") == backend.account_id
-
-
-def test_replaced_file_is_used_at_once(bridge: RunningBridge, backend: wire.Backend) -> None:
-    assert ask(bridge).status == 200
-    backend.rotate()
-    backend.revoke()
-    backend.rotate()
-    wire.write_auth(bridge.auth_file, backend)
-    assert ask(bridge).status == 200
-    assert backend.refreshes == 0
-
-
-def test_requests_that_met_a_401_together_cost_one_refresh(
-    bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    assert ask(bridge).status == 200  # the model list and the routing are known from here on
-    together = threading.Barrier(12)
-
-    def expired(exchange: wire.Exchange) -> None:
-        together.wait(10)
-        exchange.json(401, {"detail": "Could not validate credentials"})
-
-    backend.revoke()
-    backend.on("/responses", *[expired] * 12)
-    with ThreadPoolExecutor(12) as pool:
-        replies = list(pool.map(lambda _: ask(bridge), range(12)))
-    assert [each.status for each in replies] == [200] * 12
-    assert backend.refreshes == 1
-    assert len(backend.wait_for(25, "/responses")) == 25
-
-
-def test_expired_token_is_refreshed_before_it_is_sent(start: Start, backend: wire.Backend) -> None:
-    backend.expires_in = 60
-    backend.rotate()
-    backend.expires_in = 864_000
-    bridge = start()
-    assert ask(bridge).status == 200
-    assert backend.refreshes == 1
-    assert len(backend.wait_for(1, "/responses")) == 1
-    assert json.loads(backend.wait_for(1, "/oauth/token")[0].body)["refresh_reason"] == "proactive_expiry"
-
-
-def test_second_401_is_told_with_the_remedy(bridge: RunningBridge, backend: wire.Backend) -> None:
-    backend.on("/responses", *[wire.refuse(401, "Could not validate credentials")] * 3)
-    reply = ask(bridge)
-    assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "upstream")
-    assert "Could not validate credentials" in reply.json["error"]["message"]
-    assert "codex login" in reply.json["error"]["message"]
-    assert len(backend.wait_for(2, "/responses")) == 2
-
-
-def test_403_refreshes_nothing(bridge: RunningBridge, backend: wire.Backend) -> None:
-    backend.on("/responses", wire.refuse(403, "Not for you"))
-    assert ask(bridge).status == 403
-    assert backend.refreshes == 0
-
-
-def test_dead_sign_in_is_asked_about_once(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str]
-) -> None:
-    tokens = dict(backend.tokens)
-    backend.revoke()
-    backend.revoke_refresh()
-    for _ in range(3):
-        reply = ask(bridge)
-        assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "bridge")
-        assert "refresh_token_reused" in reply.json["error"]["message"]
-        assert "codex login" in reply.json["error"]["message"]
-    assert len(backend.wait_for(1, "/oauth/token")) == 1
-    backend.rotate()
-    wire.write_auth(bridge.auth_file, backend)
-    assert ask(bridge).status == 200
-    assert not any(token in line for token in tokens.values() for line in logged)
-
-
-def test_sign_in_server_that_is_down_is_no_sign_out(bridge: RunningBridge, backend: wire.Backend) -> None:
-    backend.revoke()
-    backend.on("/oauth/token", wire.refuse(503, "down"))
-    reply = ask(bridge)
-    assert (reply.status, reply.json["error"]["code"]) == (502, "upstream_error")
-    assert "sign-in server" in reply.json["error"]["message"]
-
-
-def test_routing_moves_the_requests(start: Start, backend: wire.Backend) -> None:
-    with wire.Backend() as far:
-        far.always("/responses", wire.turn(*wire.text_turn("from afar")))
-        backend.routing = (far.origin, "us")
-        bridge = start()
-        ask(bridge)
-        backend.wait_for(1, CHECK)
-        for thread in threading.enumerate():
-            if thread.name == "routing":
-                thread.join(5)
-        assert backend.refusals == []
-        assert b"from afar" in ask(bridge).body
-        sent = far.wait_for(1, "/responses")[0]
-        assert sent.header("x-openai-account-routing-override") == "us"
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [wire.refuse(500, "down"), wire.reply_raw(b"", "reset"), wire.cloudflare()],
-    ids=["500", "reset", "page"],
-)
-def test_routing_that_cannot_be_asked_stops_nothing(
-    answer: wire.Reply, bridge: RunningBridge, backend: wire.Backend
-) -> None:
-    backend.always(CHECK, answer)
-    assert [ask(bridge).status for _ in range(2)] == [200, 200]
-
-
-def test_file_replaced_torn_and_gone_under_load_fails_no_request(start: Start, backend: wire.Backend) -> None:
-    bridge = start()
-    whole = bridge.auth_file.read_bytes()
-    done = threading.Event()
-
-    def disturb() -> None:
-        while not done.wait(0.02):  # each state lasts: else this thread and the readers run in step
-            bridge.auth_file.write_bytes(whole[: len(whole) // 2])
-            done.wait(0.01)
-            bridge.auth_file.write_bytes(whole)
-            done.wait(0.02)
-            bridge.auth_file.unlink()
-            done.wait(0.01)
-            wire.write_auth(bridge.auth_file, backend)
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            replies = list(pool.map(lambda _: ask(bridge).status, range(40)))
-    finally:
-        done.set()
-        thread.join()
-    assert replies == [200] * 40

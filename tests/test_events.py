@@ -1,4 +1,5 @@
-"""Section 7, sse: bytes to events, fed three ways with every line ending; the fold into one response."""
+"""Room events: bytes to events, fed three ways with every line ending; the fold into one response."""
+
 from __future__ import annotations
 
 import json
@@ -164,21 +165,6 @@ def test_render_event() -> None:
     assert raw.startswith(b'event: response.completed\ndata: {"type":"response.completed",')
     assert q.split_events(raw) == [raw]
     assert q.event_json(raw) == event
-
-
-@pytest.mark.parametrize(("value", "raw"), [
-    ({"a": [1, None]}, b'{"a":[1,null]}'), ("é\u2028", '"é\u2028"'.encode()),
-    ("é\ud800", b'"\\u00e9\\ud800"'),
-])
-def test_dump_json(value: Any, raw: bytes) -> None:
-    assert q.json_bytes(value) == raw
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("text", ["x", "\ud800"])
-def test_dump_json_writes_json_only(number: float, text: str) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        q.json_bytes([text, number])
 
 
 @pytest.mark.parametrize("kind", ["x\n\ndata: [DONE]", "x\r", "a b", "\u2028", "x" * 101, ""])

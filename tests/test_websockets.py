@@ -1,4 +1,4 @@
-"""WebSocket end to end: a client, the bridge, and a stand-in that keeps every byte that it is sent."""
+"""Room websockets, end to end: a client, the bridge, and a stand-in that keeps every byte that it is sent."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ import copy
 import json
 import os
 import queue
-import shutil
 import socket
 import ssl
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from test_codex_cli import ANSWER, COMMAND, OUTPUT, PROMPT, Machine
 from wire import CLOSE, CONTINUATION, PING, PONG, TEXT, Frame
 
 import qoo_bridge as q
@@ -1690,46 +1687,3 @@ def test_no_thread_and_no_socket_is_left(
         endings()
     assert settle() <= sockets + 2  # that connection has two ends here
     assert own_threads() <= threads
-
-
-# -- the real Codex -----------------------------------------------------------
-
-
-def test_client_config_offers_the_websocket(bridge: RunningBridge) -> None:
-    assert b"supports_websockets = true" in wire.get(bridge.address, "/v1/client-config/codex").body
-
-
-@pytest.mark.skipif(shutil.which("codex") is None, reason="no codex on PATH (npm install -g @openai/codex)")
-@pytest.mark.parametrize("model", ["local_md", PLAIN])
-def test_codex_goes_on_over_the_websocket(
-    backend: wire.Backend, bridge: RunningBridge, tmp_path: Path, far: Callable[[], Far], model: str
-) -> None:
-    machine = Machine(tmp_path / "codex-home", tmp_path / "project")
-    machine.home.mkdir()
-    machine.project.mkdir()
-    machine.configure(bridge, model)
-    config = machine.home / "config.toml"
-    lines = [line for line in config.read_text("utf-8").splitlines(True) if "supports_websockets" not in line]
-    at = lines.index('wire_api = "responses"\n')
-    config.write_text("".join([*lines[:at], "supports_websockets = true\n", *lines[at:]]), "utf-8")
-    call = wire.call_item("exec_command", wire.dump({"cmd": COMMAND}).decode())
-    backend.on_frame(
-        wire.answer_frame,  # the prewarm
-        lambda ws, _: ws.events(*wire.items_turn(wire.reasoning_item(), call)),
-        lambda ws, _: ws.events(*wire.text_turn(ANSWER)),
-    )
-    done = machine.codex(
-        "exec", "--profile", "local_lan", "--skip-git-repo-check", "--sandbox", "danger-full-access", PROMPT
-    )
-    assert (done.returncode, done.stdout) == (0, ANSWER + "\n"), done.stderr
-    assert OUTPUT in done.stderr
-    assert "Falling back" not in done.stderr
-    assert [request for request in backend.requests if request.method == "POST"] == []
-    prewarm, turn, result = backend.wait_for_frames(3)  # no more: none was refused
-    assert prewarm["generate"] is False
-    assert PROMPT in json.dumps(turn["input"])
-    assert turn["previous_response_id"] and result["previous_response_id"]
-    (item,) = result["input"]
-    assert (item["type"], item["call_id"]) == ("function_call_output", call["call_id"])
-    assert item["output"].endswith(f"\n{OUTPUT}\n")
-    assert len(handshakes(backend)) == 1

@@ -1,0 +1,239 @@
+"""Room admission: the memory of bodies, the key file, and how many requests a key may run at once."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wire
+from conftest import Lines, RunningBridge, Start
+from help import API_KEY, BEARER, BODY, HOST, JSON_TYPE, POST, REQUEST, begin_turn, head, posix, until
+
+import qoo_bridge as q
+
+# -- bodies in memory ---------------------------------------------------------
+
+
+def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 100_000)
+    bridge = start()
+    body, taken, take = BODY + b" " * 60_000, threading.Event(), bridge.bridge.budget.take
+    total = []
+
+    def count(size: int) -> None:
+        take(size)
+        total.append(size)
+        if sum(total) >= 60_000:
+            taken.set()
+
+    monkeypatch.setattr(bridge.bridge.budget, "take", count)
+    with wire.Client(bridge.address) as first:
+        first.send(head(POST, HOST, JSON_TYPE, f"Content-Length: {len(body)}") + body[:60_000])
+        assert taken.wait(5)
+        reply = wire.post(bridge.address, "/v1/responses", body)
+        assert (reply.status, reply.header("retry-after"), reply.header("connection")) == (503, "5", "close")
+        first.send(body[60_000:])
+        assert first.read_reply().status == 200
+    assert wire.post(bridge.address, "/v1/responses", body).status == 200
+
+
+def test_bodies_expand_one_at_a_time(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decompress, second, running, most = q.decompress, threading.Event(), [0], [0]
+
+    def watched(body: bytes, coding: str, limit: int) -> bytes:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        second.wait(0.05)  # time for another one to come in
+        running[0] -= 1
+        return decompress(body, coding, limit)
+
+    monkeypatch.setattr(q, "decompress", watched)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(wire.Client(bridge.address)) for _ in range(4)]
+        for client in clients:
+            client.request("POST", "/v1/responses", gzip.compress(BODY), {"Content-Encoding": "gzip"})
+        assert [client.read_reply().status for client in clients] == [200] * 4
+    assert most == [1]
+
+
+def test_body_counts_until_upstream_has_taken_it(
+    start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 100_000)
+    bridge, body = start(), BODY + b" " * 60_000
+    backend.on("/responses", wire.hang())
+    with wire.Client(bridge.address) as first:
+        first.request("POST", "/v1/responses", body)
+        backend.wait_for(1, "/responses")
+        assert wire.post(bridge.address, "/v1/responses", body).status == 503
+
+
+# -- the key file -------------------------------------------------------------
+
+
+def write_keys(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace a key file in one step."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text, "utf-8")
+    fresh.chmod(mode)
+    fresh.replace(path)
+
+
+def test_key_file_is_read_anew_when_it_changes(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    write_keys(path, f"# who may come in\n\n  laptop = {API_KEY}\n")
+    bridge = start("--api-key-file", str(path), "--api-key", "given=sk-given-0123456789")
+
+    def statuses() -> list[int]:
+        keys = (API_KEY, "sk-desktop-0123456789", "sk-given-0123456789")
+        return [wire.get(bridge.address, "/v1/models", {"x-api-key": key}).status for key in keys]
+
+    assert statuses() == [200, 401, 200]
+    write_keys(path, "desktop=sk-desktop-0123456789\n")
+    assert statuses() == [401, 200, 200]
+    path.unlink()
+    assert statuses() == [401, 200, 200]  # the keys read before stay
+    write_keys(path, "desktop=short\n")
+    assert statuses() == [401, 200, 200]
+
+
+@posix
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o400, False), (0o644, True), (0o640, True)])
+def test_key_file_that_others_can_read_is_warned_of(
+    start: Start, tmp_path: Path, log_lines: Lines, mode: int, warned: bool
+) -> None:
+    path = tmp_path / "keys"
+    write_keys(path, f"laptop={API_KEY}\n", mode)
+    bridge = start("--api-key-file", str(path))
+    assert [wire.get(bridge.address, "/v1/models", BEARER).status for _ in range(2)] == [200, 200]
+    warnings = [line for line in log_lines.lines if line.startswith("WARNING") and "chmod 600" in line]
+    assert len(warnings) == warned
+
+
+@pytest.mark.parametrize("content", [
+    pytest.param(None, id="missing"),
+    pytest.param("laptop=short\n", id="key-too-short"),
+    pytest.param("laptop=sk-a-key-with-\xe9\n", id="key-not-ascii"),
+    pytest.param("", id="empty"),
+    pytest.param("# none yet\n", id="comments-only"),
+])
+def test_key_file_without_keys_locks_the_door(start: Start, tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        write_keys(path, content)
+    bridge = start("--api-key-file", str(path))
+    assert wire.post(bridge.address, "/v1/responses", REQUEST).status in (401, 500, 503)
+
+
+def test_emptied_key_file_does_not_open_the_door(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    write_keys(path, f"laptop={API_KEY}\n")
+    bridge = start("--api-key-file", str(path))
+    assert wire.get(bridge.address, "/v1/models").status == 401
+    path.write_text("")
+    assert wire.get(bridge.address, "/v1/models").status != 200
+
+
+@pytest.mark.parametrize("line", [
+    pytest.param(f"{API_KEY}", id="no-name"),
+    pytest.param(f"={API_KEY}", id="empty-name"),
+    pytest.param(f"{API_KEY}==", id="base64"),
+    pytest.param(f"lap top={API_KEY}", id="bad-name"),
+    pytest.param(f"laptop={API_KEY} x", id="space-in-key"),
+    pytest.param(f"laptop={API_KEY * 20}", id="too-long"),
+])
+def test_bad_line_of_a_key_file_is_not_quoted(
+    start: Start, tmp_path: Path, log_lines: Lines, line: str
+) -> None:
+    path = tmp_path / "keys"
+    write_keys(path, f"# keys\n{line}\n")
+    reply = wire.get(start("--api-key-file", str(path)).address, "/v1/models")
+    assert reply.status in (401, 500, 503)
+    assert API_KEY not in reply.body.decode() + repr(log_lines.lines)
+
+
+# -- limits of a key
+
+LIMITED = ("--api-key", f"laptop={API_KEY}", "--api-key", "other=sk-other-0123456789", "--limit", "laptop=1")
+
+
+def waiting(bridge: RunningBridge, count: int) -> bool:
+    """Wait until so many requests of the limited key wait their turn."""
+    return until(lambda: len(bridge.bridge.limits._queues.get("laptop", ())) == count)
+
+
+@pytest.fixture
+def gate(backend: wire.Backend) -> Iterator[threading.Event]:
+    """Let the first turn upstream run until this is set."""
+    opened = threading.Event()
+    backend.on("/responses", wire.gated(opened, [wire.created()], [wire.completed()]))
+    yield opened
+    opened.set()
+
+
+def test_limited_key_waits_its_turn_and_others_do_not(
+    start: Start, backend: wire.Backend, gate: threading.Event
+) -> None:
+    bridge = start(*LIMITED)
+    with contextlib.ExitStack() as stack:
+        running = [stack.enter_context(wire.Client(bridge.address)) for _ in range(4)]
+        for number, client in enumerate(running):
+            if number == 0:
+                begin_turn(client, BEARER)
+                continue
+            client.request("POST", "/v1/responses", {**REQUEST, "input": f"turn {number}"}, BEARER)
+            assert waiting(bridge, number)
+        other = wire.post(bridge.address, "/v1/responses", REQUEST, {"x-api-key": "sk-other-0123456789"})
+        assert (other.status, wire.get(bridge.address, "/v1/models", BEARER).status) == (200, 200)
+        gate.set()
+        assert [client.read_events()[-1]["type"] for client in running[:1]] == ["response.completed"]
+        assert [client.read_reply().status for client in running[1:]] == [200, 200, 200]
+    asked = [json.dumps(json.loads(each.body)["input"]) for each in backend.requests if each.method == "POST"]
+    order = [match[0] for match in map(re.compile(r"turn \d").search, asked) if match]
+    assert order == ["turn 1", "turn 2", "turn 3"]  # first come, first served
+
+
+@pytest.mark.parametrize(("name", "value"), [("QUEUE", 0), ("WAIT", 0.05)])
+def test_waiting_is_bounded(
+    start: Start, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, name: str, value: float
+) -> None:
+    monkeypatch.setattr(q.KeyQueue, name, value)
+    bridge = start(*LIMITED)
+    with wire.Client(bridge.address) as client:
+        begin_turn(client, BEARER)
+        reply = wire.post(bridge.address, "/v1/responses", REQUEST, BEARER)
+        assert (reply.status, reply.header("retry-after"), reply.json["error"]["code"]) == (
+            429, "10", "too_many_requests")
+        gate.set()
+        client.read_events()
+    assert until(lambda: wire.post(bridge.address, "/v1/responses", REQUEST, BEARER).status == 200)
+
+
+def test_client_that_leaves_gives_up_its_turn(start: Start, gate: threading.Event) -> None:
+    bridge = start(*LIMITED)
+    with wire.Client(bridge.address) as client, wire.Client(bridge.address) as impatient:
+        begin_turn(client, BEARER)
+        impatient.request("POST", "/v1/responses", REQUEST, BEARER)
+        assert waiting(bridge, 1)
+        impatient.close()
+        assert waiting(bridge, 0)
+        gate.set()
+        client.read_events()
+    assert wire.post(bridge.address, "/v1/responses", REQUEST, BEARER).status == 200
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+def test_place_of_a_client_that_left_is_free(start: Start, gate: threading.Event, leave: str) -> None:
+    bridge = start(*LIMITED)
+    with wire.Client(bridge.address) as client:
+        begin_turn(client, BEARER)
+        getattr(client, leave)()
+    assert wire.post(bridge.address, "/v1/responses", REQUEST, BEARER).status == 200

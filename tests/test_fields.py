@@ -1,0 +1,144 @@
+"""Room fields: which header fields cross, and in which form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from help import AGENT
+
+import qoo_bridge as q
+
+SESSION = "01a20211-3a20-7dc3-a834-3ba2e79f8897"
+CODEX_FIELDS = {
+    "x-codex-beta-features": "remote_compaction_v2", "x-codex-turn-state": "ts-sticky-1",
+    "x-codex-window-id": f"{SESSION}:0", "x-codex-turn-metadata": "{}", "x-codex-parent-thread-id": "p",
+    "x-openai-subagent": "review", "x-client-request-id": SESSION, "session-id": SESSION,
+    "thread-id": SESSION,
+    "originator": "codex_exec", "user-agent": AGENT,
+}
+STAYS = {
+    "host": "127.0.0.1:4050", "content-length": "5", "content-type": "application/json",
+    "content-encoding": "gzip",
+    "accept": "text/event-stream", "accept-encoding": "gzip", "authorization": "Bearer lan", "x-api-key": "k",
+    "cookie": "a=b", "forwarded": "for=x", "x-forwarded-for": "10.0.0.7", "x-real-ip": "10.0.0.7",
+    "via": "1.1 x",
+    "cf-connecting-ip": "10.0.0.7", "x-stainless-os": "Linux", "connection": "close", "te": "trailers",
+    "transfer-encoding": "chunked", "upgrade": "h2c", "proxy-authorization": "x", "origin": "http://x",
+    "expect": "x",
+    "openai-beta": "responses=experimental", "openai-organization": "o", "chatgpt-account-id": "forged",
+    "x-codex-routing-hint": "model=forged", "x-openai-fedramp": "true",
+    "x-openai-account-routing-override": "us",
+    q.LITE_HEADER: "true",
+}
+US = q.Identity("qoo_bridge", "0.169.0")
+OURS = {"version": "0.169.0", "originator": "qoo_bridge", "user-agent": q.USER_AGENT}
+
+
+def test_a_codex_keeps_its_own_fields_and_no_others() -> None:
+    assert q.upstream_headers({**STAYS, **CODEX_FIELDS}, q.Identity("x", "1.0.0"), "key") == {
+        "version": "0.169.0", **CODEX_FIELDS}
+
+
+def test_another_client_is_named_as_the_bridge() -> None:
+    headers = {**STAYS, "user-agent": "OpenAI/Python 1.0", "originator": "forged", "version": "9.9.9",
+              "x-openai-subagent": "forged", "x-codex-beta-features": "forged"}
+    assert q.upstream_headers(headers, US, "key") == {**OURS, "session-id": "key"}
+
+
+def test_requests_of_the_bridge_itself_are_named_as_the_bridge() -> None:
+    assert US.fields() == OURS
+
+
+@pytest.mark.parametrize(("headers", "session", "expected"), [
+    ({}, "key", {**OURS, "session-id": "key"}),
+    ({"session-id": "s", "thread-id": "t", "x-client-request-id": "r"}, "key",
+     {**OURS, "session-id": "s", "thread-id": "t", "x-client-request-id": "r"}),
+    ({"thread_id": "old"}, "key", {**OURS, "session-id": "key", "thread-id": "old"}),
+    ({"thread_id": "old", "thread-id": "new"}, "key", {**OURS, "session-id": "key", "thread-id": "new"}),
+    ({"user-agent": "codex_cli_rs/0.130.0 (x)", "originator": "codex_cli_rs", "session_id": "s"}, "s",
+     {"version": "0.130.0", "originator": "codex_cli_rs", "user-agent": "codex_cli_rs/0.130.0 (x)",
+      "session-id": "s"}),
+    ({"originator": "codex_vscode", "version": "0.150.0"}, "s",
+     {"version": "0.150.0", "originator": "codex_vscode", "user-agent": q.USER_AGENT, "session-id": "s"}),
+    ({"x-codex-window-id": "w", "user-agent": "qoo/1"}, "s",
+     {**OURS, "user-agent": "qoo/1", "x-codex-window-id": "w", "session-id": "s"}),
+    ({"x-codex-turn-metadata": "{}", "user-agent": ""}, "s",
+     {**OURS, "x-codex-turn-metadata": "{}", "session-id": "s"}),
+])
+def test_upstream_fields(headers: dict[str, str], session: str, expected: dict[str, str]) -> None:
+    before = dict(headers)
+    assert q.upstream_headers(headers, US, session) == expected
+    assert headers == before
+
+
+@pytest.mark.parametrize("session", ["", "a b", "a\r\nb: c", "\xe9", "\u2028", "s" * 129])
+def test_session_that_is_no_field_value_is_hashed(session: str) -> None:
+    assert q.upstream_headers({}, US, session)["session-id"] == q.stable_id(session)
+
+
+@pytest.mark.parametrize(("name", "default"), [
+    ("session-id", "key"), ("version", "0.169.0"), ("originator", "qoo_bridge"),
+])
+def test_an_empty_field_is_none(name: str, default: str) -> None:
+    assert q.upstream_headers({"user-agent": AGENT, name: ""}, US, "key")[name] == default
+
+
+@pytest.mark.parametrize(("agent", "version"), [
+    (AGENT, "0.169.0"), ("codex_cli_rs/0.98.0", "0.98.0"),
+    ("codex-tui/0.170.0-alpha.3 (x)", "0.170.0-alpha.3"),
+    ("Codex Desktop/1.2.3", "1.2.3"), ("codex/10.20.30", "10.20.30"),
+    ("", ""), ("OpenAI/Python 1.2.3", ""), ("curl/8.0.0", ""), ("codex", ""), ("codex/1.2", ""),
+    ("codex/x.y.z", ""),
+    ("x codex/1.2.3", ""), ("codex exec/1.2.3", ""), ("codex/1.2.3-" + "x" * 40, "1.2.3-" + "x" * 20),
+])
+def test_codex_version(agent: str, version: str) -> None:
+    assert q.codex_version({"user-agent": agent}) == version
+    assert q.is_codex({"user-agent": agent}) is bool(version)
+
+
+@pytest.mark.parametrize(("headers", "codex"), [
+    ({}, False), ({"originator": "codex_exec"}, True), ({"originator": "Codex Desktop"}, True),
+    ({"originator": "x_codex"}, False), ({"x-codex-turn-metadata": ""}, True),
+    ({"x-codex-window-id": ""}, True),
+    ({"x-codex-beta-features": "x"}, False), ({"session-id": "s"}, False),
+])
+def test_is_codex(headers: dict[str, str], codex: bool) -> None:
+    assert q.is_codex(headers) is codex
+
+
+@pytest.mark.parametrize(("headers", "session"), [
+    ({"session-id": "a", "session_id": "b", "conversation_id": "c"}, "a"), ({"session_id": "b"}, "b"),
+    ({"conversation_id": "c", "session_id": "b"}, "b"), ({"conversation_id": "c"}, "c"),
+    ({"session-id": "", "conversation_id": "c"}, "c"), ({"thread-id": "t"}, ""), ({}, ""),
+])
+def test_client_session(headers: dict[str, str], session: str) -> None:
+    assert q.client_session(headers) == session
+
+
+@pytest.mark.parametrize(("request_", "hint"), [
+    ({"model": "gpt-6-sol"}, "model=gpt-6-sol"),
+    ({"model": "m", "service_tier": "priority"}, "model=m;tier=priority"),
+    ({"model": "m", "service_tier": None}, "model=m"), ({"model": "m", "service_tier": 5}, "model=m"),
+])
+def test_routing_hint(request_: dict[str, Any], hint: str) -> None:
+    assert q.routing_hint(request_) == hint
+
+
+def test_downstream_fields() -> None:
+    passed = {
+        "content-type": "text/event-stream", "etag": "e", "retry-after": "5", "cf-ray": "r",
+        "openai-model": "m",
+        "openai-processing-ms": "1", "x-request-id": "i", "x-codex-turn-state": "ts", "x-models-etag": "e",
+        "x-codex-primary-used-percent": "5", "x-codex-plan-type": "plus", "x-ratelimit-remaining-tokens": "1",
+    }
+    stays = {
+        "set-cookie": "a=b", "content-length": "5", "content-encoding": "gzip",
+        "transfer-encoding": "chunked",
+        "connection": "close", "keep-alive": "x", "trailer": "x", "upgrade": "h2", "date": "x",
+        "server": "cloudflare",
+        "alt-svc": "h3", "strict-transport-security": "x", "location": "https://x", "www-authenticate": "x",
+        "cf-cache-status": "x", "x-accel-redirect": "/etc", "x-accel-buffering": "no", "x-sendfile": "/etc",
+        "x-qoo-bridge-error": "bridge", "x-qoo-bridge-id": "forged",
+    }
+    assert q.downstream_headers({**stays, **passed}) == passed

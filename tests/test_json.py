@@ -1,0 +1,71 @@
+"""Room json: untrusted JSON read and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import qoo_bridge as q
+
+
+@pytest.mark.parametrize(("value", "name"), [
+    ({}, "an object"), ([], "a list"), ("", "a string"), (True, "a boolean"), (None, "null"), (1, "a number"),
+    (1.5, "a number"),
+])
+def test_json_type(value: Any, name: str) -> None:
+    assert q.json_type_name(value) == name
+
+
+
+@pytest.mark.parametrize(("value", "raw"), [
+    ({"a": [1, None]}, b'{"a":[1,null]}'), ("é\u2028", '"é\u2028"'.encode()),
+    ("é\ud800", b'"\\u00e9\\ud800"'),
+])
+def test_dump_json(value: Any, raw: bytes) -> None:
+    assert q.json_bytes(value) == raw
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("text", ["x", "\ud800"])
+def test_dump_json_writes_json_only(number: float, text: str) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        q.json_bytes([text, number])
+
+
+@pytest.mark.parametrize("value", [None, True, 5, 1.5, "x", ["x", 5, None], {}], ids=repr)
+def test_values_of_another_type_are_empty(value: Any) -> None:
+    assert q.dicts_in(value) == []
+    assert q.or_empty(value, dict) == {}
+
+
+def test_values_of_the_right_type_stay() -> None:
+    assert q.dicts_in([{"a": 1}, "x", {}]) == [{"a": 1}, {}]
+    assert q.or_empty("x", str) == "x"
+
+
+@pytest.mark.parametrize(("value", "read"), [
+    (0, 0), (1.5, 1.5), (-3, -3), (True, None), ("1", None), (None, None), (10 ** 13, None),
+    (float("nan"), None), (float("inf"), None),
+])
+def test_number_within_reason(value: Any, read: float | None) -> None:
+    assert q.finite_number(value) == read
+
+
+@pytest.mark.parametrize("text", [
+    b"", b"{", b"\xff", b"NaN", b"[-Infinity]", b"1e999", b"[" * 100_000, b"{} {}", "\ud800",
+], ids=lambda text: repr(text[:12]))
+def test_what_is_no_json_is_none(text: str | bytes) -> None:
+    assert q.json_or_none(text) is None
+
+
+@pytest.mark.parametrize(("body", "words"), [
+    (b"\xff", "not UTF-8"), (b"[" * 100_000, "nested too deeply"), (b"{", "not JSON"), (b"NaN", "not JSON"),
+], ids=lambda value: repr(value[:12]))
+def test_body_that_is_no_json_is_refused(body: bytes, words: str) -> None:
+    with pytest.raises(q.InvalidRequest, match=words):
+        q.parse_json(body)
+
+
+def test_body_of_any_json_is_read() -> None:
+    assert [q.parse_json(body) for body in (b"{}", b' ["\xc3\xa9"] ', b"null")] == [{}, ["é"], None]

@@ -1,0 +1,64 @@
+"""Room main: the command line's words."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import Command, Launch
+from help import outcome
+
+import qoo_bridge as q
+
+
+def test_help_tells_every_option_and_its_default() -> None:
+    text = q.build_parser().format_help()
+    for option in q.OPTIONS:
+        assert f"{option.flag} {option.metavar}" in text
+        assert option.name == "allow" or option.default in " ".join(text.split())
+
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes end otherwise")
+def test_a_reader_that_leaves_is_no_fault(launch: Launch) -> None:
+    process = launch("client-config", "codex")
+    assert process.stdout
+    process.stdout.close()
+    process.stdout = None
+    assert outcome(process)[0] in (0, 1)  # 0: it was quicker
+
+
+@pytest.mark.parametrize("words", [
+    [], ["--port", "4051"], ["--alias", "a=b", "--port", "1", "--alias", "c=d"], ["--host", ""],
+])
+def test_a_plain_command_line_is_read_as_argparse_reads_it(words: list[str]) -> None:
+    options = q.plain_options(words)
+    assert options is not None
+    whole = vars(q.build_parser().parse_intermixed_args(words))
+    assert whole["command"] == "serve"
+    assert q.load_config(options, {}) == q.load_config(whole, {})
+
+
+@pytest.mark.parametrize("words", [
+    ["serve"], ["--help"], ["--port"], ["--port", "--host"], ["--port=1", "x"], ["--none", "x"],
+])
+def test_any_other_command_line_is_left_to_argparse(words: list[str]) -> None:
+    assert q.plain_options(words) is None
+
+
+@pytest.mark.parametrize("words", [("frobnicate",), ("serve", "--frobnicate"), ("serve", "--port")])
+def test_unknown_words_are_a_usage_error(command: Command, words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command(*words)
+
+
+def test_bad_option_is_named_in_one_line(command: Command) -> None:
+    status, out, err = command("client-config", "--port", "x")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--port" in err
+
+
+def test_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        command("--version")
+    assert capsys.readouterr().out == f"qoo-bridge {q.__version__}\n"

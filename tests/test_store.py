@@ -1,0 +1,341 @@
+"""Room store: what is remembered for chat clients and for `previous_response_id`, and its bound."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import wire
+from conftest import RunningBridge, Start
+from help import (
+    ANSWER,
+    CHAT,
+    RESPONSES,
+    USER,
+    WAYS,
+    ask_path,
+    asked_turns,
+    chunks,
+    key_of,
+    respond,
+    script,
+    turns,
+)
+
+import qoo_bridge as q
+
+Object = dict[str, Any]
+ANN, BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
+KEYS = ("--api-key", f"ann={ANN}", "--api-key", f"bob={BOB}")
+
+
+def kinds(body: Object) -> list[str]:
+    """Name the items of a turn: their type, or the role of a message."""
+    return [item.get("role") or item["type"] for item in body["input"]]
+
+
+# -- the tool loop of chat clients: the reasoning comes back ----------------------------------
+
+
+def say(bridge: RunningBridge, messages: list[Object], stream: bool, secret: str = "") -> Object:
+    """Ask as a chat client does; return the assistant's message, put together from its pieces."""
+    reply = ask_path(bridge, CHAT, secret, messages=messages, stream=stream)
+    assert reply.status == 200
+    if not stream:
+        message: Object = reply.json["choices"][0]["message"]
+        return message
+    calls: list[Object] = []
+    text = ""
+    for chunk in chunks(reply.body)[:-1]:
+        delta = chunk["choices"][0]["delta"]
+        text += delta.get("content") or ""
+        for call in delta.get("tool_calls", ()):
+            if call["index"] == len(calls):
+                calls.append({"id": call["id"], "type": "function", "function": {**call["function"]}})
+            else:
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    return {"role": "assistant", "content": text or None, **({"tool_calls": calls} if calls else {})}
+
+
+def with_outputs(message: Object) -> list[Object]:
+    """Return what a client sends back of a turn: the calls, and the answer to each."""
+    calls = message.get("tool_calls", [])
+    outputs = [{"role": "tool", "tool_call_id": call["id"], "content": "sunny"} for call in calls]
+    return [message, *outputs]
+
+
+@WAYS
+def test_reasoning_goes_back_in_front_of_its_call(
+    stream: bool, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    first, second, third = (wire.reasoning_item(encrypted_content=f"gAAA{n}") for n in range(3))
+    script(
+        backend,
+        wire.turn(*wire.items_turn(first, wire.call_item("a", "{}", "c1"), wire.call_item("b", "{}", "c2"))),
+        wire.turn(*wire.items_turn(second, wire.call_item("a", '{"x": 1}', "c3"))),
+        wire.turn(*wire.items_turn(third, wire.message_item(ANSWER))),
+    )
+    history = [USER]
+    for _ in range(3):
+        history += with_outputs(say(bridge, history, stream))
+    say(bridge, [*history, USER], stream)
+    items = turns(backend)[-1]["input"]
+    call, output = "function_call", "function_call_output"
+    assert kinds(turns(backend)[-1]) == [
+        "user", "reasoning", call, call, output, output, "reasoning", call, output, "reasoning", "assistant",
+        "user",
+    ]  # fmt: skip
+    assert [item for item in items if item["type"] == "reasoning"] == [first, second, third]
+    assert [item["call_id"] for item in items if "call_id" in item] == ["c1", "c2", "c1", "c2", "c3", "c3"]
+    assert items[7]["arguments"] == '{"x": 1}'
+    assert backend.refusals == []
+
+
+@WAYS
+@pytest.mark.parametrize("as_parts", [False, True], ids=["text", "parts"])
+def test_reasoning_goes_back_in_front_of_its_text(
+    as_parts: bool, stream: bool, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    reasoning = wire.reasoning_item()
+    script(backend, wire.turn(*wire.items_turn(reasoning, wire.message_item(ANSWER))))
+    message = say(bridge, [USER], stream)
+    if as_parts:
+        message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+    say(bridge, [USER, message, USER, message, USER], stream)  # the text twice, the reasoning once
+    assert kinds(turns(backend)[-1]) == ["user", "reasoning", "assistant", "user", "assistant", "user"]
+    assert turns(backend)[-1]["input"][1] == reasoning
+
+
+def test_several_reasoning_items_keep_their_places(bridge: RunningBridge, backend: wire.Backend) -> None:
+    items = [
+        wire.reasoning_item(), wire.message_item("let me look"), wire.reasoning_item(),
+        wire.reasoning_item(), wire.call_item("look", "{}", "c1"),
+    ]  # fmt: skip
+    script(backend, wire.turn(*wire.items_turn(*items)))
+    say(bridge, [USER, *with_outputs(say(bridge, [USER], False))], False)
+    sent = turns(backend)[-1]["input"]
+    assert [item["type"] for item in sent[1:-1]] == [item["type"] for item in items]
+    assert [sent[1], sent[3], sent[4]] == [items[0], items[2], items[3]]
+
+
+def test_custom_call_has_its_reasoning_too(bridge: RunningBridge, backend: wire.Backend) -> None:
+    reasoning = wire.reasoning_item()
+    script(backend, wire.turn(*wire.items_turn(reasoning, wire.custom_call_item("sh", "ls", "c1"))))
+    message = say(bridge, [USER], False)
+    assert message["tool_calls"][0]["type"] == "custom"
+    say(bridge, [USER, *with_outputs(message)], False)
+    assert kinds(turns(backend)[-1]) == ["user", "reasoning", "custom_tool_call", "custom_tool_call_output"]
+
+
+@pytest.mark.parametrize("secret", [ANN, BOB])
+def test_reasoning_is_given_to_its_own_client_only(secret: str, start: Start, backend: wire.Backend) -> None:
+    bridge = start(*KEYS)
+    script(backend, wire.turn(*wire.items_turn(wire.reasoning_item(), wire.call_item("a", "{}", "c1"))))
+    message = say(bridge, [USER], False, ANN)
+    say(bridge, [USER, *with_outputs(message)], False, secret)
+    assert ("reasoning" in kinds(turns(backend)[-1])) is (secret == ANN)
+
+
+def test_call_that_is_not_known_costs_nothing(bridge: RunningBridge, backend: wire.Backend) -> None:
+    call = {"id": "c9", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+    asked = with_outputs({"role": "assistant", "content": "unheard of", "tool_calls": [call]})
+    assert say(bridge, [USER, *asked], False)["content"] == "sunny"
+    assert kinds(turns(backend)[-1]) == ["user", "assistant", "function_call", "function_call_output"]
+
+
+# -- what /responses remembers -------------------------------------------------------
+
+
+def thoughtful(backend: wire.Backend, *items: wire.Item) -> list[wire.Item]:
+    """Script a turn of a reasoning item and these, which the backend takes back only behind it."""
+    output = [wire.reasoning_item(), *items]
+    backend.partners.update({item["id"]: output[0]["id"] for item in items})
+    script(backend, wire.turn(*wire.items_turn(*output)))
+    return output
+
+
+@WAYS
+def test_previous_response_is_replayed(stream: bool, bridge: RunningBridge, backend: wire.Backend) -> None:
+    first = thoughtful(backend, wire.call_item("a", "{}", "c1"))
+    second = thoughtful(backend, wire.message_item(ANSWER))
+    outputs = [{"type": "function_call_output", "call_id": "c1", "output": "sunny"}]
+    one = respond(bridge, stream, input="one", instructions="brief")
+    two = respond(bridge, stream, input=outputs, previous_response_id=one["id"])
+    respond(bridge, stream, input="three", previous_response_id=two["id"])
+    respond(bridge, stream, input="other", previous_response_id=one["id"])
+    assert (one["previous_response_id"], two["previous_response_id"]) == (None, one["id"])
+    asked, _, whole, branch = turns(backend)
+    assert asked["instructions"] == "brief"
+    assert whole["instructions"] == ""  # the API does not carry them over
+    assert "previous_response_id" not in whole
+    assert kinds(whole) == [
+        "user", "reasoning", "function_call", "function_call_output", "reasoning", "assistant", "user",
+    ]  # fmt: skip
+    assert whole["input"][:-1] == [*asked["input"], *first, *outputs, *second]
+    assert branch["input"][:-1] == [*asked["input"], *first]
+    assert backend.refusals == []
+
+
+def test_store_keeps_the_rest_when_one_is_too_large() -> None:
+    store = q.Store(10_000)
+    store.put("ann", "turn", "small", 1, 100)
+    store.put("bob", "turn", "large", 2, 20_000)
+    assert (store.get("ann", "turn", "small"), store.get("bob", "turn", "large")) == (1, None)
+
+
+@pytest.mark.parametrize("previous", ["resp_unknown", "", 1, True, [], {}])
+def test_unknown_previous_response_is_400(
+    previous: object, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    reply = ask_path(bridge, RESPONSES, input="hi", previous_response_id=previous)
+    assert (reply.status, reply.json["error"]["param"]) == (400, "previous_response_id")
+    assert "not known" in reply.json["error"]["message"]
+    assert turns(backend) == []
+
+
+@WAYS
+def test_response_can_be_had_again(stream: bool, bridge: RunningBridge) -> None:
+    response = respond(bridge, stream, input="hi")
+    assert [item["type"] for item in response["output"]] == ["message"]
+    for path in (f"{RESPONSES}/{response['id']}", f"/responses/{response['id']}/"):
+        reply = wire.get(bridge.address, path)
+        assert (reply.status, reply.json) == (200, response)
+
+
+@pytest.mark.parametrize("name", ["resp_unknown", "resp_%00", "..", "a" * 500])
+def test_unknown_response_is_404(name: str, bridge: RunningBridge) -> None:
+    respond(bridge, input="hi")
+    reply = wire.get(bridge.address, f"{RESPONSES}/{name}")
+    assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
+
+
+def test_no_client_reads_another_one(start: Start, backend: wire.Backend) -> None:
+    bridge = start(*KEYS)
+    reasoning, _ = thoughtful(backend, wire.message_item(ANSWER))
+    name = respond(bridge, False, ANN, input="hi")["id"]
+    for secret, statuses, found in ((ANN, (200, 200), True), (BOB, (404, 400), False)):
+        fields = key_of(secret)
+        reference = {"type": "item_reference", "id": reasoning["id"]}
+        got = wire.get(bridge.address, f"{RESPONSES}/{name}", fields)
+        asked = ask_path(bridge, RESPONSES, secret, input="hi", previous_response_id=name)
+        assert (got.status, asked.status) == statuses
+        respond(bridge, False, secret, input=[USER, reference])
+        assert (reasoning in turns(backend)[-1]["input"]) is found
+
+
+@WAYS
+def test_reference_becomes_its_item_in_place(
+    stream: bool, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    items = thoughtful(backend, wire.call_item("a", "{}", "c1"), wire.message_item(ANSWER))
+    respond(bridge, stream, input="hi")
+    references = [{"type": "item_reference", "id": item["id"]} for item in items]
+    output = {"type": "function_call_output", "call_id": "c1", "output": "sunny"}
+    respond(bridge, stream, input=[USER, *references, output])
+    assert turns(backend)[-1]["input"][1:] == [*items, output]
+    assert backend.refusals == []
+
+
+def test_unknown_reference_goes_and_with_it_the_ids(bridge: RunningBridge, backend: wire.Backend) -> None:
+    asked = [USER, {"type": "item_reference", "id": "rs_unknown"}, wire.message_item(ANSWER)]
+    respond(bridge, input=asked)
+    assert kinds(turns(backend)[-1]) == ["user", "assistant"]
+    assert not any("id" in item for item in turns(backend)[-1]["input"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers"),
+    [
+        ({"store": False}, {}),
+        ({"store": True}, {"User-Agent": "codex_exec/0.169.0 (Debian)", "Originator": "codex_exec"}),
+    ],
+    ids=["store false", "codex"],
+)
+@WAYS
+def test_nothing_is_kept_unasked(
+    stream: bool, fields: Object, headers: dict[str, str], bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    reasoning, _ = thoughtful(backend, wire.message_item(ANSWER))
+    body = {"model": "gpt-5.5", "input": "hi", "stream": stream, **fields}
+    reply = wire.post(bridge.address, RESPONSES, body, headers)
+    name = (wire.sse(reply.body)[-1]["response"] if stream else reply.json)["id"]
+    assert wire.get(bridge.address, f"{RESPONSES}/{name}").status == 404
+    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id=name).status == 400
+    respond(bridge, input=[USER, {"type": "item_reference", "id": reasoning["id"]}])
+    assert kinds(turns(backend)[-1]) == ["user"]
+
+
+def test_turn_that_failed_midway_is_not_continued(bridge: RunningBridge, backend: wire.Backend) -> None:
+    script(backend, wire.cut(*wire.text_turn(ANSWER, response_id="resp_cut")[:-1]))
+    assert ask_path(bridge, RESPONSES, input="hi").status == 502
+    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id="resp_cut").status == 400
+
+
+# -- the store's bound ------------------------------------------------------------
+
+
+def test_least_recently_used_goes_first() -> None:
+    store = q.Store(4 * (1000 + 500))
+    for name in "abcd":
+        store.put("ann", "item", name, name, 1000)
+    assert store.get("ann", "item", "a") == "a"  # used: b is the oldest now
+    store.put("ann", "item", "e", "e", 1000)
+    assert [store.get("ann", "item", name) for name in "abcde"] == ["a", None, "c", "d", "e"]
+
+
+def test_entry_that_is_put_again_counts_once() -> None:
+    store = q.Store(2 * (1000 + 500))
+    store.put("ann", "item", "a", "a", 1000)
+    for value in range(50):
+        store.put("ann", "item", "b", value, 1000)
+    assert [store.get("ann", "item", name) for name in "ab"] == ["a", 49]
+
+
+def test_entry_above_the_bound_is_not_kept() -> None:
+    store = q.Store(1000)
+    store.put("ann", "item", "a", "a", 1001)
+    assert store.get("ann", "item", "a") is None
+    store.put("ann", "item", "b", "b", 1)
+    assert store.get("ann", "item", "b") == "b"
+
+
+@pytest.mark.parametrize("name", [None, 1, [], {}, True])
+def test_name_of_any_type_is_no_fault(name: object) -> None:
+    assert q.Store(1000).get("ann", "item", name) is None
+
+
+def test_old_conversations_go(monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
+    monkeypatch.setattr(q, "STORE_SIZE", 40_000)
+    bridge = start()
+    names = [respond(bridge, input=f"{number} {'x' * 4000}")["id"] for number in range(8)]
+    found = [wire.get(bridge.address, f"{RESPONSES}/{name}").status for name in names]
+    assert (found[0], found[-1]) == (404, 200)
+    assert found == sorted(found, reverse=True)
+    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id=names[0]).status == 400
+    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id=names[-1]).status == 200
+
+
+def test_long_conversation_stays_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch, start: Start, backend: wire.Backend
+) -> None:
+    monkeypatch.setattr(q, "STORE_SIZE", 60_000)
+    bridge = start()
+    name, statuses = None, []
+    for number in range(20):  # 160 KB in all: at some turn the conversation is too long to be kept
+        reply = ask_path(bridge, RESPONSES, input=f"{number} {'x' * 4000}", previous_response_id=name)
+        statuses.append(reply.status)
+        if reply.status != 200:
+            break
+        name = reply.json["id"]
+    assert max(len(json.dumps(turn["input"])) for turn in turns(backend)) <= 65_000
+    assert (statuses[3], statuses[-1]) == (200, 400)
+
+
+def test_references_do_not_grow_beyond_max_body(start: Start, backend: wire.Backend) -> None:
+    bridge = start("--max-body", "64k")
+    message, reference = wire.message_item("x" * 16_000), "item_reference"
+    script(backend, wire.turn(*wire.items_turn(message)))
+    respond(bridge, input="hi")
+    ask_path(bridge, RESPONSES, input=[USER, *[{"type": reference, "id": message["id"]} for _ in range(500)]])
+    assert max(len(request.body) for request in asked_turns(backend)) <= 64 * 1024
