@@ -172,7 +172,7 @@ def bridge(start: Start) -> RunningBridge:
     return start()
 
 
-class Lines(logging.Handler):
+class LogLines(logging.Handler):
     """Keep the log's lines, tracebacks too; a line is written after the answer, so a test waits for it."""
 
     def __init__(self) -> None:
@@ -192,11 +192,20 @@ class Lines(logging.Handler):
             assert self.changed.wait_for(lambda: any(text in line for line in self.lines), 5), self.lines
             return next(line for line in self.lines if text in line)
 
+    def ended(self, path: str = "/v1/responses") -> list[str]:
+        """Return the lines of the requests for a path, once one of them has ended."""
+        def found() -> list[str]:
+            return [line for line in self.lines if f" {path} " in line and " end=" in line]
+
+        with self.changed:
+            assert self.changed.wait_for(found, 5), self.lines
+            return found()
+
 
 @pytest.fixture
-def log_lines() -> Iterator[Lines]:
+def log_lines() -> Iterator[LogLines]:
     """The bridge's log, from debug on."""
-    lines, level = Lines(), q.log.level
+    lines, level = LogLines(), q.log.level
     q.log.addHandler(lines)
     q.log.setLevel(logging.DEBUG)
     yield lines
@@ -267,23 +276,6 @@ def hall(building: Hall) -> Iterator[Hall]:
 def door(hall: Hall) -> RunningBridge:
     """The shared bridge with the default options."""
     return hall.bridge()
-
-
-@pytest.fixture
-def logged(backend: wire.Backend) -> Iterator[list[str]]:
-    """Collect what is logged, formatted with its level and traceback."""
-    backend.routing = (backend.origin, "NO_CONSTRAINT")  # any other is worth a warning
-    lines: list[str] = []
-    form = logging.Formatter("%(levelname)s %(message)s")
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(form.format(record))  # type: ignore[method-assign]
-    logger = logging.getLogger("qoo_bridge")
-    before = logger.level
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(before)
 
 
 DAY = 86400.0  # seconds: longer than any test

@@ -8,13 +8,14 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import wire
 from conftest import (
     Popen,
+    Process,
     RunningBridge,
 )
 
@@ -22,10 +23,231 @@ import qoo_bridge as q
 from qoo_bridge import Record, Telemetry
 
 Object = dict[str, Any]
-AGENT = "codex_exec/0.169.0 (Debian 12.0.0; x86_64) unknown (codex_exec; 0.169.0)"
+SECONDS = 20  # until a test gives up; nothing here takes three
+posix = pytest.mark.skipif(os.name == "nt", reason="flock, modes, links and signals are POSIX's")
 
 
+# -- requests -----------------------------------------------------------------
+
+MODEL = {"model": "gpt-5.5"}
+REQUEST = {"model": "gpt-5.5", "input": "hi"}
+STREAM = {**REQUEST, "stream": True}
+BODY = json.dumps(REQUEST).encode()
 USER = {"role": "user", "content": "hi"}
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+AGENT = "codex_exec/0.169.0 (Debian 12.0.0; x86_64) unknown (codex_exec; 0.169.0)"
+CODEX = {"User-Agent": AGENT, "Originator": "codex_exec"}
+LITE = {**CODEX, q.LITE_HEADER: "true"}
+ORIGIN = "https://page.example"
+
+
+# -- keys ---------------------------------------------------------------------
+
+KEY = "a-key-of-the-test-1"
+API_KEY = "sk-door-secret-0123456789"
+
+
+def bearer(secret: str) -> dict[str, str]:
+    """Return the header that shows a client's key; none without one."""
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
+
+
+BEARER = bearer(API_KEY)
+
+
+# -- requests as they stand on the wire ---------------------------------------
+
+POST = "POST /v1/responses HTTP/1.1"
+HOST = "Host: bridge.lan"
+JSON_TYPE = "Content-Type: application/json"
+CANARY = b"GET /healthz HTTP/1.1\r\nHost: canary\r\n\r\n"  # stands behind a request that is refused
+DEEP = 100_000
+
+
+def head(*lines: str) -> bytes:
+    """Write a head of these lines."""
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def raw_request(version: str = "1.1", *fields: str, path: str = "/v1/responses") -> bytes:
+    """Write a request for a turn as it stands on the wire."""
+    body = wire.dump(STREAM)
+    lines = [
+        f"POST {path} HTTP/{version}",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        *fields,
+        "",
+        "",
+    ]
+    return "\r\n".join(lines).encode() + body
+
+
+def refused(bridge: RunningBridge, request: bytes, status: int) -> wire.RawReply:
+    """Send a request and another behind it: one answer, JSON, and then the end of the connection."""
+    reply = wire.raw(bridge.address, request + CANARY)
+    assert (reply.status, reply.header("connection"), reply.rest) == (status, "close", b"")
+    assert reply.header("x-qoo-bridge-error") == "bridge"
+    assert set(reply.json["error"]) == {"message", "type", "param", "code"}
+    return reply
+
+
+# -- asking -------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def asking(
+    bridge: RunningBridge | Process, body: Object = STREAM, headers: Mapping[str, str] | None = None, *,
+    path: str = "/v1/responses", **changes: Any
+) -> Iterator[wire.Client]:
+    """Send a request, the body's fields changed by name, and give the connection."""
+    with wire.Client(bridge.address) as client:
+        client.request("POST", path, {**body, **changes}, dict(headers or {}))
+        yield client
+
+
+def ask(
+    bridge: RunningBridge | Process, body: Object = STREAM, headers: Mapping[str, str] | None = None, *,
+    path: str = "/v1/responses", **changes: Any
+) -> wire.RawReply:
+    """Send a request and read the whole reply."""
+    with asking(bridge, body, headers, path=path, **changes) as client:
+        return client.read_reply()
+
+
+def begin_turn(client: wire.Client, fields: dict[str, str] | None = None) -> None:
+    """Ask for a stream, and read its head and first event."""
+    client.request("POST", "/v1/responses", STREAM, fields)
+    assert client.read_head().status == 200
+    assert client.read_event() is not None
+
+
+def respond(bridge: RunningBridge, stream: bool = False, secret: str = "", **fields: Any) -> Object:
+    """Ask for a response that goes well, and return it."""
+    reply = ask(bridge, MODEL, bearer(secret), stream=stream, **fields)
+    assert reply.status == 200, reply.body
+    response: Object = wire.sse(reply.body)[-1]["response"] if stream else reply.json
+    return response
+
+
+def chunks(body: bytes) -> list[Any]:
+    """Return the events of a chat stream, `[DONE]` as that word, comments left out; nothing may be torn."""
+    *blocks, rest = body.split(b"\n\n")
+    assert rest == b""
+    told = [block for block in blocks if not block.startswith(b":")]
+    assert all(block.startswith(b"data: ") for block in told)
+    return ["[DONE]" if block == b"data: [DONE]" else json.loads(block[6:]) for block in told]
+
+
+def models(bridge: RunningBridge, version: str = "") -> wire.RawReply:
+    return wire.get(bridge.address, f"/v1/models?client_version={version}" if version else "/v1/models")
+
+
+# -- upstream's side ----------------------------------------------------------
+
+FIRST, *MIDDLE, LAST = wire.text_turn("hello", empty_output=False)
+EVENTS = [FIRST, *MIDDLE, LAST]
+ANSWER = "the answer"
+WAYS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+def script(backend: wire.Backend, *replies: wire.Reply) -> None:
+    """Queue the answers of the next turns; one that breaks a rule of the backend is refused all the same."""
+    backend.on("/responses", *(wire.checked(backend, reply) for reply in replies))
+
+
+def sent(backend: wire.Backend, path: str = "/responses") -> list[wire.Request]:
+    """Return what came upstream for a path."""
+    with backend.changed:
+        return [each for each in backend.requests if each.path == wire.full_path(path)]
+
+
+def turns(backend: wire.Backend) -> list[Object]:
+    """Return the bodies of the turns that came upstream."""
+    return [request.json for request in sent(backend)]
+
+
+def json_answer(status: int, value: object) -> q.BufferedReply:
+    """Make an answer in JSON."""
+    return q.BufferedReply(status, {"content-type": "application/json"}, json.dumps(value).encode())
+
+
+def from_address(bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Let the bridge see its next clients at another address."""
+    accept = bridge.server.get_request
+    monkeypatch.setattr(bridge.server, "get_request", lambda: (accept()[0], (address, 50_000)))
+
+
+# -- models of the catalogue --------------------------------------------------
+
+LOCAL_MD = "gpt-5.6-sol"  # what the default alias means with the stand-in's list: the best that is a gpt-5
+HI = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+TOOL = {"type": "function", "name": "run", "strict": False, "parameters": {"type": "object"}}
+CARRIER = {"type": "additional_tools", "role": "developer", "tools": [TOOL]}
+PLAIN_BODY = {"model": "gpt-5.5", "input": [HI], "tools": [TOOL]}
+SDK_BODY = {**PLAIN_BODY, "model": "gpt-6-sol", "instructions": "be brief"}
+LITE_BODY = {
+    "model": "gpt-6-sol", "stream": True, "store": False, "input": [CARRIER, HI], "prompt_cache_key": "key",
+    "parallel_tool_calls": False, "reasoning": {"effort": "low", "context": "all_turns"},
+    "include": ["reasoning.encrypted_content"],
+}
+FETCH_FAILURES: dict[str, wire.Reply] = {
+    "500": wire.refuse(500, "broken"),
+    "404": wire.refuse(404, "Not Found"),
+    "429": wire.usage_limit(),
+    "page": wire.cloudflare(),
+    "cut": wire.reply_raw(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"),
+    "reset": wire.reply_raw(b"", "reset"),
+    "no-http": wire.reply_raw(b"SSH-2.0-x\r\n\r\n"),
+    "no-json": lambda exchange: exchange.whole(200, b"{", []),
+    "nan": lambda exchange: exchange.whole(200, b'{"models": [{"slug": "x", "priority": NaN}]}', []),
+    "no-object": wire.reply_json(200, []),
+    "no-list": wire.reply_json(200, {"models": {"slug": "gpt-5.5"}}),
+    "redirect": wire.reply_json(302, {}, [("location", "https://localhost/models")]),
+}
+
+
+def settle(bridge: RunningBridge) -> None:
+    """Wait until no fetch of the list is running."""
+    catalog = bridge.bridge.catalog
+    with catalog._changed:
+        assert catalog._changed.wait_for(lambda: not catalog._fetching, 5)
+
+
+# -- telemetry ----------------------------------------------------------------
+
+NOW = 1_795_384_800.0  # a whole minute
+
+
+def record(**fields: Any) -> Record:
+    """Build a record of an ordinary request."""
+    ordinary = {
+        "id": "r1",
+        "client": "192.168.1.20",
+        "key": "",
+        "method": "POST",
+        "path": "/v1/responses",
+        "model": "local_md",
+        "slug": "gpt-5.5",
+        "status": 200,
+        "end": "completed",
+        "total": 2.0,
+    }
+    return Record(**{**ordinary, **fields})
+
+
+def finished(*records: Record, now: float = NOW) -> Telemetry:
+    """Build a telemetry that has seen these records."""
+    telemetry = Telemetry()
+    for each in records:
+        telemetry.begin(each)
+        telemetry.finish(each, now)
+    return telemetry
+
+
+# -- values of any kind -------------------------------------------------------
+
 ODD_VALUES: tuple[Any, ...] = (
     None,
     True,
@@ -59,28 +281,12 @@ def mutants(value: Any) -> Iterator[Any]:
             yield shorter
 
 
-def settled(count: Callable[[], int], most: int) -> int:
-    """Count until it is no more than that, or for three seconds."""
-    deadline = time.monotonic() + 3
-    while count() > most and time.monotonic() < deadline:
-        threading.Event().wait(0.01)
-    return count()
+def short(value: object) -> str:
+    """Name a row by the beginning of a value."""
+    return ascii(value)[:40]
 
 
-REQUEST = {"model": "gpt-5.5", "input": "hi"}
-BODY = json.dumps(REQUEST).encode()
-JSON_TYPE = "Content-Type: application/json"
-POST = "POST /v1/responses HTTP/1.1"
-HOST = "Host: bridge.lan"
-CANARY = b"GET /healthz HTTP/1.1\r\nHost: canary\r\n\r\n"  # stands behind a request that is refused
-ORIGIN = "https://page.example"
-API_KEY = "sk-door-secret-0123456789"
-posix = pytest.mark.skipif(os.name == "nt", reason="modes are POSIX's")
-
-
-def head(*lines: str) -> bytes:
-    """Write a head of these lines."""
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+# -- waiting, processes -------------------------------------------------------
 
 
 def until(predicate: Callable[[], bool], timeout: float = 5.0) -> bool:
@@ -91,220 +297,6 @@ def until(predicate: Callable[[], bool], timeout: float = 5.0) -> bool:
             return False
         pause.wait(0.005)
     return True
-
-
-def begin_turn(client: wire.Client, fields: dict[str, str] | None = None) -> None:
-    """Ask for a stream, and read its head and first event."""
-    client.request("POST", "/v1/responses", STREAM, fields)
-    assert client.read_head().status == 200
-    assert client.read_event() is not None
-
-
-def refused(bridge: RunningBridge, request: bytes, status: int) -> wire.RawReply:
-    """Send a request and another behind it: one answer, JSON, and then the end of the connection."""
-    reply = wire.raw(bridge.address, request + CANARY)
-    assert (reply.status, reply.header("connection"), reply.rest) == (status, "close", b"")
-    assert reply.header("x-qoo-bridge-error") == "bridge"
-    assert set(reply.json["error"]) == {"message", "type", "param", "code"}
-    return reply
-
-
-DEEP = 100_000
-
-
-BEARER = {"Authorization": f"Bearer {API_KEY}"}
-
-
-def from_address(bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """Let the bridge see its next clients at another address."""
-    accept = bridge.server.get_request
-    monkeypatch.setattr(bridge.server, "get_request", lambda: (accept()[0], (address, 50_000)))
-
-
-STREAM = {**REQUEST, "stream": True}
-FIRST, *MIDDLE, LAST = wire.text_turn("hello", empty_output=False)
-EVENTS = [FIRST, *MIDDLE, LAST]
-
-
-@contextlib.contextmanager
-def asking(
-    bridge: RunningBridge, headers: dict[str, str] | None = None, **changes: Any
-) -> Iterator[wire.Client]:
-    """Send a request for a turn, and give the connection."""
-    with wire.Client(bridge.address) as client:
-        client.request("POST", "/v1/responses", {**STREAM, **changes}, headers)
-        yield client
-
-
-def ask(bridge: RunningBridge, headers: dict[str, str] | None = None, **changes: Any) -> wire.RawReply:
-    """Ask for a turn and read the whole reply."""
-    with asking(bridge, headers, **changes) as client:
-        return client.read_reply()
-
-
-def raw_request(version: str = "1.1", *fields: str, path: str = "/v1/responses") -> bytes:
-    """Write a request for a turn as it stands on the wire."""
-    body = wire.dump(STREAM)
-    lines = [
-        f"POST {path} HTTP/{version}",
-        "Host: localhost",
-        "Content-Type: application/json",
-        f"Content-Length: {len(body)}",
-        *fields,
-        "",
-        "",
-    ]
-    return "\r\n".join(lines).encode() + body
-
-
-def ended(logged: list[str], path: str = "/v1/responses") -> list[str]:
-    """Wait for the request to be over; return the log's lines about that path."""
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
-        lines = [line for line in logged if f" {path} " in line and " end=" in line]
-        if lines:
-            return lines
-        threading.Event().wait(0.005)
-    raise AssertionError(f"no line about {path} in {logged}")
-
-
-CODEX = {"User-Agent": AGENT, "Originator": "codex_exec"}
-LITE = {**CODEX, q.LITE_HEADER: "true"}
-LOCAL_MD = "gpt-5.6-sol"  # what the default alias means with the stand-in's list: the best that is a gpt-5
-HI = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-TOOL = {"type": "function", "name": "run", "strict": False, "parameters": {"type": "object"}}
-CARRIER = {"type": "additional_tools", "role": "developer", "tools": [TOOL]}
-PLAIN_BODY = {"model": "gpt-5.5", "input": [HI], "tools": [TOOL]}
-LITE_BODY = {
-    "model": "gpt-6-sol", "stream": True, "store": False, "input": [CARRIER, HI], "prompt_cache_key": "key",
-    "parallel_tool_calls": False, "reasoning": {"effort": "low", "context": "all_turns"},
-    "include": ["reasoning.encrypted_content"],
-}
-
-
-def ask_body(bridge: RunningBridge, body: Object, headers: dict[str, str] | None = None) -> wire.RawReply:
-    return wire.post(bridge.address, "/v1/responses", body, headers)
-
-
-def sent(backend: wire.Backend, path: str = "/responses") -> list[wire.Request]:
-    """Return what came upstream for a path."""
-    with backend.changed:
-        return [each for each in backend.requests if each.path == wire.full_path(path)]
-
-
-def models(bridge: RunningBridge, version: str = "") -> wire.RawReply:
-    return wire.get(bridge.address, f"/v1/models?client_version={version}" if version else "/v1/models")
-
-
-def settle(bridge: RunningBridge) -> None:
-    """Wait until no fetch of the list is running."""
-    catalog = bridge.bridge.catalog
-    with catalog._changed:
-        assert catalog._changed.wait_for(lambda: not catalog._fetching, 5)
-
-
-FETCH_FAILURES: dict[str, wire.Reply] = {
-    "500": wire.refuse(500, "broken"),
-    "404": wire.refuse(404, "Not Found"),
-    "429": wire.usage_limit(),
-    "page": wire.cloudflare(),
-    "cut": wire.reply_raw(b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n{"),
-    "reset": wire.reply_raw(b"", "reset"),
-    "no-http": wire.reply_raw(b"SSH-2.0-x\r\n\r\n"),
-    "no-json": lambda exchange: exchange.whole(200, b"{", []),
-    "nan": lambda exchange: exchange.whole(200, b'{"models": [{"slug": "x", "priority": NaN}]}', []),
-    "no-object": wire.reply_json(200, []),
-    "no-list": wire.reply_json(200, {"models": {"slug": "gpt-5.5"}}),
-    "redirect": wire.reply_json(302, {}, [("location", "https://localhost/models")]),
-}
-
-
-SDK_BODY = {**PLAIN_BODY, "model": "gpt-6-sol", "instructions": "be brief"}
-
-
-def json_answer(status: int, value: object) -> q.BufferedReply:
-    """Make an answer in JSON."""
-    return q.BufferedReply(status, {"content-type": "application/json"}, json.dumps(value).encode())
-
-
-NOW = 1_795_384_800.0  # a whole minute
-
-
-def record(**fields: Any) -> Record:
-    """Build a record of an ordinary request."""
-    ordinary = {
-        "id": "r1",
-        "client": "192.168.1.20",
-        "key": "",
-        "method": "POST",
-        "path": "/v1/responses",
-        "model": "local_md",
-        "slug": "gpt-5.5",
-        "status": 200,
-        "end": "completed",
-        "total": 2.0,
-    }
-    return Record(**{**ordinary, **fields})
-
-
-def finished(*records: Record, now: float = NOW) -> Telemetry:
-    """Build a telemetry that has seen these records."""
-    telemetry = Telemetry()
-    for each in records:
-        telemetry.begin(each)
-        telemetry.finish(each, now)
-    return telemetry
-
-
-CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-ANSWER = "the answer"
-WAYS = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-
-
-def script(backend: wire.Backend, *replies: wire.Reply) -> None:
-    """Queue the answers of the next turns; one that breaks a rule of the backend is refused all the same."""
-    backend.on("/responses", *(wire.checked(backend, reply) for reply in replies))
-
-
-def key_of(secret: str) -> dict[str, str]:
-    """Return the header that shows a client's key."""
-    return {"Authorization": f"Bearer {secret}"} if secret else {}
-
-
-def ask_path(bridge: RunningBridge, path: str, secret: str = "", **fields: Any) -> wire.RawReply:
-    """Send a request and read the whole reply."""
-    return wire.post(bridge.address, path, {"model": "gpt-5.5", **fields}, key_of(secret))
-
-
-def chunks(body: bytes) -> list[Any]:
-    """Return the events of a chat stream, `[DONE]` as that word, comments left out; nothing may be torn."""
-    *blocks, rest = body.split(b"\n\n")
-    assert rest == b""
-    told = [block for block in blocks if not block.startswith(b":")]
-    assert all(block.startswith(b"data: ") for block in told)
-    return ["[DONE]" if block == b"data: [DONE]" else json.loads(block[6:]) for block in told]
-
-
-def asked_turns(backend: wire.Backend) -> list[wire.Request]:
-    """Return the requests for turns that came upstream."""
-    return [request for request in backend.requests if request.path.endswith("/codex/responses")]
-
-
-def turns(backend: wire.Backend) -> list[Object]:
-    """Return the bodies of the turns that came upstream."""
-    return [request.json for request in asked_turns(backend)]
-
-
-def respond(bridge: RunningBridge, stream: bool = False, secret: str = "", **fields: Any) -> Object:
-    """Ask for a response that goes well, and return it."""
-    reply = ask_path(bridge, RESPONSES, secret, stream=stream, **fields)
-    assert reply.status == 200, reply.body
-    response: Object = wire.sse(reply.body)[-1]["response"] if stream else reply.json
-    return response
-
-
-SECONDS = 20  # until a test gives up; nothing here takes three
-KEY = "a-key-of-the-test-1"
 
 
 def outcome(process: Popen) -> tuple[int, str, str]:

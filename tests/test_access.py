@@ -9,7 +9,7 @@ import socket
 
 import pytest
 import wire
-from conftest import Hall, Lines, RunningBridge, Start
+from conftest import Hall, LogLines, RunningBridge, Start
 from help import API_KEY, BEARER, HOST, JSON_TYPE, ORIGIN, POST, REQUEST, from_address, head
 
 import qoo_bridge as q
@@ -362,7 +362,7 @@ def test_every_endpoint_wants_the_key(hall: Hall, path: str) -> None:
     {"X-API-Key": API_KEY, "Authorization": "Basic eDp5"},
 ])
 def test_key_opens_and_stays_here(
-    start: Start, backend: wire.Backend, log_lines: Lines, fields: dict[str, str]
+    start: Start, backend: wire.Backend, log_lines: LogLines, fields: dict[str, str]
 ) -> None:
     bridge = start("--api-key", "other=sk-other-0123456789", "--api-key", f"laptop={API_KEY}")
     assert wire.post(bridge.address, "/v1/responses", REQUEST, fields).status == 200

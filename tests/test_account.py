@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wire
-from conftest import RunningBridge, Start
-from help import API_KEY, STREAM, json_answer
+from conftest import LogLines, RunningBridge, Start
+from help import API_KEY, ask, bearer, json_answer
 
 import qoo_bridge as q
 
@@ -34,26 +32,6 @@ def test_what_holds_a_token_hides_it_in_its_repr(start: Start, backend: wire.Bac
 def codex_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the files of these tests be Codex's own."""
     monkeypatch.setenv("CODEX_HOME", str(tmp_path))
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """Collect what is logged, formatted with its traceback."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(logging.Formatter().format(record))  # type: ignore[method-assign]
-    logger = logging.getLogger("qoo_bridge")
-    before = logger.level
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(before)
-
-
-def ask(bridge: RunningBridge, **headers: str) -> wire.RawReply:
-    """Ask for a turn."""
-    return wire.post(bridge.address, "/v1/responses", STREAM, headers)
 
 
 # -- account routing ------------------------------------------------------------
@@ -190,18 +168,18 @@ def test_failing_to_ask_stops_nothing(answer: q.BufferedReply | q.BridgeError) -
 
 def test_request_without_sign_in_is_answered_with_the_remedy(start: Start, backend: wire.Backend) -> None:
     bridge = start(signed_in=False)
-    json_answer = ask(bridge)
-    assert (json_answer.status, json_answer.header("x-qoo-bridge-error")) == (401, "bridge")
-    assert json_answer.json["error"]["code"] == "not_signed_in"
-    assert "codex login" in json_answer.json["error"]["message"]
+    reply = ask(bridge)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "bridge")
+    assert reply.json["error"]["code"] == "not_signed_in"
+    assert "codex login" in reply.json["error"]["message"]
     assert backend.requests == []
     wire.write_auth(bridge.auth_file, backend)
     assert ask(bridge).status == 200
 
 
 def test_sign_in_travels_with_the_request(bridge: RunningBridge, backend: wire.Backend) -> None:
-    json_answer = ask(bridge, Authorization="Bearer the-clients-own")
-    assert json_answer.status == 200
+    reply = ask(bridge, headers=bearer("the-clients-own"))
+    assert reply.status == 200
     sent = backend.wait_for(1, "/responses")[0]
     assert wire.find_all(sent.headers, "authorization") == [f"Bearer {backend.access_token}"]
     assert sent.header("chatgpt-account-id") == backend.account_id
@@ -249,10 +227,10 @@ def test_expired_token_is_refreshed_before_it_is_sent(start: Start, backend: wir
 
 def test_second_401_is_told_with_the_remedy(bridge: RunningBridge, backend: wire.Backend) -> None:
     backend.on("/responses", *[wire.refuse(401, "Could not validate credentials")] * 3)
-    json_answer = ask(bridge)
-    assert (json_answer.status, json_answer.header("x-qoo-bridge-error")) == (401, "upstream")
-    assert "Could not validate credentials" in json_answer.json["error"]["message"]
-    assert "codex login" in json_answer.json["error"]["message"]
+    reply = ask(bridge)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "upstream")
+    assert "Could not validate credentials" in reply.json["error"]["message"]
+    assert "codex login" in reply.json["error"]["message"]
     assert len(backend.wait_for(2, "/responses")) == 2
 
 
@@ -263,29 +241,29 @@ def test_403_refreshes_nothing(bridge: RunningBridge, backend: wire.Backend) -> 
 
 
 def test_dead_sign_in_is_asked_about_once(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     tokens = dict(backend.tokens)
     backend.revoke()
     backend.revoke_refresh()
     for _ in range(3):
-        json_answer = ask(bridge)
-        assert (json_answer.status, json_answer.header("x-qoo-bridge-error")) == (401, "bridge")
-        assert "refresh_token_reused" in json_answer.json["error"]["message"]
-        assert "codex login" in json_answer.json["error"]["message"]
+        reply = ask(bridge)
+        assert (reply.status, reply.header("x-qoo-bridge-error")) == (401, "bridge")
+        assert "refresh_token_reused" in reply.json["error"]["message"]
+        assert "codex login" in reply.json["error"]["message"]
     assert len(backend.wait_for(1, "/oauth/token")) == 1
     backend.rotate()
     wire.write_auth(bridge.auth_file, backend)
     assert ask(bridge).status == 200
-    assert not any(token in line for token in tokens.values() for line in logged)
+    assert not any(token in line for token in tokens.values() for line in log_lines.lines)
 
 
 def test_sign_in_server_that_is_down_is_no_sign_out(bridge: RunningBridge, backend: wire.Backend) -> None:
     backend.revoke()
     backend.on("/oauth/token", wire.refuse(503, "down"))
-    json_answer = ask(bridge)
-    assert (json_answer.status, json_answer.json["error"]["code"]) == (502, "upstream_error")
-    assert "sign-in server" in json_answer.json["error"]["message"]
+    reply = ask(bridge)
+    assert (reply.status, reply.json["error"]["code"]) == (502, "upstream_error")
+    assert "sign-in server" in reply.json["error"]["message"]
 
 
 def test_routing_moves_the_requests(start: Start, backend: wire.Backend) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import wire
-from conftest import Lines, RunningBridge, Start
+from conftest import LogLines, RunningBridge, Start
 from help import API_KEY, BEARER, BODY, HOST, JSON_TYPE, POST, REQUEST, begin_turn, head, posix, until
 
 import qoo_bridge as q
@@ -108,7 +108,7 @@ def test_key_file_is_read_anew_when_it_changes(start: Start, tmp_path: Path) -> 
 @posix
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o400, False), (0o644, True), (0o640, True)])
 def test_key_file_that_others_can_read_is_warned_of(
-    start: Start, tmp_path: Path, log_lines: Lines, mode: int, warned: bool
+    start: Start, tmp_path: Path, log_lines: LogLines, mode: int, warned: bool
 ) -> None:
     path = tmp_path / "keys"
     write_keys(path, f"laptop={API_KEY}\n", mode)
@@ -151,7 +151,7 @@ def test_emptied_key_file_does_not_open_the_door(start: Start, tmp_path: Path) -
     pytest.param(f"laptop={API_KEY * 20}", id="too-long"),
 ])
 def test_bad_line_of_a_key_file_is_not_quoted(
-    start: Start, tmp_path: Path, log_lines: Lines, line: str
+    start: Start, tmp_path: Path, log_lines: LogLines, line: str
 ) -> None:
     path = tmp_path / "keys"
     write_keys(path, f"# keys\n{line}\n")

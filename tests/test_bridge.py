@@ -13,24 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from help import (
-    AGENT,
-    ANSWER,
-    CHAT,
-    RESPONSES,
-    TEXT,
-    WAYS,
-    ask_path,
-    asked_turns,
-    chunks,
-    script,
-    sent,
-    turns,
-)
+from help import AGENT, ANSWER, CHAT, MODEL, RESPONSES, TEXT, WAYS, Object, ask, chunks, script, sent, turns
 
 import qoo_bridge as q
 
-Object = dict[str, Any]
 ASKED: dict[str, Object] = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, TEXT: {"prompt": "hi"}}
 BRISK = ("--keepalive", "0.05")
 BOTH = pytest.mark.parametrize("path", [CHAT, TEXT])
@@ -377,7 +363,7 @@ def text_of(choice: Object) -> str:
 @pytest.mark.parametrize("empty_output", [True, False])
 def test_whole_answer(path: str, empty_output: bool, bridge: RunningBridge, backend: wire.Backend) -> None:
     script(backend, wire.turn(*wire.text_turn(ANSWER, reasoning=True, empty_output=empty_output)))
-    reply = ask_path(bridge, path, **ASKED[path])
+    reply = ask(bridge, MODEL, path=path, **ASKED[path])
     assert (reply.status, reply.header("content-type")) == (200, "application/json")
     assert reply.json["object"] == {CHAT: "chat.completion", TEXT: "text_completion"}[path]
     [choice] = reply.json["choices"]
@@ -393,7 +379,7 @@ def test_streamed_answer(
     path: str, options: Object | None, bridge: RunningBridge, backend: wire.Backend
 ) -> None:
     script(backend, wire.turn(*wire.text_turn(ANSWER, reasoning=True)))
-    reply = ask_path(bridge, path, stream=True, stream_options=options, **ASKED[path])
+    reply = ask(bridge, MODEL, path=path, stream=True, stream_options=options, **ASKED[path])
     assert (reply.status, reply.ended) == (200, "last-chunk")
     assert reply.header("content-type") == "text/event-stream; charset=utf-8"
     *told, done = chunks(reply.body)
@@ -496,7 +482,7 @@ def test_failure_before_the_first_byte_is_a_status(
 ) -> None:
     reply_of, status, text = EARLY[name]
     script(backend, reply_of)
-    reply = ask_path(bridge, path, stream=stream, **ASKED[path])
+    reply = ask(bridge, MODEL, path=path, stream=stream, **ASKED[path])
     assert (reply.status, reply.header("content-type")) == (status, "application/json")
     assert text in reply.json["error"]["message"]
     assert set(reply.json["error"]) >= {"message", "type", "param", "code"}
@@ -509,7 +495,7 @@ def test_failure_within_a_stream_is_never_a_clean_end(
 ) -> None:
     reply_of, _, text = LATE[name]
     script(backend, reply_of)
-    reply = ask_path(bridge, path, stream=True, stream_options={"include_usage": True}, **ASKED[path])
+    reply = ask(bridge, MODEL, path=path, stream=True, stream_options={"include_usage": True}, **ASKED[path])
     assert (reply.status, reply.ended) == (200, "cut")
     *told, error = chunks(reply.body)
     assert "".join(text_of(chunk["choices"][0]) for chunk in told) == "half of"
@@ -525,7 +511,7 @@ def test_failure_is_a_status_where_one_answer_is_due(
 ) -> None:
     reply_of, status, text = LATE[name]
     script(backend, reply_of)
-    reply = ask_path(bridge, path, **ASKED[path])
+    reply = ask(bridge, MODEL, path=path, **ASKED[path])
     assert reply.status == status
     assert text in reply.json["error"]["message"]
 
@@ -560,7 +546,7 @@ def test_failure_after_a_comment_is_an_error_in_the_stream(
 def test_what_cannot_be_done_costs_no_turn(
     path: str, fields: Object, param: str, stream: bool, bridge: RunningBridge, backend: wire.Backend
 ) -> None:
-    reply = ask_path(bridge, path, **{**ASKED[path], "stream": stream, **fields})
+    reply = ask(bridge, MODEL, path=path, **{**ASKED[path], "stream": stream, **fields})
     assert (reply.status, reply.json["error"]["param"]) == (400, param)
     assert turns(backend) == []
 
@@ -579,8 +565,8 @@ UNTOUCHED = r"""
 def test_untouched_request_is_sent_byte_for_byte(
     line_end: str, bridge: RunningBridge, backend: wire.Backend
 ) -> None:
-    sent = UNTOUCHED.replace("\n", line_end).encode()
-    reply = wire.post(bridge.address, RESPONSES, sent)
+    raw = UNTOUCHED.replace("\n", line_end).encode()
+    reply = wire.post(bridge.address, RESPONSES, raw)
     assert (reply.status, reply.ended) == (200, "last-chunk")
-    assert [request.body for request in asked_turns(backend)] == [sent]
+    assert [request.body for request in sent(backend)] == [raw]
     assert backend.refusals == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import Lines, RunningBridge, Start
+from conftest import LogLines, RunningBridge, Start
 from help import (
     AGENT,
     CARRIER,
@@ -21,7 +21,8 @@ from help import (
     PLAIN_BODY,
     SDK_BODY,
     TOOL,
-    ask_body,
+    Object,
+    ask,
     models,
     sent,
     settle,
@@ -29,7 +30,6 @@ from help import (
 
 import qoo_bridge as q
 
-Object = dict[str, Any]
 AT_ONCE = -1.0  # as an age in seconds: it is always over
 
 
@@ -108,7 +108,7 @@ def test_start_waits_for_no_list(
     backend.wait_for(1, "/models")
     assert wire.get(bridge.address, "/healthz").status == 200
     assert wire.get(bridge.address, "/status").json["catalog"]["models"] == []
-    assert ask_body(bridge, LITE_BODY, LITE).status == 200
+    assert ask(bridge, LITE_BODY, LITE).status == 200
     assert not gate.is_set()
 
 
@@ -118,7 +118,7 @@ def test_own_lite_request_of_a_codex_never_waits(
 ) -> None:
     backend.always("/models", held(gate, backend.default))
     for _ in range(2):
-        assert ask_body(bridge, LITE_BODY, LITE).status == 200
+        assert ask(bridge, LITE_BODY, LITE).status == 200
     assert [request.json for request in sent(backend)] == [LITE_BODY] * 2
 
 
@@ -151,8 +151,8 @@ def test_wait_for_the_list_is_bounded(
 ) -> None:
     monkeypatch.setattr(q, "CATALOG_WAIT", 0.02)
     backend.always("/models", held(gate, backend.default))
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
-    assert ask_body(bridge, PLAIN_BODY).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, PLAIN_BODY).status == 200
     assert [request.json["model"] for request in sent(backend)] == ["gpt-5", "gpt-5.5"]
     reply = models(bridge)
     assert (reply.status, reply.header("x-qoo-bridge-error")) == (504, "bridge")
@@ -165,7 +165,7 @@ def test_nobody_waits_once_a_fetch_failed(
 ) -> None:
     backend.always("/models", failure)
     for _ in range(2):
-        assert ask_body(bridge, {**PLAIN_BODY, "instructions": "x"}).status == 200
+        assert ask(bridge, {**PLAIN_BODY, "instructions": "x"}).status == 200
     reply = models(bridge)
     assert reply.status >= 400
     assert reply.json["error"]["message"]
@@ -187,7 +187,7 @@ def test_failed_first_fetch_is_made_again(
 def test_young_list_is_not_fetched_again(bridge: RunningBridge, backend: wire.Backend) -> None:
     for _ in range(3):
         assert models(bridge).status == 200
-        assert ask_body(bridge, PLAIN_BODY).status == 200
+        assert ask(bridge, PLAIN_BODY).status == 200
         settle(bridge)
     assert len(sent(backend, "/models")) == 1
 
@@ -206,7 +206,7 @@ UNCHANGED = {
 @pytest.mark.parametrize("unchanged", UNCHANGED.values(), ids=UNCHANGED)
 @pytest.mark.usefixtures("due")
 def test_old_list_is_asked_for_with_its_etag(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: Lines, unchanged: wire.Reply
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, unchanged: wire.Reply
 ) -> None:
     first = models(bridge)
     settle(bridge)
@@ -238,13 +238,13 @@ def test_other_etag_of_a_response_fetches_the_list(
     bridge: RunningBridge, backend: wire.Backend, reply: wire.Reply | None
 ) -> None:
     before = backend.etag
-    assert ask_body(bridge, PLAIN_BODY).status == 200
+    assert ask(bridge, PLAIN_BODY).status == 200
     settle(bridge)
     assert len(sent(backend, "/models")) == 1
     backend.catalog.insert(0, wire.model_entry("gpt-7", 0))
     if reply is not None:
         backend.on("/responses", reply)
-    ask_body(bridge, PLAIN_BODY)
+    ask(bridge, PLAIN_BODY)
     asked = backend.wait_for(2, "/models")
     settle(bridge)
     assert asked[1].header("if-none-match") == before
@@ -257,7 +257,7 @@ def test_etag_that_stays_another_is_asked_about_once(bridge: RunningBridge, back
     reply = wire.turn(*wire.text_turn("hello"), headers=[*wire.TURN_HEADERS, ("x-models-etag", '"n"')])
     backend.always("/responses", reply)
     for _ in range(4):
-        assert ask_body(bridge, PLAIN_BODY).status == 200
+        assert ask(bridge, PLAIN_BODY).status == 200
         settle(bridge)
     assert len(sent(backend, "/models")) == 2
 
@@ -284,7 +284,7 @@ def test_old_list_serves_while_it_is_fetched(
     backend.always("/models", held(gate, backend.default))
     for _ in range(4):
         assert models(bridge).body == first.body
-        assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+        assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
     assert [request.json["model"] for request in sent(backend)] == [LOCAL_MD] * 4
     assert len(sent(backend, "/models")) == 2
 
@@ -301,7 +301,7 @@ def test_last_good_list_serves_while_upstream_fails(
         assert models(bridge).body == first.body
         backend.wait_for(fetches, "/models")
         settle(bridge)
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
     assert sent(backend)[0].json["model"] == LOCAL_MD
 
 
@@ -345,7 +345,7 @@ def test_alias_of_a_codex_is_a_model_of_its_own_list(bridge: RunningBridge, back
     backend.always("/models", by_version(backend, "0.150.0", [wire.model_entry("gpt-5.5", 1, lite=False)]))
     assert models(bridge, "0.150.0").status == 200
     old = {**CODEX, "User-Agent": AGENT.replace("0.169.0", "0.150.0")}
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}, old).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}, old).status == 200
     (request,) = sent(backend)
     assert (request.json["model"], request.header("version")) == ("gpt-5.5", "0.150.0")
 
@@ -402,7 +402,7 @@ def test_no_value_of_an_entry_is_a_fault(bridge: RunningBridge, backend: wire.Ba
     assert models(bridge, "0.169.0").json["models"][-1]["slug"] == "local_md"
     body = {**PLAIN_BODY, "reasoning": {"effort": "high"}, "service_tier": "priority"}
     for place in range(len(ODD)):
-        assert ask_body(bridge, {**body, "model": f"odd-{place}"}).status in (200, 400, 404)
+        assert ask(bridge, {**body, "model": f"odd-{place}"}).status in (200, 400, 404)
     assert wire.get(bridge.address, "/status").status == 200
 
 
@@ -414,7 +414,7 @@ def test_slug_that_no_header_can_carry_is_no_model(
 ) -> None:
     """An alias would send it: its target is the best name that begins with it."""
     backend.catalog.insert(0, wire.model_entry(slug, 0))
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
     assert sent(backend)[-1].json["model"] == LOCAL_MD
 
 
@@ -422,7 +422,7 @@ def test_empty_list_has_no_rules(bridge: RunningBridge, backend: wire.Backend) -
     backend.catalog = []
     assert slugs(bridge) == ["local_md"]
     assert models(bridge, "0.169.0").json == {"models": []}
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
     assert sent(backend)[0].json["model"] == "gpt-5"
 
 
@@ -516,10 +516,10 @@ def test_what_an_alias_means(target: str, slug: str) -> None:
     ("claude", "gpt-6.1-sol"),
 ])
 def test_alias_is_its_model(
-    start: Start, backend: wire.Backend, log_lines: Lines, target: str, slug: str
+    start: Start, backend: wire.Backend, log_lines: LogLines, target: str, slug: str
 ) -> None:
     bridge = start("--alias", f"mine={target}")
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "mine", "instructions": "be brief"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "mine", "instructions": "be brief"}).status == 200
     (request,) = sent(backend)
     assert (request.json["model"], request.header("x-codex-routing-hint")) == (slug, f"model={slug}")
     lite = slug != "gpt-5.5"
@@ -532,17 +532,17 @@ def test_alias_is_its_model(
 
 @pytest.mark.usefixtures("due")
 def test_alias_follows_the_list(bridge: RunningBridge, backend: wire.Backend) -> None:
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
     backend.catalog.insert(0, wire.model_entry("gpt-5.7-sol", 0))
     models(bridge)
     settle(bridge)
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
     assert [request.json["model"] for request in sent(backend)] == [LOCAL_MD, "gpt-5.7-sol"]
 
 
 @pytest.mark.parametrize("alias", ["gpt-5.5", "codex-auto-review"])
 def test_alias_with_the_name_of_a_model_is_refused(
-    start: Start, backend: wire.Backend, log_lines: Lines, alias: str
+    start: Start, backend: wire.Backend, log_lines: LogLines, alias: str
 ) -> None:
     bridge = start("--alias", f"{alias}=gpt-6-sol")
     bridge.bridge.warm_up(threading.Event())  # at start, before any request
@@ -554,18 +554,18 @@ def test_alias_with_the_name_of_a_model_is_refused(
     assert catalog["aliases"] == {"local_md": LOCAL_MD}
     assert slugs(bridge).count(alias) == (alias == "gpt-5.5")
     assert [entry["slug"] for entry in models(bridge, "0.169.0").json["models"]].count(alias) == 1
-    assert ask_body(bridge, {**PLAIN_BODY, "model": alias}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": alias}).status == 200
     assert sent(backend)[0].json["model"] == alias
     assert sum("ERROR" in line for line in log_lines.lines) == 1
 
 
 @pytest.mark.parametrize("name", ["gpt-next", "gpt-5", "some/vendor:model@1"])
 def test_unknown_model_passes_as_it_is(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: Lines, name: str
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, name: str
 ) -> None:
     body = {**LITE_BODY, "model": name, "input": [HI], "tools": [TOOL], "instructions": "x",
             "reasoning": {"effort": "xhigh"}, "service_tier": "priority"}
-    assert ask_body(bridge, body).status == 200
+    assert ask(bridge, body).status == 200
     (request,) = sent(backend)
     assert (request.json, request.header(q.LITE_HEADER)) == (body, None)
     assert f" {name}->{name} rules=- repairs=- status=200 " in log_lines.wait_for("->")
@@ -580,11 +580,11 @@ def test_unknown_model_passes_as_it_is(
     (("low", "high", "max"), "none", "low"),
 ])
 def test_effort_is_the_nearest_that_the_list_has(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: Lines,
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines,
     efforts: tuple[str, ...], given: str, effort: str,
 ) -> None:
     backend.catalog = [wire.model_entry("gpt-6-sol", 1, efforts=efforts)]
-    assert ask_body(bridge, {**SDK_BODY, "reasoning": {"effort": given}}).status == 200
+    assert ask(bridge, {**SDK_BODY, "reasoning": {"effort": given}}).status == 200
     assert sent(backend)[-1].json["reasoning"] == {"effort": effort, "context": "all_turns"}
     assert ",effort," in log_lines.wait_for("form repairs=- status=200")
 
@@ -595,11 +595,11 @@ def test_effort_is_the_nearest_that_the_list_has(
     ([{"id": "priority"}], "auto", None),
 ])
 def test_tier_is_one_that_the_list_has(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: Lines,
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines,
     tiers: list[Object], given: str, tier: str | None,
 ) -> None:
     backend.catalog = [{**wire.model_entry("gpt-5.5", 1, lite=False), "service_tiers": tiers}]
-    assert ask_body(bridge, {**PLAIN_BODY, "service_tier": given}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "service_tier": given}).status == 200
     (request,) = sent(backend)
     assert request.json.get("service_tier") == tier
     assert request.header("x-codex-routing-hint") == "model=gpt-5.5" + (f";tier={tier}" if tier else "")
@@ -610,9 +610,9 @@ def test_tier_is_one_that_the_list_has(
     {"reasoning": {"effort": "high"}}, {"service_tier": "priority"}, {"service_tier": "default"},
 ])
 def test_what_the_model_has_stays(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: Lines, fields: Object
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, fields: Object
 ) -> None:
-    assert ask_body(bridge, {**PLAIN_BODY, **fields}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, **fields}).status == 200
     assert {name: sent(backend)[0].json[name] for name in fields} == fields
     line = log_lines.wait_for("gpt-5.5->gpt-5.5")
     assert "effort" not in line

@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
-from help import mutants
+from help import Object, mutants
 
 import qoo_bridge as q
-
-Object = dict[str, Any]
-
 
 USAGE = {
     "input_tokens": 100,

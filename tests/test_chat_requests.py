@@ -7,11 +7,10 @@ import json
 from typing import Any
 
 import pytest
-from help import USER, mutants
+from help import USER, Object, mutants
 
 import qoo_bridge as q
 
-Object = dict[str, Any]
 PNG = "data:image/png;base64,iVBORw0KGgo="
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 

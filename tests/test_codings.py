@@ -9,14 +9,9 @@ import zlib
 from typing import Any
 
 import pytest
+from help import short
 
 import qoo_bridge as q
-
-
-def short(value: object) -> str:
-    """Name a row by the beginning of a value."""
-    return ascii(value)[:40]
-
 
 PLAIN = b"hello hello hello"
 NO_SIZE_FRAME = bytes.fromhex("28b52ffd04586500003068656c6c6f200100314a11a2ed1e0c")  # PLAIN, by zstd 1.5.4

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import Command, Launch, Popen, Run, Start
-from help import KEY, SECONDS, free_port, outcome, settled
+from help import KEY, SECONDS, free_port, outcome, until
 
 import qoo_bridge as q
 
@@ -33,7 +33,7 @@ Login = Callable[[], tuple[int, str, str]]
 def test_start_tells_what_will_turn_clients_away(run: Run, tmp_path: Path) -> None:
     running = run("--api-key-file", str(tmp_path / "none"), "--limit", "laptop=1")
     warning = "--limit names laptop, and there is no such key"
-    assert settled(lambda: warning not in "".join(running.lines), 0) == 0
+    assert until(lambda: warning in "".join(running.lines))
     assert "none cannot be read" in "".join(running.lines)
 
 

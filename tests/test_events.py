@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 from conftest import cuts
+from help import Object, short
 
 import qoo_bridge as q
-
-
-def short(value: object) -> str:
-    """Name a row by the beginning of a value."""
-    return ascii(value)[:40]
-
-Object = dict[str, Any]
 
 ODD_VALUES: tuple[Any, ...] = (None, True, 0, -1, 1.5, 10**30, "", "odd", [], [None], [[]], {}, {"odd": 1})
 ODD_COUNTS: tuple[Any, ...] = (None, "1", 1.5, True, [], {})

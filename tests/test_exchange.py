@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import RunningBridge, Start
+from conftest import LogLines, RunningBridge, Start
 from help import (
     BODY,
     CANARY,
+    CODEX,
     EVENTS,
     FIRST,
     HOST,
@@ -31,15 +32,14 @@ from help import (
     STREAM,
     ask,
     asking,
-    ended,
     head,
     raw_request,
     refused,
+    until,
 )
 
 import qoo_bridge as q
 
-CODEX = {"User-Agent": "codex_exec/0.169.0 (Debian 12.0.0; x86_64)", "Originator": "codex_exec"}
 WHOLE = b"".join(map(wire.sse_bytes, EVENTS))
 DELTA = wire.sse_bytes({"type": "response.output_text.delta", "delta": "x"})
 BRISK = ("--keepalive", "0.03")
@@ -492,16 +492,16 @@ SEEN_FIRST = CUTS.keys() - {
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_cut_is_seen(name: str, bridge: RunningBridge, backend: wire.Backend, logged: list[str]) -> None:
+def test_cut_is_seen(name: str, bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines) -> None:
     backend.on("/responses", CUTS[name])
     reply = ask(bridge)
     if reply.status == 200:  # the head may go out before the cut is seen, where no event comes with it
         assert reply.ended == "cut"
         assert reply.body in (wire.sse_bytes(FIRST), b"")  # what is whole, and nothing torn
-        assert "end=cut" in ended(logged)[0]
+        assert "end=cut" in log_lines.ended()[0]
     assert reply.status == 200 or (reply.status == 502 and name not in SEEN_FIRST)
     assert name not in SEEN_FIRST or reply.body
-    assert not any(line.startswith(("ERROR", "CRITICAL")) for line in logged)
+    assert not any(line.startswith(("ERROR", "CRITICAL")) for line in log_lines.lines)
 
 
 @pytest.mark.parametrize("name", CUTS)
@@ -528,7 +528,7 @@ def test_silence_is_filled_between_events(
 ) -> None:
     gate = threading.Event()
     backend.on("/responses", wire.gated(gate, [FIRST, begun], [DELTA[len(begun) :], LAST]))
-    with asking(start(*BRISK), headers) as client:
+    with asking(start(*BRISK), headers=headers) as client:
         client.read_head()
         assert client.read_event() == FIRST
         assert [client.read_event() for _ in range(2)] == [filler] * 2
@@ -580,7 +580,7 @@ def test_event_that_drips_arrives_whole(start: Start, backend: wire.Backend) -> 
 
 def test_event_that_drips_is_silence_to_the_client(start: Start, backend: wire.Backend) -> None:
     backend.on("/responses", drip)
-    assert KEEPALIVE in wire.sse(ask(start(*BRISK), CODEX).body)
+    assert KEEPALIVE in wire.sse(ask(start(*BRISK), headers=CODEX).body)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -618,8 +618,9 @@ MOMENTS: dict[str, list[Any]] = {
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "folded"])
 def test_client_that_leaves_ends_the_turn(
-    stream: bool, moment: str, how: str, bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    stream: bool, moment: str, how: str, bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
+    backend.routing = (backend.origin, "NO_CONSTRAINT")  # any other is worth a warning
     left = threading.Event()
     backend.on("/responses", wire.hang(*MOMENTS[moment], left=left))
     with asking(bridge, stream=stream) as client:
@@ -629,14 +630,15 @@ def test_client_that_leaves_ends_the_turn(
             assert client.read_event() == FIRST
         getattr(client, how)()
         assert left.wait(1)
-    assert "end=client" in ended(logged)[0]
-    assert not any(line.startswith(("ERROR", "WARNING")) or "Traceback" in line for line in logged)
+    assert "end=client" in log_lines.ended()[0]
+    assert not any(line.startswith(("ERROR", "WARNING")) or "Traceback" in line for line in log_lines.lines)
 
 
 @pytest.mark.parametrize("how", ["close", "reset", "half_close"])
 def test_client_that_leaves_after_the_terminal_event_is_no_error(
-    how: str, bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    how: str, bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
+    backend.routing = (backend.origin, "NO_CONSTRAINT")  # any other is worth a warning
     gone = threading.Event()
 
     def reply(exchange: wire.Exchange) -> None:
@@ -653,8 +655,8 @@ def test_client_that_leaves_after_the_terminal_event_is_no_error(
             pass
         getattr(client, how)()
         gone.set()
-    assert "status=200" in ended(logged)[0]
-    assert not any(line.startswith(("ERROR", "WARNING")) or "Traceback" in line for line in logged)
+    assert "status=200" in log_lines.ended()[0]
+    assert not any(line.startswith(("ERROR", "WARNING")) or "Traceback" in line for line in log_lines.lines)
     assert ask(bridge).ended == "last-chunk"
 
 
@@ -663,7 +665,7 @@ def test_reply_is_closed_when_the_client_left_in_between(
     step: str,
     bridge: RunningBridge,
     backend: wire.Backend,
-    logged: list[str],
+    log_lines: LogLines,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def leave(*_: Any) -> None:
@@ -671,18 +673,18 @@ def test_reply_is_closed_when_the_client_left_in_between(
 
     monkeypatch.setattr(q.Exchange, step, leave)
     backend.on("/responses", wire.turn(*EVENTS))
-    assert not left_open(bridge, logged, monkeypatch, stream=step == "end")
+    assert not left_open(bridge, log_lines, monkeypatch, stream=step == "end")
 
 
 def test_reply_is_closed_when_its_fold_is_an_error(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend.on("/responses", wire.turn(FIRST, wire.failed("server_error", "no")))
-    assert not left_open(bridge, logged, monkeypatch, stream=False)
+    assert not left_open(bridge, log_lines, monkeypatch, stream=False)
 
 
 def left_open(
-    bridge: RunningBridge, logged: list[str], monkeypatch: pytest.MonkeyPatch, stream: bool = True
+    bridge: RunningBridge, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch, stream: bool = True
 ) -> bool:
     """Ask for a turn; tell whether its upstream connection is neither closed nor back in the pool."""
     replies: list[q.Reply] = []
@@ -694,7 +696,7 @@ def left_open(
 
     monkeypatch.setattr(q.Bridge, "send_turn", send_turn)
     with asking(bridge, stream=stream):
-        ended(logged)
+        log_lines.ended()
     peer = replies[0].connection
     forgotten = peer.sock.fileno() >= 0 and not any(
         held is peer for _, _, held in bridge.bridge.upstream._idle
@@ -705,28 +707,28 @@ def left_open(
 
 
 def test_client_that_breaks_off_in_its_request_is_no_fault(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     with wire.Client(bridge.address) as client:
         client.send(raw_request()[:-5])
-    assert "end=client" in ended(logged)[0]
+    assert "end=client" in log_lines.ended()[0]
     assert backend.requests == []
 
 
-def test_client_that_resets_in_its_request_is_no_fault(bridge: RunningBridge, logged: list[str]) -> None:
+def test_client_that_resets_in_its_request_is_no_fault(bridge: RunningBridge, log_lines: LogLines) -> None:
     with wire.Client(bridge.address) as client:
         client.send(raw_request()[:-5])
-        while not bridge.bridge.telemetry.snapshot(time.time())["open"]:  # its head is still to be read
-            threading.Event().wait(0.005)
+        # its head is still to be read
+        assert until(lambda: bool(bridge.bridge.telemetry.snapshot(time.time())["open"]))
         client.reset()
-    lines = ended(logged)
+    lines = log_lines.ended()
     bridge.faults.clear()
     assert "end=client" in lines[0]
-    assert not any("Traceback" in line for line in logged)
+    assert not any("Traceback" in line for line in log_lines.lines)
 
 
 def test_client_that_leaves_before_100_is_no_fault(
-    bridge: RunningBridge, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    bridge: RunningBridge, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -734,10 +736,10 @@ def test_client_that_leaves_before_100_is_no_fault(
     with wire.Client(bridge.address) as client, monkeypatch.context() as patched:
         patched.setattr(q.Connection, "send", broken)
         client.send(raw_request("1.1", "Expect: 100-continue").partition(b"\r\n\r\n")[0] + b"\r\n\r\n")
-        lines = ended(logged)
+        lines = log_lines.ended()
     bridge.faults.clear()
     assert "end=client" in lines[0]
-    assert not any("Traceback" in line for line in logged)
+    assert not any("Traceback" in line for line in log_lines.lines)
 
 
 # -- HTTP on the client's side ----------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import RunningBridge, Start
+from help import STREAM
 
 import qoo_bridge
 
@@ -24,7 +25,7 @@ HOSTILE = 70  # mutated replies for each kind of client
 PARSED = 400  # mutated streams for each parser
 FRAMED = ("length", "last-chunk", "none")  # how a whole answer ends
 
-TURN = json.dumps({"model": "gpt-5.5", "input": "hi", "stream": True}).encode()
+TURN = json.dumps(STREAM).encode()
 CHAT = json.dumps({"model": "gpt-5.5", "messages": [{"role": "user", "content": "hi"}]}).encode()
 
 

@@ -6,14 +6,9 @@ import contextlib
 
 import pytest
 from conftest import cuts
+from help import short
 
 import qoo_bridge as q
-
-
-def short(value: object) -> str:
-    """Name a row by the beginning of a value."""
-    return ascii(value)[:40]
-
 
 # -- heads --------------------------------------------------------------------
 

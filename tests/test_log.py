@@ -10,13 +10,12 @@ import re
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import wire
-from conftest import Lines, RunningBridge, Start
+from conftest import LogLines, RunningBridge, Start
 from help import (
     API_KEY,
     BEARER,
@@ -25,13 +24,11 @@ from help import (
     FIRST,
     HOST,
     JSON_TYPE,
+    MODEL,
     POST,
     REQUEST,
-    RESPONSES,
     SECONDS,
     ask,
-    ask_path,
-    ended,
     head,
     posix,
     until,
@@ -94,7 +91,7 @@ UPSTREAM_ENDS = [
 @pytest.mark.parametrize("ending", UPSTREAM_ENDS)
 @pytest.mark.parametrize("locked", [False, True])
 def test_no_secret_in_log_page_or_answer(
-    start: Start, backend: wire.Backend, tmp_path: Path, log_lines: Lines, ending: wire.Reply | None,
+    start: Start, backend: wire.Backend, tmp_path: Path, log_lines: LogLines, ending: wire.Reply | None,
     locked: bool
 ) -> None:
     auth_file = tmp_path / "auth.json"
@@ -118,7 +115,7 @@ def test_no_secret_in_log_page_or_answer(
 
 
 def test_failure_of_upstream_within_a_chat_stream_is_not_logged_in_full(
-    start: Start, backend: wire.Backend, log_lines: Lines
+    start: Start, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     first = wire.text_turn("hello")[:5]
     backend.on("/responses", wire.turn(*first, wire.failed("invalid_prompt", f"refused: {MARK}")))
@@ -206,11 +203,11 @@ def fields_of(lines: list[str]) -> dict[str, str]:
 
 
 def test_log_line_tells_what_happened(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     backend.on("/responses", wire.turn(*EVENTS))
     reply = ask(bridge)
-    found = fields_of(ended(logged))
+    found = fields_of(log_lines.ended())
     assert (found["model"], found["slug"], found["status"], found["end"]) == (
         "gpt-5.5",
         "gpt-5.5",
@@ -241,27 +238,27 @@ def test_log_line_tells_how_it_ended(
     told: tuple[str, str, str],
     bridge: RunningBridge,
     backend: wire.Backend,
-    logged: list[str],
+    log_lines: LogLines,
 ) -> None:
     backend.on("/responses", reply)
     ask(bridge)
-    found = fields_of(ended(logged))
+    found = fields_of(log_lines.ended())
     assert (found["status"], found["end"], found["error"]) == told
 
 
 def test_log_line_names_the_rules_and_repairs(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     backend.on("/responses", wire.refuse(400, "Unsupported parameter: text"))
     assert ask(bridge, text={"verbosity": "low"}, temperature=1).header("x-qoo-bridge-repaired")
-    found = fields_of(ended(logged))
+    found = fields_of(log_lines.ended())
     assert "drop-unsupported" in found["rules"]
     assert found["repairs"] != "-"
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 403, 500])
 def test_log_tells_no_secret(
-    status: int, bridge: RunningBridge, backend: wire.Backend, logged: list[str]
+    status: int, bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     tokens = set(backend.tokens.values())
     if status != 200:
@@ -274,8 +271,8 @@ def test_log_tells_no_secret(
         "X-Secret": "HEADER-VALUE",
         "User-Agent": "HEADER-VALUE/1.0",
     }
-    assert ask(bridge, headers, input="REQUEST-BODY", instructions="REQUEST-BODY").status == status
-    ended(logged)
+    assert ask(bridge, headers=headers, input="REQUEST-BODY", instructions="REQUEST-BODY").status == status
+    log_lines.ended()
     secrets = {
         *tokens,
         *backend.tokens.values(),
@@ -287,11 +284,11 @@ def test_log_tells_no_secret(
         backend.account_id,
         "secret-of-the-host",
     }
-    assert [secret for secret in secrets for line in logged if secret in line] == []
+    assert [secret for secret in secrets for line in log_lines.lines if secret in line] == []
 
 
 def test_a_refused_request_is_logged_with_its_model(bridge: RunningBridge) -> None:
-    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id="resp_unknown").status == 400
-    while not bridge.bridge.telemetry.snapshot(0)["recent"]:  # noted when the client has its answer
-        threading.Event().wait(0.001)
+    assert ask(bridge, MODEL, input="hi", previous_response_id="resp_unknown").status == 400
+    # noted when the client has its answer
+    assert until(lambda: bool(bridge.bridge.telemetry.snapshot(0)["recent"]))
     assert bridge.bridge.telemetry.snapshot(0)["recent"][0]["model"] == "gpt-5.5"

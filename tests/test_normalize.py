@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from help import Object
 
 import qoo_bridge as q
-
-Object = dict[str, Any]
 
 GONE: Any = object()  # in a row: the field is not in the request
 ENCRYPTED = "reasoning.encrypted_content"

@@ -5,17 +5,13 @@ import json
 from typing import Any
 
 import pytest
+from help import short
 
 import qoo_bridge as q
 
 JSON, HTML = "application/json", "text/html; charset=UTF-8"
 LIMIT = {"type": "usage_limit_reached", "message": "The usage limit has been reached", "plan_type": "plus",
          "resets_at": 1795328042, "resets_in_seconds": 3600}
-
-
-def short(value: object) -> str:
-    """Name a row by the beginning of a value."""
-    return ascii(value)[:40]
 
 
 def shaped(message: str, type_: str = "invalid_request_error", **fields: Any) -> dict[str, Any]:

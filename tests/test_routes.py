@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import wire
@@ -11,9 +10,6 @@ from conftest import Hall, RunningBridge, Start
 from help import CODEX, HOST, LITE, LITE_BODY, LOCAL_MD, REQUEST, head, respond, sent
 
 import qoo_bridge as q
-
-Object = dict[str, Any]
-
 
 # -- routes
 

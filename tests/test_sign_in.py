@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import stat
 import subprocess
@@ -18,11 +17,10 @@ from typing import Any
 
 import pytest
 import wire
-from help import json_answer
+from conftest import LogLines
+from help import json_answer, posix
 
 import qoo_bridge as q
-
-posix = pytest.mark.skipif(os.name == "nt", reason="flock, modes and links are POSIX's")
 
 
 class Clock:
@@ -104,21 +102,6 @@ def path(tmp_path: Path, issuer: Issuer) -> Path:
 def credentials(path: Path, issuer: Issuer) -> q.Credentials:
     """Make the credentials of that file."""
     return q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """Collect what is logged, formatted with its traceback."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(logging.Formatter().format(record))  # type: ignore[method-assign]
-    logger = logging.getLogger("qoo_bridge")
-    before = logger.level
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
-    logger.setLevel(before)
 
 
 # -- the file -----------------------------------------------------------------
@@ -674,7 +657,8 @@ def test_other_sign_in_during_a_refresh_stands(
 
 
 def test_new_tokens_survive_a_failed_write(
-    path: Path, credentials: q.Credentials, issuer: Issuer, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, credentials: q.Credentials, issuer: Issuer, log_lines: LogLines,
+    monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = path.read_bytes()
 
@@ -687,8 +671,8 @@ def test_new_tokens_survive_a_failed_write(
     assert found.access_token == issuer.access_token
     assert path.read_bytes() == before
     assert credentials.bearer() == found
-    assert any("Read-only file system" in line for line in logged)
-    assert not any(token in line for token in issuer.tokens.values() for line in logged)
+    assert any("Read-only file system" in line for line in log_lines.lines)
+    assert not any(token in line for token in issuer.tokens.values() for line in log_lines.lines)
     credentials.after_401(found)  # goes on from the tokens in memory, and writes them now
     assert issuer.asked[1]["refresh_token"] == found.refresh_token
     assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 
 import pytest
 import wire
-from conftest import RunningBridge, cuts
-from help import FIRST, LAST, asking, ended
+from conftest import LogLines, RunningBridge, cuts
+from help import FIRST, LAST, asking
 
 import qoo_bridge as q
 
 
 def test_reader_that_stops_is_cut_and_costs_little(
-    bridge: RunningBridge, backend: wire.Backend, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(q, "WRITE_TIMEOUT", 0.2)
     sent, stopped = [0], threading.Event()
@@ -38,7 +38,7 @@ def test_reader_that_stops_is_cut_and_costs_little(
         client.read_head()
         assert stopped.wait(5)
         assert sent[0] < 64 << 20  # what the system's buffers take, and not what upstream would send
-        assert "stopped" in ended(logged)[0]
+        assert "stopped" in log_lines.ended()[0]
 
 
 def test_slow_reader_gets_everything(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import wire
@@ -11,21 +10,22 @@ from conftest import RunningBridge, Start
 from help import (
     ANSWER,
     CHAT,
+    MODEL,
     RESPONSES,
     USER,
     WAYS,
-    ask_path,
-    asked_turns,
+    Object,
+    ask,
+    bearer,
     chunks,
-    key_of,
     respond,
     script,
+    sent,
     turns,
 )
 
 import qoo_bridge as q
 
-Object = dict[str, Any]
 ANN, BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
 KEYS = ("--api-key", f"ann={ANN}", "--api-key", f"bob={BOB}")
 
@@ -40,7 +40,7 @@ def kinds(body: Object) -> list[str]:
 
 def say(bridge: RunningBridge, messages: list[Object], stream: bool, secret: str = "") -> Object:
     """Ask as a chat client does; return the assistant's message, put together from its pieces."""
-    reply = ask_path(bridge, CHAT, secret, messages=messages, stream=stream)
+    reply = ask(bridge, MODEL, bearer(secret), path=CHAT, messages=messages, stream=stream)
     assert reply.status == 200
     if not stream:
         message: Object = reply.json["choices"][0]["message"]
@@ -188,7 +188,7 @@ def test_store_keeps_the_rest_when_one_is_too_large() -> None:
 def test_unknown_previous_response_is_400(
     previous: object, bridge: RunningBridge, backend: wire.Backend
 ) -> None:
-    reply = ask_path(bridge, RESPONSES, input="hi", previous_response_id=previous)
+    reply = ask(bridge, MODEL, input="hi", previous_response_id=previous)
     assert (reply.status, reply.json["error"]["param"]) == (400, "previous_response_id")
     assert "not known" in reply.json["error"]["message"]
     assert turns(backend) == []
@@ -215,10 +215,10 @@ def test_no_client_reads_another_one(start: Start, backend: wire.Backend) -> Non
     reasoning, _ = thoughtful(backend, wire.message_item(ANSWER))
     name = respond(bridge, False, ANN, input="hi")["id"]
     for secret, statuses, found in ((ANN, (200, 200), True), (BOB, (404, 400), False)):
-        fields = key_of(secret)
+        fields = bearer(secret)
         reference = {"type": "item_reference", "id": reasoning["id"]}
         got = wire.get(bridge.address, f"{RESPONSES}/{name}", fields)
-        asked = ask_path(bridge, RESPONSES, secret, input="hi", previous_response_id=name)
+        asked = ask(bridge, MODEL, bearer(secret), input="hi", previous_response_id=name)
         assert (got.status, asked.status) == statuses
         respond(bridge, False, secret, input=[USER, reference])
         assert (reasoning in turns(backend)[-1]["input"]) is found
@@ -261,15 +261,15 @@ def test_nothing_is_kept_unasked(
     reply = wire.post(bridge.address, RESPONSES, body, headers)
     name = (wire.sse(reply.body)[-1]["response"] if stream else reply.json)["id"]
     assert wire.get(bridge.address, f"{RESPONSES}/{name}").status == 404
-    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id=name).status == 400
+    assert ask(bridge, MODEL, input="hi", previous_response_id=name).status == 400
     respond(bridge, input=[USER, {"type": "item_reference", "id": reasoning["id"]}])
     assert kinds(turns(backend)[-1]) == ["user"]
 
 
 def test_turn_that_failed_midway_is_not_continued(bridge: RunningBridge, backend: wire.Backend) -> None:
     script(backend, wire.cut(*wire.text_turn(ANSWER, response_id="resp_cut")[:-1]))
-    assert ask_path(bridge, RESPONSES, input="hi").status == 502
-    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id="resp_cut").status == 400
+    assert ask(bridge, MODEL, input="hi").status == 502
+    assert ask(bridge, MODEL, input="hi", previous_response_id="resp_cut").status == 400
 
 
 # -- the store's bound ------------------------------------------------------------
@@ -312,8 +312,8 @@ def test_old_conversations_go(monkeypatch: pytest.MonkeyPatch, start: Start) -> 
     found = [wire.get(bridge.address, f"{RESPONSES}/{name}").status for name in names]
     assert (found[0], found[-1]) == (404, 200)
     assert found == sorted(found, reverse=True)
-    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id=names[0]).status == 400
-    assert ask_path(bridge, RESPONSES, input="hi", previous_response_id=names[-1]).status == 200
+    assert ask(bridge, MODEL, input="hi", previous_response_id=names[0]).status == 400
+    assert ask(bridge, MODEL, input="hi", previous_response_id=names[-1]).status == 200
 
 
 def test_long_conversation_stays_within_the_bound(
@@ -323,7 +323,7 @@ def test_long_conversation_stays_within_the_bound(
     bridge = start()
     name, statuses = None, []
     for number in range(20):  # 160 KB in all: at some turn the conversation is too long to be kept
-        reply = ask_path(bridge, RESPONSES, input=f"{number} {'x' * 4000}", previous_response_id=name)
+        reply = ask(bridge, MODEL, input=f"{number} {'x' * 4000}", previous_response_id=name)
         statuses.append(reply.status)
         if reply.status != 200:
             break
@@ -337,5 +337,5 @@ def test_references_do_not_grow_beyond_max_body(start: Start, backend: wire.Back
     message, reference = wire.message_item("x" * 16_000), "item_reference"
     script(backend, wire.turn(*wire.items_turn(message)))
     respond(bridge, input="hi")
-    ask_path(bridge, RESPONSES, input=[USER, *[{"type": reference, "id": message["id"]} for _ in range(500)]])
-    assert max(len(request.body) for request in asked_turns(backend)) <= 64 * 1024
+    ask(bridge, MODEL, input=[USER, *[{"type": reference, "id": message["id"]} for _ in range(500)]])
+    assert max(len(request.body) for request in sent(backend)) <= 64 * 1024

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import wire
-from conftest import Lines, RunningBridge, Start
+from conftest import LogLines, RunningBridge, Start
 from help import (
     BODY,
     CARRIER,
@@ -26,7 +26,8 @@ from help import (
     REQUEST,
     SDK_BODY,
     TOOL,
-    ask_body,
+    Object,
+    ask,
     models,
     sent,
     settle,
@@ -34,9 +35,6 @@ from help import (
 )
 
 import qoo_bridge as q
-
-Object = dict[str, Any]
-
 
 # -- bodies that are not JSON, or not what is wanted
 
@@ -158,7 +156,7 @@ def test_deep_nesting_is_no_fault(bridge: RunningBridge, depth: int) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
 def test_failed_turn_gives_its_connection_back(
-    start: Start, backend: wire.Backend, log_lines: Lines, monkeypatch: pytest.MonkeyPatch, path: str
+    start: Start, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     left: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: left.append(found.exc_value))
@@ -198,7 +196,7 @@ class Stale(NamedTuple):
         "none-yet", "none-yet-codex", "none-yet-plain"])
 @pytest.mark.usefixtures("fresh")
 def test_stale_list_is_repaired_once(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: Lines, stale: Stale
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, stale: Stale
 ) -> None:
     if stale.before is None:
         backend.on("/models", FETCH_FAILURES["500"])
@@ -206,7 +204,7 @@ def test_stale_list_is_repaired_once(
     models(bridge)
     settle(bridge)
     backend.catalog = [stale.now]
-    reply = ask_body(bridge, stale.body, stale.headers)
+    reply = ask(bridge, stale.body, stale.headers)
     assert (reply.status, reply.header("x-qoo-bridge-repaired")) == (200, "form"), backend.refusals
     assert (len(sent(backend)), len(sent(backend, "/models"))) == (2, 2)
     lite = stale.now is STALE_LITE
@@ -216,7 +214,7 @@ def test_stale_list_is_repaired_once(
     assert request.json.get("reasoning", {}).get("context") == ("all_turns" if lite else None)
     assert request.header(q.LITE_HEADER) == ("true" if lite else None)
     assert "repairs=form status=200" in log_lines.wait_for("->gpt-6-sol")
-    assert ask_body(bridge, stale.body, stale.headers).header("x-qoo-bridge-repaired") is None
+    assert ask(bridge, stale.body, stale.headers).header("x-qoo-bridge-repaired") is None
 
 
 @pytest.mark.usefixtures("fresh")
@@ -224,10 +222,10 @@ def test_alias_whose_model_has_gone_is_repaired(
     bridge: RunningBridge, backend: wire.Backend
 ) -> None:
     body = {**PLAIN_BODY, "model": "local_md"}
-    assert ask_body(bridge, body).status == 200
+    assert ask(bridge, body).status == 200
     settle(bridge)
     backend.catalog = [entry for entry in backend.catalog if entry["slug"] != LOCAL_MD]
-    assert ask_body(bridge, body).header("x-qoo-bridge-repaired") == "form"
+    assert ask(bridge, body).header("x-qoo-bridge-repaired") == "form"
     assert [request.json["model"] for request in sent(backend)] == [LOCAL_MD, LOCAL_MD, "gpt-5.5"]
     assert sent(backend)[2].header("x-codex-routing-hint") == "model=gpt-5.5"
 
@@ -238,7 +236,7 @@ def test_alias_is_repaired_in_its_form_too(bridge: RunningBridge, backend: wire.
     models(bridge)
     settle(bridge)
     backend.catalog = [wire.model_entry("gpt-5.6-sol", 1)]
-    assert ask_body(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
 
 
 @pytest.mark.parametrize("text", [
@@ -253,7 +251,7 @@ def test_list_that_was_right_leaves_the_refusal(
     models(bridge)
     settle(bridge)
     backend.on("/responses", wire.refuse(status, text))
-    reply = ask_body(bridge, SDK_BODY)
+    reply = ask(bridge, SDK_BODY)
     assert (reply.status, reply.header("x-qoo-bridge-error")) == (status, "upstream")
     assert reply.json["error"]["message"] == text
     assert (len(sent(backend)), len(sent(backend, "/models"))) == (1, 2)
@@ -266,7 +264,7 @@ def test_form_is_repaired_no_more_than_once(bridge: RunningBridge, backend: wire
     settle(bridge)
     backend.catalog = [STALE_LITE]
     backend.on("/responses", *[wire.refuse(404, "Model not found gpt-6-sol")] * 3)
-    assert ask_body(bridge, SDK_BODY).status == 404
+    assert ask(bridge, SDK_BODY).status == 404
     assert (len(sent(backend)), len(sent(backend, "/models"))) == (2, 2)
 
 
@@ -278,6 +276,6 @@ def test_refusal_stands_where_the_list_cannot_be_had(
     settle(bridge)
     backend.always("/models", FETCH_FAILURES["500"])
     backend.on("/responses", wire.refuse(404, "Model not found gpt-6-sol"))
-    reply = ask_body(bridge, SDK_BODY)
+    reply = ask(bridge, SDK_BODY)
     assert (reply.status, reply.json["error"]["message"]) == (404, "Model not found gpt-6-sol")
     assert len(sent(backend)) == 1

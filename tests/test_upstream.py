@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from help import STREAM
+from help import ask
 
 import qoo_bridge as q
 
@@ -629,11 +629,6 @@ def test_proxy_that_is_down_is_named(backend: wire.Backend, monkeypatch: pytest.
 
 
 # -- what the client gets ---------------------------------------------------------------
-
-
-def ask(bridge: RunningBridge) -> wire.RawReply:
-    """Ask for a turn."""
-    return wire.post(bridge.address, "/v1/responses", STREAM)
 
 
 def refused(reply: wire.RawReply, status: int, by: str) -> str:

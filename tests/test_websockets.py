@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import RunningBridge, Start
+from help import AGENT
 from wire import CLOSE, CONTINUATION, PING, PONG, TEXT, Frame
 
 import qoo_bridge as q
@@ -26,7 +27,7 @@ PLAIN, LITE = "gpt-5.5", "gpt-6-sol"
 SESSION = "01a201ed-2750-7d43-ab4e-7ce4b1a183d8"
 CODEX_FIELDS = {  # a handshake of Codex 0.169, its long values cut
     "authorization": "Bearer lan",
-    "user-agent": "codex_exec/0.169.0 (Debian 12.0.0; x86_64) unknown (codex_exec; 0.169.0)",
+    "user-agent": AGENT,
     "originator": "codex_exec",
     "openai-beta": wire.WEBSOCKET_BETA,
     "x-codex-turn-metadata": '{"installation_id":"41cdc096"}',
