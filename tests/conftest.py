@@ -213,7 +213,7 @@ def log_lines() -> Iterator[LogLines]:
     q.log.setLevel(level)
 
 
-class Hall:
+class SharedBridges:
     """The bridges that rows share, one for each set of options, in front of one backend."""
 
     def __init__(self, backend: wire.Backend, auth_file: Path) -> None:
@@ -251,31 +251,31 @@ class Hall:
 
 
 @pytest.fixture(scope="module")
-def building(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hall]:
-    """The hall, for all rows of this file."""
+def module_bridges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedBridges]:
+    """The shared bridges, for all rows of a file."""
     with pytest.MonkeyPatch.context() as patch, wire.Backend() as backend:
         patch.setenv("SSL_CERT_FILE", backend.ca_file)
         for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
             patch.delenv(name, raising=False)
-        auth_file = tmp_path_factory.mktemp("door") / "auth.json"
+        auth_file = tmp_path_factory.mktemp("shared") / "auth.json"
         wire.write_auth(auth_file, backend)
-        hall = Hall(backend, auth_file)
-        yield hall
-        hall.close()
+        bridges = SharedBridges(backend, auth_file)
+        yield bridges
+        bridges.close()
 
 
 @pytest.fixture
-def hall(building: Hall) -> Iterator[Hall]:
-    """The hall, for one row."""
-    building.begin()
-    yield building
-    building.end()
+def bridges(module_bridges: SharedBridges) -> Iterator[SharedBridges]:
+    """The shared bridges, for one row."""
+    module_bridges.begin()
+    yield module_bridges
+    module_bridges.end()
 
 
 @pytest.fixture
-def door(hall: Hall) -> RunningBridge:
+def shared_bridge(bridges: SharedBridges) -> RunningBridge:
     """The shared bridge with the default options."""
-    return hall.bridge()
+    return bridges.bridge()
 
 
 DAY = 86400.0  # seconds: longer than any test

@@ -44,7 +44,7 @@ ORIGIN = "https://page.example"
 # -- keys ---------------------------------------------------------------------
 
 KEY = "a-key-of-the-test-1"
-API_KEY = "sk-door-secret-0123456789"
+API_KEY = "sk-shared-secret-0123456789"
 
 
 def bearer(secret: str) -> dict[str, str]:
@@ -135,9 +135,9 @@ def chunks(body: bytes) -> list[Any]:
     """Return the events of a chat stream, `[DONE]` as that word, comments left out; nothing may be torn."""
     *blocks, rest = body.split(b"\n\n")
     assert rest == b""
-    told = [block for block in blocks if not block.startswith(b":")]
-    assert all(block.startswith(b"data: ") for block in told)
-    return ["[DONE]" if block == b"data: [DONE]" else json.loads(block[6:]) for block in told]
+    kept = [block for block in blocks if not block.startswith(b":")]
+    assert all(block.startswith(b"data: ") for block in kept)
+    return ["[DONE]" if block == b"data: [DONE]" else json.loads(block[6:]) for block in kept]
 
 
 def models(bridge: RunningBridge, version: str = "") -> wire.RawReply:

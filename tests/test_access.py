@@ -9,7 +9,7 @@ import socket
 
 import pytest
 import wire
-from conftest import Hall, LogLines, RunningBridge, Start
+from conftest import LogLines, RunningBridge, SharedBridges, Start
 from help import API_KEY, BEARER, HOST, JSON_TYPE, ORIGIN, POST, REQUEST, from_address, head
 
 import qoo_bridge as q
@@ -210,9 +210,9 @@ def count_turns(asked: list[wire.Request]) -> int:
 
 
 @pytest.fixture
-def web(hall: Hall) -> RunningBridge:
+def page_bridge(bridges: SharedBridges) -> RunningBridge:
     """A bridge that one origin may call."""
-    return hall.bridge("--allow-origin", ORIGIN, "--allow-host", "Bridge.Example.com")
+    return bridges.bridge("--allow-origin", ORIGIN, "--allow-host", "Bridge.Example.com")
 
 
 @pytest.mark.parametrize("origin", [
@@ -222,27 +222,28 @@ def web(hall: Hall) -> RunningBridge:
 ])
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_other_origin_is_refused_without_cors(
-    web: RunningBridge, hall: Hall, method: str, origin: str
+    page_bridge: RunningBridge, bridges: SharedBridges, method: str, origin: str
 ) -> None:
-    with wire.Client(web.address) as client:
+    with wire.Client(page_bridge.address) as client:
         client.request(method, "/v1/responses" if method == "POST" else "/v1/models",
                        REQUEST if method == "POST" else None,
                        {"Origin": origin, "Access-Control-Request-Method": "POST"})
         reply = client.read_reply()
     assert reply.status == 403
     assert [name for name, _ in reply.headers if name.lower().startswith("access-control")] == []
-    assert count_turns(hall.asked()) == 0
+    assert count_turns(bridges.asked()) == 0
 
 
-def test_other_origin_is_refused_before_its_body(door: RunningBridge) -> None:
-    reply = wire.raw(door.address, head(POST, HOST, JSON_TYPE, "Origin: null", "Content-Length: 5000"))
+def test_other_origin_is_refused_before_its_body(shared_bridge: RunningBridge) -> None:
+    request = head(POST, HOST, JSON_TYPE, "Origin: null", "Content-Length: 5000")
+    reply = wire.raw(shared_bridge.address, request)
     assert (reply.status, reply.header("connection")) == (403, "close")
 
 
-def test_websocket_of_another_origin_is_refused(web: RunningBridge, hall: Hall) -> None:
-    with contextlib.closing(wire.WebSocketClient(web.address)) as client:
+def test_websocket_of_another_origin_is_refused(page_bridge: RunningBridge, bridges: SharedBridges) -> None:
+    with contextlib.closing(wire.WebSocketClient(page_bridge.address)) as client:
         assert client.connect("/v1/responses", {"Origin": "https://evil.example"}).status == 403
-    assert count_turns(hall.asked()) == 0
+    assert count_turns(bridges.asked()) == 0
 
 
 def cors(reply: wire.RawReply) -> dict[str, str]:
@@ -255,8 +256,8 @@ def cors(reply: wire.RawReply) -> dict[str, str]:
     ("GET", "/v1/models", 200), ("POST", "/v1/responses", 200), ("GET", "/nothing", 404),
     ("POST", "/v1/models", 405),
 ])
-def test_allowed_origin_gets_cors(web: RunningBridge, method: str, path: str, status: int) -> None:
-    with wire.Client(web.address) as client:
+def test_allowed_origin_gets_cors(page_bridge: RunningBridge, method: str, path: str, status: int) -> None:
+    with wire.Client(page_bridge.address) as client:
         client.request(method, path, REQUEST if method == "POST" else None, {"Origin": ORIGIN})
         reply = client.read_reply()
     assert reply.status == status
@@ -264,8 +265,8 @@ def test_allowed_origin_gets_cors(web: RunningBridge, method: str, path: str, st
         "access-control-allow-origin": ORIGIN, "access-control-expose-headers": "*", "vary": "origin"}
 
 
-def test_preflight_is_answered_without_a_key(hall: Hall) -> None:
-    bridge = hall.bridge("--allow-origin", ORIGIN, "--api-key", f"page={API_KEY}")
+def test_preflight_is_answered_without_a_key(bridges: SharedBridges) -> None:
+    bridge = bridges.bridge("--allow-origin", ORIGIN, "--api-key", f"page={API_KEY}")
     with wire.Client(bridge.address) as client:
         client.request("OPTIONS", "/v1/responses", headers={
             "Origin": ORIGIN, "Access-Control-Request-Method": "POST",
@@ -286,8 +287,8 @@ def test_preflight_is_answered_without_a_key(hall: Hall) -> None:
     "nas.local", "nas.lan:4050", "nas.internal", "nas.home.arpa", "nas.local.", "bridge.example.com",
     "BRIDGE.example.com:4050", socket.gethostname(),
 ])
-def test_host_of_this_bridge_passes(web: RunningBridge, host: str) -> None:
-    assert wire.get(web.address, "/healthz", {"Host": host}).status == 200
+def test_host_of_this_bridge_passes(page_bridge: RunningBridge, host: str) -> None:
+    assert wire.get(page_bridge.address, "/healthz", {"Host": host}).status == 200
 
 
 @pytest.mark.parametrize("host", [
@@ -297,8 +298,9 @@ def test_host_of_this_bridge_passes(web: RunningBridge, host: str) -> None:
     "nas.lan:x", "a b",
     "[::1", "1.2.3", "0x7f.1", "nas.lan:4050:1", ".", "nas.lan,evil.example", "\xe9.lan", "nas.lan#", ":4050",
 ])
-def test_other_host_is_refused(web: RunningBridge, host: str) -> None:
-    statuses = [wire.get(web.address, path, {"Host": host}).status for path in ("/healthz", "/status")]
+def test_other_host_is_refused(page_bridge: RunningBridge, host: str) -> None:
+    address = page_bridge.address
+    statuses = [wire.get(address, path, {"Host": host}).status for path in ("/healthz", "/status")]
     assert statuses == [403, 403]
 
 
@@ -315,10 +317,10 @@ def test_other_host_is_refused(web: RunningBridge, host: str) -> None:
     ({"Content-Type": "Application/JSON; charset=utf-8", "Origin": ORIGIN}, 200),
 ])
 def test_post_of_a_browser_is_json(
-    web: RunningBridge, hall: Hall, fields: dict[str, str], status: int
+    page_bridge: RunningBridge, bridges: SharedBridges, fields: dict[str, str], status: int
 ) -> None:
-    assert wire.post(web.address, "/v1/responses", REQUEST, fields).status == status
-    assert count_turns(hall.asked()) == (status == 200)
+    assert wire.post(page_bridge.address, "/v1/responses", REQUEST, fields).status == status
+    assert count_turns(bridges.asked()) == (status == 200)
 
 
 # -- keys
@@ -336,21 +338,23 @@ def test_post_of_a_browser_is_json(
 @pytest.mark.parametrize(("method", "path"), [
     ("POST", "/v1/responses"), ("GET", "/status"), ("GET", "/nothing"),
 ])
-def test_without_its_key_nobody_comes_in(hall: Hall, method: str, path: str, fields: dict[str, str]) -> None:
-    bridge = hall.bridge("--api-key", f"laptop={API_KEY}")
+def test_without_its_key_nobody_comes_in(
+    bridges: SharedBridges, method: str, path: str, fields: dict[str, str]
+) -> None:
+    bridge = bridges.bridge("--api-key", f"laptop={API_KEY}")
     with wire.Client(bridge.address) as client:
         client.request(method, path, REQUEST if method == "POST" else None, fields)
         reply = client.read_reply()
     assert (reply.status, reply.header("www-authenticate")) == (401, 'Bearer realm="qoo-bridge"')
     assert reply.json["error"]["code"] == "invalid_api_key"
     assert API_KEY.encode() not in reply.body
-    assert count_turns(hall.asked()) == 0
+    assert count_turns(bridges.asked()) == 0
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/status", "/metrics", "/client-config/codex",
                                   "/api/codex/usage"])
-def test_every_endpoint_wants_the_key(hall: Hall, path: str) -> None:
-    bridge = hall.bridge("--api-key", f"laptop={API_KEY}")
+def test_every_endpoint_wants_the_key(bridges: SharedBridges, path: str) -> None:
+    bridge = bridges.bridge("--api-key", f"laptop={API_KEY}")
     assert wire.get(bridge.address, path).status == 401
     assert wire.get(bridge.address, path, BEARER).status == 200
     assert [wire.get(bridge.address, public).status for public in ("/healthz", "/")] == [200, 200]
@@ -399,9 +403,10 @@ def test_key_opens_and_stays_here(
     (("--allow", "10.0.0.0/8", "--allow", "203.0.113.9"), "203.0.113.8", 403),
 ])
 def test_networks_outside_are_refused(
-    hall: Hall, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], address: str, status: int
+    bridges: SharedBridges, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], address: str,
+    status: int
 ) -> None:
-    bridge = hall.bridge(*options)
+    bridge = bridges.bridge(*options)
     from_address(bridge, monkeypatch, address)
     with wire.Client(bridge.address) as client:
         if status == 200:

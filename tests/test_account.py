@@ -267,9 +267,9 @@ def test_sign_in_server_that_is_down_is_no_sign_out(bridge: RunningBridge, backe
 
 
 def test_routing_moves_the_requests(start: Start, backend: wire.Backend) -> None:
-    with wire.Backend() as far:
-        far.always("/responses", wire.turn(*wire.text_turn("from afar")))
-        backend.routing = (far.origin, "us")
+    with wire.Backend() as other:
+        other.always("/responses", wire.turn(*wire.text_turn("from afar")))
+        backend.routing = (other.origin, "us")
         bridge = start()
         ask(bridge)
         backend.wait_for(1, CHECK)
@@ -278,7 +278,7 @@ def test_routing_moves_the_requests(start: Start, backend: wire.Backend) -> None
                 thread.join(5)
         assert backend.refusals == []
         assert b"from afar" in ask(bridge).body
-        sent = far.wait_for(1, "/responses")[0]
+        sent = other.wait_for(1, "/responses")[0]
         assert sent.header("x-openai-account-routing-override") == "us"
 
 

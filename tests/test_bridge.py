@@ -382,18 +382,18 @@ def test_streamed_answer(
     reply = ask(bridge, MODEL, path=path, stream=True, stream_options=options, **ASKED[path])
     assert (reply.status, reply.ended) == (200, "last-chunk")
     assert reply.header("content-type") == "text/event-stream; charset=utf-8"
-    *told, done = chunks(reply.body)
+    *received, done = chunks(reply.body)
     assert done == "[DONE]"
     if options and options.get("include_usage"):
-        last = told.pop()
+        last = received.pop()
         assert (last["choices"], last["usage"]["total_tokens"]) == ([], 41)
-        assert all(chunk["usage"] is None for chunk in told)
+        assert all(chunk["usage"] is None for chunk in received)
     else:
-        assert not any("usage" in chunk for chunk in told)
-    choices = [choice for chunk in told for choice in chunk["choices"]]
+        assert not any("usage" in chunk for chunk in received)
+    choices = [choice for chunk in received for choice in chunk["choices"]]
     assert "".join(map(text_of, choices)) == ANSWER
     assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["stop"]
-    assert len({chunk["id"] for chunk in told}) == 1
+    assert len({chunk["id"] for chunk in received}) == 1
 
 
 @BOTH
@@ -415,8 +415,8 @@ def test_each_piece_comes_at_once(path: str, bridge: RunningBridge, backend: wir
         client.request("POST", path, {"model": "gpt-5.5", "stream": True, **ASKED[path]})
         client.read_head()
         for word, gate in zip(("one", " two"), gates):
-            while text_of(told := read_chunk(client)["choices"][0]) != word:
-                assert not text_of(told)
+            while text_of(choice := read_chunk(client)["choices"][0]) != word:
+                assert not text_of(choice)
             gate.set()
         assert client.read_body().endswith(b"data: [DONE]\n\n")
 
@@ -436,14 +436,14 @@ def test_silence_is_filled(path: str, before: int, start: Start, backend: wire.B
     with wire.Client(start(*BRISK).address) as client:
         client.request("POST", path, {"model": "gpt-5.5", "stream": True, **ASKED[path]})
         assert client.read_head().status == 200
-        told: list[Any] = []
-        while told.count("keepalive") < 2:
-            told.append(client.read_event())
+        received: list[Any] = []
+        while received.count("keepalive") < 2:
+            received.append(client.read_event())
         gate.set()
-        told += chunks(client.read_body())
-    whole = [each for each in told if isinstance(each, dict)]
+        received += chunks(client.read_body())
+    whole = [each for each in received if isinstance(each, dict)]
     assert "".join(text_of(each["choices"][0]) for each in whole) == ANSWER
-    assert told[-1] == "[DONE]"
+    assert received[-1] == "[DONE]"
 
 
 # -- failures ---------------------------------------------------------------------
@@ -497,9 +497,9 @@ def test_failure_within_a_stream_is_never_a_clean_end(
     script(backend, reply_of)
     reply = ask(bridge, MODEL, path=path, stream=True, stream_options={"include_usage": True}, **ASKED[path])
     assert (reply.status, reply.ended) == (200, "cut")
-    *told, error = chunks(reply.body)
-    assert "".join(text_of(chunk["choices"][0]) for chunk in told) == "half of"
-    assert not any(chunk["choices"][0]["finish_reason"] for chunk in told)
+    *received, error = chunks(reply.body)
+    assert "".join(text_of(chunk["choices"][0]) for chunk in received) == "half of"
+    assert not any(chunk["choices"][0]["finish_reason"] for chunk in received)
     assert text in error["error"]["message"]
     assert set(error["error"]) >= {"message", "type", "param", "code"}
 

@@ -79,8 +79,8 @@ def test_demo_calls_a_shell_once(demo: wire.Address, model: str) -> None:
     assert (call["type"], call["name"]) == ("function_call", "exec_command")
     assert json.loads(call["arguments"]) == {"cmd": "echo hello from the demo"}
     result = {"type": "function_call_output", "call_id": call["call_id"], "output": "hello from the demo"}
-    told = demo_answer(demo, model=model, input=[*asked, call, result], tools=[shell])
-    (answer,) = told[-1]["response"]["output"]
+    events = demo_answer(demo, model=model, input=[*asked, call, result], tools=[shell])
+    (answer,) = events[-1]["response"]["output"]
     assert answer["type"] == "message"
     assert "1 tools" in answer["content"][0]["text"]
 

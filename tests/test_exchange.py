@@ -64,13 +64,13 @@ BRISK = ("--keepalive", "0.03")
     pytest.param(b"2;" + b"a" * 5000 + b"\r\n{}\r\n0\r\n\r\n", id="giant-extension"),
     pytest.param(b"2;a\x00\r\n{}\r\n0\r\n\r\n", id="nul-in-extension"),
 ])
-def test_malformed_chunking_is_refused_and_closed(door: RunningBridge, coded: bytes) -> None:
-    refused(door, head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded, 400)
+def test_malformed_chunking_is_refused_and_closed(shared_bridge: RunningBridge, coded: bytes) -> None:
+    refused(shared_bridge, head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded, 400)
 
 
-def test_trailers_without_an_end_are_refused(door: RunningBridge) -> None:
+def test_trailers_without_an_end_are_refused(shared_bridge: RunningBridge) -> None:
     coded = b"2\r\n{}\r\n0\r\n" + b"X-A: 1\r\n" * 5000
-    reply = wire.raw(door.address, head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded)
+    reply = wire.raw(shared_bridge.address, head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded)
     assert (reply.status, reply.header("connection"), reply.rest) == (400, "close", b"")
 
 
@@ -80,17 +80,19 @@ def test_trailers_without_an_end_are_refused(door: RunningBridge) -> None:
     pytest.param(b"%X;name=value\r\n%b\r\n000;last\r\nX-Trailer: 1\r\n\r\n" % (len(BODY), BODY),
                  id="extensions"),
 ])
-def test_chunked_body_is_read_and_the_next_request_with_it(door: RunningBridge, coded: bytes) -> None:
-    with wire.Client(door.address) as client:
+def test_chunked_body_is_read_and_the_next_request_with_it(
+    shared_bridge: RunningBridge, coded: bytes
+) -> None:
+    with wire.Client(shared_bridge.address) as client:
         client.send(head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded + CANARY)
         assert client.read_reply().json["status"] == "completed"
         assert client.read_reply().json["status"] == "ok"
 
 
-def test_chunked_body_of_http_1_0_closes(door: RunningBridge) -> None:
+def test_chunked_body_of_http_1_0_closes(shared_bridge: RunningBridge) -> None:
     request = head("POST /v1/responses HTTP/1.0", HOST, JSON_TYPE, "Connection: keep-alive",
                    "Transfer-Encoding: chunked")
-    reply = wire.raw(door.address, request + b"2\r\n{}\r\n0\r\n\r\n")
+    reply = wire.raw(shared_bridge.address, request + b"2\r\n{}\r\n0\r\n\r\n")
     assert reply.header("connection") == "close"
 
 
@@ -103,24 +105,25 @@ def test_chunked_body_of_http_1_0_closes(door: RunningBridge) -> None:
     (("DELETE /v1/responses HTTP/1.1", HOST), 405),
 ])
 def test_unread_body_is_never_the_next_request(
-    door: RunningBridge, lines: tuple[str, ...], status: int
+    shared_bridge: RunningBridge, lines: tuple[str, ...], status: int
 ) -> None:
-    refused(door, head(*lines, f"Content-Length: {len(CANARY)}"), status)
-    refused(door, head(*lines, "Transfer-Encoding: chunked") + b"%x\r\n" % len(CANARY), status)
+    refused(shared_bridge, head(*lines, f"Content-Length: {len(CANARY)}"), status)
+    refused(shared_bridge, head(*lines, "Transfer-Encoding: chunked") + b"%x\r\n" % len(CANARY), status)
 
 
 @pytest.mark.parametrize("line", ["GET /healthz HTTP/1.1", "GET /v1/models HTTP/1.1",
                                   "OPTIONS /v1/models HTTP/1.1"])
-def test_body_of_a_get_is_never_the_next_request(door: RunningBridge, line: str) -> None:
-    reply = wire.raw(door.address, head(line, HOST, f"Content-Length: {len(CANARY)}") + CANARY + CANARY)
+def test_body_of_a_get_is_never_the_next_request(shared_bridge: RunningBridge, line: str) -> None:
+    request = head(line, HOST, f"Content-Length: {len(CANARY)}") + CANARY
+    reply = wire.raw(shared_bridge.address, request + CANARY)
     assert (reply.status // 100, reply.header("connection"), reply.rest) == (2, "close", b"")
 
 
 # -- Expect
 
 
-def test_continue_is_sent_before_the_body(door: RunningBridge) -> None:
-    with wire.Client(door.address) as client:
+def test_continue_is_sent_before_the_body(shared_bridge: RunningBridge) -> None:
+    with wire.Client(shared_bridge.address) as client:
         client.send(head(POST, HOST, JSON_TYPE, "Expect: 100-continue", f"Content-Length: {len(BODY)}"))
         assert client.reader.line() == b"HTTP/1.1 100 Continue"
         assert client.reader.line() == b""
@@ -135,19 +138,19 @@ def test_continue_is_sent_before_the_body(door: RunningBridge) -> None:
     ((POST, HOST, "Content-Length: 1000000000000"), 413),
 ])
 def test_refusal_takes_the_place_of_continue(
-    door: RunningBridge, lines: tuple[str, ...], status: int
+    shared_bridge: RunningBridge, lines: tuple[str, ...], status: int
 ) -> None:
     length = () if status == 413 else ("Content-Length: 5",)
-    reply = wire.raw(door.address, head(*lines, *length, "Expect: 100-continue"))
+    reply = wire.raw(shared_bridge.address, head(*lines, *length, "Expect: 100-continue"))
     assert (reply.status, reply.interim, reply.header("connection"), reply.rest) == (status, [], "close", b"")
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_continue_needs_a_body_and_http_1_1(door: RunningBridge, version: str) -> None:
+def test_continue_needs_a_body_and_http_1_1(shared_bridge: RunningBridge, version: str) -> None:
     length = len(BODY) if version == "1.0" else 0
     request = head(f"POST /v1/responses HTTP/{version}", HOST, JSON_TYPE, "Expect: 100-continue",
                    f"Content-Length: {length}")
-    reply = wire.raw(door.address, request + BODY[:length])
+    reply = wire.raw(shared_bridge.address, request + BODY[:length])
     assert (reply.status, reply.interim) == (200 if length else 400, [])
 
 
@@ -171,9 +174,10 @@ def packed(coding: str, body: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP", "deflate", "raw", "zstd", " ZStd "])
-def test_compressed_body_is_read(door: RunningBridge, coding: str) -> None:
+def test_compressed_body_is_read(shared_bridge: RunningBridge, coding: str) -> None:
     name = "deflate" if coding == "raw" else coding
-    reply = wire.post(door.address, "/v1/responses", packed(coding, BODY), {"Content-Encoding": name})
+    headers = {"Content-Encoding": name}
+    reply = wire.post(shared_bridge.address, "/v1/responses", packed(coding, BODY), headers)
     assert (reply.status, reply.json["status"]) == (200, "completed")
 
 
@@ -181,13 +185,16 @@ def test_compressed_body_is_read(door: RunningBridge, coding: str) -> None:
     ("br", 415), ("gzip, gzip", 415), ("zstd, gzip", 415), ("identity, gzip", 415), ("compress", 415),
     ("x", 415),
 ])
-def test_unknown_and_stacked_codings_are_refused(door: RunningBridge, coding: str, status: int) -> None:
+def test_unknown_and_stacked_codings_are_refused(
+    shared_bridge: RunningBridge, coding: str, status: int
+) -> None:
     body = gzip.compress(gzip.compress(BODY))
-    assert wire.post(door.address, "/v1/responses", body, {"Content-Encoding": coding}).status == status
+    headers = {"Content-Encoding": coding}
+    assert wire.post(shared_bridge.address, "/v1/responses", body, headers).status == status
 
 
-def test_two_coding_fields_are_refused(door: RunningBridge) -> None:
-    refused(door, head(POST, HOST, JSON_TYPE, "Content-Encoding: gzip", "Content-Encoding: gzip",
+def test_two_coding_fields_are_refused(shared_bridge: RunningBridge) -> None:
+    refused(shared_bridge, head(POST, HOST, JSON_TYPE, "Content-Encoding: gzip", "Content-Encoding: gzip",
                        "Content-Length: 9"), 400)
 
 
@@ -200,18 +207,18 @@ def test_two_coding_fields_are_refused(door: RunningBridge) -> None:
     pytest.param(lambda body: body + b"x", id="more-behind"),
     pytest.param(lambda body: body + body, id="twice"),
 ])
-def test_damaged_compression_is_400(door: RunningBridge, coding: str,
+def test_damaged_compression_is_400(shared_bridge: RunningBridge, coding: str,
                                     damage: Callable[[bytes], bytes]) -> None:
     body = damage(packed(coding, BODY))
-    assert wire.post(door.address, "/v1/responses", body, {"Content-Encoding": coding}).status == 400
+    assert wire.post(shared_bridge.address, "/v1/responses", body, {"Content-Encoding": coding}).status == 400
 
 
 def test_zstd_without_a_library_names_the_switch(
-    door: RunningBridge, monkeypatch: pytest.MonkeyPatch
+    shared_bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(q, "libzstd", lambda: None)
     monkeypatch.setattr(q, "zstd_module", lambda: None)
-    reply = wire.post(door.address, "/v1/responses", b"(\xb5/\xfd", {"Content-Encoding": "zstd"})
+    reply = wire.post(shared_bridge.address, "/v1/responses", b"(\xb5/\xfd", {"Content-Encoding": "zstd"})
     assert reply.status == 415
     assert "enable_request_compression" in reply.json["error"]["message"]
 

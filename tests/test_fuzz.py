@@ -89,7 +89,7 @@ def mutate(rng: random.Random, whole: bytes, words: list[bytes]) -> bytes:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the bridge wait for nobody."""
     for name in ("HEAD_TIMEOUT", "BODY_STALL", "IDLE_CLIENT"):
         monkeypatch.setattr(qoo_bridge, name, 0.03)
@@ -102,7 +102,7 @@ def answers(client: wire.Client) -> Iterator[wire.RawReply]:
             yield client.read_reply()
 
 
-def test_mutated_requests(start: Start, backend: wire.Backend, hasty: None) -> None:
+def test_mutated_requests(start: Start, backend: wire.Backend, short_timeouts: None) -> None:
     bridge, rng = start("--max-body", "1M", "--idle-timeout", "2"), random.Random(SEED)
     statuses = set()
     for _ in range(BATCHES):

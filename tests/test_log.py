@@ -109,9 +109,9 @@ def test_no_secret_in_log_page_or_answer(
                 answers.append(reply.body)
     own, pages = BEARER if locked else {}, ("/status", "/metrics", "/", "/client-config/curl")
     answers += [wire.get(bridge.address, path, own).body for path in pages]
-    told = b"\n".join(answers).decode("utf-8", "replace") + "\n".join(log_lines.lines)
+    output = b"\n".join(answers).decode("utf-8", "replace") + "\n".join(log_lines.lines)
     secrets = [MARK, API_KEY, "someone@example.com", *backend.tokens.values(), "secret-of-the-host"]
-    assert [secret for secret in secrets if secret in told] == []
+    assert [secret for secret in secrets if secret in output] == []
 
 
 def test_failure_of_upstream_within_a_chat_stream_is_not_logged_in_full(
@@ -223,7 +223,7 @@ def test_log_line_tells_what_happened(
 
 
 @pytest.mark.parametrize(
-    ("reply", "told"),
+    ("reply", "expected"),
     [
         (wire.turn(FIRST, wire.failed("server_error", "no")),
          ("200", "failed", " error=upstream:server_error")),
@@ -235,7 +235,7 @@ def test_log_line_tells_what_happened(
 )
 def test_log_line_tells_how_it_ended(
     reply: wire.Reply,
-    told: tuple[str, str, str],
+    expected: tuple[str, str, str],
     bridge: RunningBridge,
     backend: wire.Backend,
     log_lines: LogLines,
@@ -243,7 +243,7 @@ def test_log_line_tells_how_it_ended(
     backend.on("/responses", reply)
     ask(bridge)
     found = fields_of(log_lines.ended())
-    assert (found["status"], found["end"], found["error"]) == told
+    assert (found["status"], found["end"], found["error"]) == expected
 
 
 def test_log_line_names_the_rules_and_repairs(

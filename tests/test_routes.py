@@ -6,7 +6,7 @@ import re
 
 import pytest
 import wire
-from conftest import Hall, RunningBridge, Start
+from conftest import RunningBridge, SharedBridges, Start
 from help import CODEX, HOST, LITE, LITE_BODY, LOCAL_MD, REQUEST, head, respond, sent
 
 import qoo_bridge as q
@@ -17,8 +17,8 @@ import qoo_bridge as q
 @pytest.mark.parametrize("form", ["{}", "{}/", "/v1{}", "/v1{}/", "/v1/v1{}", "/v1/v1{}/", "/v1{}?a=b/../c"])
 @pytest.mark.parametrize("path", ["/healthz", "/status", "/metrics", "/models", "/models/gpt-5.5",
                                   "/api/codex/usage"])
-def test_get_route_takes_any_prefix(door: RunningBridge, form: str, path: str) -> None:
-    assert wire.get(door.address, form.format(path)).status == 200
+def test_get_route_takes_any_prefix(shared_bridge: RunningBridge, form: str, path: str) -> None:
+    assert wire.get(shared_bridge.address, form.format(path)).status == 200
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "/v1{}", "/v1{}/", "/v1/v1{}", "/v1/v1{}/"])
@@ -26,13 +26,15 @@ def test_get_route_takes_any_prefix(door: RunningBridge, form: str, path: str) -
     ("/responses", REQUEST),
     ("/chat/completions", {"model": "gpt-5.5", "messages": [{"role": "user", "content": "hi"}]}),
 ])
-def test_post_route_takes_any_prefix(door: RunningBridge, form: str, path: str, body: object) -> None:
-    assert wire.post(door.address, form.format(path), body).status == 200
+def test_post_route_takes_any_prefix(
+    shared_bridge: RunningBridge, form: str, path: str, body: object
+) -> None:
+    assert wire.post(shared_bridge.address, form.format(path), body).status == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/v1/"])
-def test_page_is_at_the_root(door: RunningBridge, path: str) -> None:
-    reply = wire.get(door.address, path)
+def test_page_is_at_the_root(shared_bridge: RunningBridge, path: str) -> None:
+    reply = wire.get(shared_bridge.address, path)
     assert (reply.status, reply.header("content-type")) == (200, "text/html; charset=utf-8")
 
 
@@ -41,8 +43,8 @@ def test_page_is_at_the_root(door: RunningBridge, path: str) -> None:
     "/healthz/x", "/v1/chat", "/v1/images", "/v1//healthz", "/%76%31/responses", "/v1/responses%2f",
     "/./healthz", "/v1/../healthz", "/healthz;x", "/.git/config",
 ])
-def test_unknown_path_is_404_in_json(door: RunningBridge, path: str) -> None:
-    with wire.Client(door.address) as client:
+def test_unknown_path_is_404_in_json(shared_bridge: RunningBridge, path: str) -> None:
+    with wire.Client(shared_bridge.address) as client:
         for method in ("GET", "POST", "PUT", "HEAD", "OPTIONS"):
             client.request(method, path)
             reply = client.read_reply()
@@ -63,16 +65,18 @@ def test_unknown_path_is_404_in_json(door: RunningBridge, path: str) -> None:
     ("POST", "/api/codex/usage", "GET, HEAD, OPTIONS"),
     ("PUT", "/v1/responses", "POST, GET, HEAD, OPTIONS"),
 ])
-def test_other_method_is_405_with_allow(door: RunningBridge, method: str, path: str, allow: str) -> None:
-    with wire.Client(door.address) as client:
+def test_other_method_is_405_with_allow(
+    shared_bridge: RunningBridge, method: str, path: str, allow: str
+) -> None:
+    with wire.Client(shared_bridge.address) as client:
         client.request(method, path)
         reply = client.read_reply()
     assert (reply.status, reply.header("allow")) == (405, allow)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_get_of_responses_without_upgrade_is_405(door: RunningBridge, method: str) -> None:
-    with wire.Client(door.address) as client:
+def test_get_of_responses_without_upgrade_is_405(shared_bridge: RunningBridge, method: str) -> None:
+    with wire.Client(shared_bridge.address) as client:
         client.request(method, "/v1/responses")
         assert client.read_reply().status == 405
 
@@ -83,8 +87,8 @@ def test_get_of_responses_without_upgrade_is_405(door: RunningBridge, method: st
     "/v1/models/none", "/nothing", "/v1/responses", "/client-config/codex", "/v1/responses/resp_none",
     pytest.param("/api/codex/usage"),
 ])
-def test_head_has_no_body(door: RunningBridge, path: str) -> None:
-    with wire.Client(door.address) as client:
+def test_head_has_no_body(shared_bridge: RunningBridge, path: str) -> None:
+    with wire.Client(shared_bridge.address) as client:
         client.request("GET", path)
         got = client.read_reply()
         client.request("HEAD", path)
@@ -110,8 +114,8 @@ def test_head_opens_no_websocket(start: Start) -> None:
     ("/v1/models/x", "GET, HEAD, OPTIONS"), ("/healthz", "GET, HEAD, OPTIONS"),
     ("/v1/images/edits", "POST, OPTIONS"),
 ])
-def test_options_names_the_methods(door: RunningBridge, path: str, allow: str) -> None:
-    with wire.Client(door.address) as client:
+def test_options_names_the_methods(shared_bridge: RunningBridge, path: str, allow: str) -> None:
+    with wire.Client(shared_bridge.address) as client:
         client.request("OPTIONS", path)
         reply = client.read_reply()
     assert (reply.status, reply.header("allow"), reply.header("content-length")) == (204, allow, None)
@@ -132,14 +136,14 @@ FIXED = re.compile(
     "/v1/images/generations?host=evil.example", "/v1/@evil.example/responses",
     "/v1/responses/https://evil.example",
 ])
-def test_request_cannot_choose_the_upstream_target_by_post(hall: Hall, path: str) -> None:
+def test_request_cannot_choose_the_upstream_target_by_post(bridges: SharedBridges, path: str) -> None:
     fields = {"X-Forwarded-Host": "evil.example", "X-Original-URL": "/evil", "X-Forwarded-Proto": "http",
               "X-Rewrite-URL": "/evil", "Forwarded": "host=evil.example", "Host": "evil.lan"}
     body = {**REQUEST, "base_url": "https://evil.example", "path": "/evil"}
-    wire.post(hall.bridge().address, path, body, fields)
-    asked = [f"{each.method} {each.target}" for each in hall.asked()]
+    wire.post(bridges.bridge().address, path, body, fields)
+    asked = [f"{each.method} {each.target}" for each in bridges.asked()]
     assert [each for each in asked if not FIXED.fullmatch(each)] == []
-    assert {each.header("host") for each in hall.asked()} <= {f"localhost:{hall.backend.address[1]}"}
+    assert {each.header("host") for each in bridges.asked()} <= {f"localhost:{bridges.backend.address[1]}"}
 
 
 @pytest.mark.parametrize("path", [
@@ -151,9 +155,9 @@ def test_request_cannot_choose_the_upstream_target_by_post(hall: Hall, path: str
     "/backend-api/wham/usage?x=y", "/backend-api/wham/accounts/check", "/backend-api/codex/models",
     "/v1/models%23",
 ])
-def test_request_cannot_choose_the_upstream_target_by_get(hall: Hall, path: str) -> None:
-    wire.get(hall.bridge().address, path)
-    asked = [f"{each.method} {each.target}" for each in hall.asked()]
+def test_request_cannot_choose_the_upstream_target_by_get(bridges: SharedBridges, path: str) -> None:
+    wire.get(bridges.bridge().address, path)
+    asked = [f"{each.method} {each.target}" for each in bridges.asked()]
     assert [each for each in asked if not FIXED.fullmatch(each)] == []
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import Hall, Run, RunningBridge, Start
+from conftest import Run, RunningBridge, SharedBridges, Start
 from help import (
     BODY,
     CANARY,
@@ -57,10 +57,10 @@ import qoo_bridge as q
 LATER_KEY = "a-key-of-the-test-2"  # as long as KEY
 
 
-# -- a crowd of clients ----------------------------------------------------------------
+# -- many clients ----------------------------------------------------------------
 
 
-class Turns:
+class PausedTurns:
     """Answer each request with a turn of its own, which stays open after its first event."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Turns:
         exchange.finish()
 
 
-class Crowd:
+class Streams:
     """Streams at once, read by one selector, each kept by the text that it asks for."""
 
     def __init__(self, address: wire.Address, texts: Iterable[str]) -> None:
@@ -107,13 +107,13 @@ class Crowd:
         """Read until each has its first event."""
         self.read_until(b"response.created")
 
-    def are_whole(self, turns: Turns) -> bool:
+    def are_whole(self, paused_turns: PausedTurns) -> bool:
         """Read all to their ends; tell whether each got its own turn, nothing lost and nothing added."""
         self.read_until(b"\r\n0\r\n\r\n")
         replies = {text: client.read_reply() for text, client in self.clients.items()}
         assert {(reply.status, reply.ended) for reply in replies.values()} == {(200, "last-chunk")}
         return {text: wire.sse(reply.body) for text, reply in replies.items()} == {
-            text: turns.sent[text] for text in replies}
+            text: paused_turns.sent[text] for text in replies}
 
     def close(self) -> None:
         """Leave."""
@@ -121,27 +121,27 @@ class Crowd:
             client.close()
 
 
-Gather = Callable[..., Crowd]
+OpenStreams = Callable[..., Streams]
 
 
 @pytest.fixture
-def gather() -> Iterator[Gather]:
-    """Send crowds to a bridge."""
+def open_streams() -> Iterator[OpenStreams]:
+    """Open many streams through a bridge."""
     with contextlib.ExitStack() as stack:
         names = itertools.count()
 
-        def gather_one(address: wire.Address, size: int) -> Crowd:
-            crowd = Crowd(address, [f"stream {next(names)}" for _ in range(size)])
-            stack.callback(crowd.close)
-            return crowd
+        def open_some(address: wire.Address, size: int) -> Streams:
+            streams = Streams(address, [f"stream {next(names)}" for _ in range(size)])
+            stack.callback(streams.close)
+            return streams
 
-        yield gather_one
+        yield open_some
 
 
 @pytest.fixture
-def turns(backend: wire.Backend) -> Iterator[Turns]:
+def paused_turns(backend: wire.Backend) -> Iterator[PausedTurns]:
     """Have the stand-in answer each good request with a turn that waits."""
-    waiting = Turns()
+    waiting = PausedTurns()
     backend.always("/responses", wire.checked(backend, waiting.reply))
     yield waiting
     waiting.gate.set()
@@ -151,23 +151,23 @@ def turns(backend: wire.Backend) -> Iterator[Turns]:
 
 
 def test_many_streams_lose_nothing_and_one_too_many_is_503(
-    start: Start, turns: Turns, gather: Gather
+    start: Start, paused_turns: PausedTurns, open_streams: OpenStreams
 ) -> None:
     bridge = start("--max-connections", "120")
-    crowd = gather(bridge.address, 120)
-    crowd.read_first()
+    streams = open_streams(bridge.address, 120)
+    streams.read_first()
     with wire.Client(bridge.address) as late:
         reply = late.read_reply()  # it is told before it has asked
         assert (reply.status, reply.header("retry-after")) == (503, "2")
         assert reply.json["error"]["code"] == "bridge_overloaded"
         assert late.left()
-    turns.gate.set()
-    assert crowd.are_whole(turns)
+    paused_turns.gate.set()
+    assert streams.are_whole(paused_turns)
     assert wire.post(bridge.address, "/v1/responses", STREAM).status == 200  # an idle connection makes room
 
 
 def test_token_that_turns_invalid_under_load_costs_one_refresh(
-    bridge: RunningBridge, backend: wire.Backend, turns: Turns, gather: Gather
+    bridge: RunningBridge, backend: wire.Backend, paused_turns: PausedTurns, open_streams: OpenStreams
 ) -> None:
     together = threading.Barrier(50)
 
@@ -175,15 +175,15 @@ def test_token_that_turns_invalid_under_load_costs_one_refresh(
         together.wait(SECONDS)
         exchange.json(401, {"detail": "Could not validate credentials"})
 
-    running = gather(bridge.address, 50)
+    running = open_streams(bridge.address, 50)
     running.read_first()
     backend.revoke()
     backend.on("/responses", *[expired] * 50)
-    begun = gather(bridge.address, 50)
+    begun = open_streams(bridge.address, 50)
     begun.read_first()
-    turns.gate.set()
-    assert running.are_whole(turns)
-    assert begun.are_whole(turns)
+    paused_turns.gate.set()
+    assert running.are_whole(paused_turns)
+    assert begun.are_whole(paused_turns)
     assert backend.refreshes == 1
 
 
@@ -261,11 +261,11 @@ def begin_turns(address: wire.Address, stop: threading.Event) -> list[str]:
 @posix
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_under_load_lets_running_streams_end(
-    run: Run, turns: Turns, gather: Gather, number: signal.Signals
+    run: Run, paused_turns: PausedTurns, open_streams: OpenStreams, number: signal.Signals
 ) -> None:
     running, stop = run(), threading.Event()
-    crowd = gather(running.address, 20)
-    crowd.read_first()
+    streams = open_streams(running.address, 20)
+    streams.read_first()
     with ThreadPoolExecutor(2) as pool, contextlib.ExitStack() as stack:
         stack.callback(stop.set)  # the pool waits for its threads, also where something fails
         idle = [stack.enter_context(wire.Client(running.address)) for _ in range(3)]
@@ -282,9 +282,9 @@ def test_stop_under_load_lets_running_streams_end(
         ends = {end for future in asking for end in future.result()}
     assert ends <= {"200 length", "refused"}
     assert running.process.poll() is None
-    turns.gate.set()
-    assert crowd.are_whole(turns)
-    assert all(client.left() for client in crowd.clients.values())
+    paused_turns.gate.set()
+    assert streams.are_whole(paused_turns)
+    assert all(client.left() for client in streams.clients.values())
     assert running.wait() == 0
     assert not any("Traceback" in line or "ERROR" in line for line in running.lines)
 
@@ -541,9 +541,9 @@ MALFORMED = [
 
 @pytest.mark.parametrize(("request_bytes", "status"), MALFORMED)
 def test_malformed_request_is_refused_and_closed(
-    door: RunningBridge, request_bytes: bytes, status: int
+    shared_bridge: RunningBridge, request_bytes: bytes, status: int
 ) -> None:
-    refused(door, request_bytes, status)
+    refused(shared_bridge, request_bytes, status)
 
 
 @pytest.mark.parametrize("request_bytes", [
@@ -572,8 +572,8 @@ def test_head_of_bare_lf_is_malformed_not_slow(start: Start, monkeypatch: pytest
     pytest.param(head(POST, HOST, JSON_TYPE, "Content-Length: 0"), id="post-empty"),
     pytest.param(head(POST, HOST, JSON_TYPE), id="post-without-length"),
 ])
-def test_pipelined_request_is_answered(door: RunningBridge, first: bytes) -> None:
-    with wire.Client(door.address, 0.3) as client:
+def test_pipelined_request_is_answered(shared_bridge: RunningBridge, first: bytes) -> None:
+    with wire.Client(shared_bridge.address, 0.3) as client:
         client.send(first + b"GET /v1/nothing HTTP/1.1\r\nHost: a\r\n\r\n" + CANARY)
         assert client.read_reply().status in (200, 400)
         assert [client.read_reply().status, client.read_reply().status] == [404, 200]
@@ -586,9 +586,9 @@ def test_pipelined_request_is_answered(door: RunningBridge, first: bytes) -> Non
     ("1.0", (), False),
     ("1.0", ("Connection: Keep-Alive",), True),
 ])
-def test_connection_is_kept_as_asked(door: RunningBridge, version: str, fields: tuple[str, ...],
+def test_connection_is_kept_as_asked(shared_bridge: RunningBridge, version: str, fields: tuple[str, ...],
                                      kept: bool) -> None:
-    with wire.Client(door.address) as client:
+    with wire.Client(shared_bridge.address) as client:
         client.send(head(f"GET /healthz HTTP/{version}", HOST, *fields) + CANARY)
         assert client.read_reply().status == 200
         if kept:
@@ -672,15 +672,15 @@ def test_oldest_idle_connection_makes_room(start: Start) -> None:
 
 
 @pytest.fixture
-def secure(hall: Hall) -> RunningBridge:
+def tls_bridge(bridges: SharedBridges) -> RunningBridge:
     """A bridge that serves https with the stand-in's certificate."""
-    folder = Path(hall.backend.ca_file).parent
-    return hall.bridge("--tls-cert", str(folder / "leaf.pem"), "--tls-key", str(folder / "leaf.key"))
+    folder = Path(bridges.backend.ca_file).parent
+    return bridges.bridge("--tls-cert", str(folder / "leaf.pem"), "--tls-key", str(folder / "leaf.key"))
 
 
-def served(bridge: RunningBridge, hall: Hall) -> str | None:
+def served(bridge: RunningBridge, bridges: SharedBridges) -> str | None:
     """Do a turn over TLS; return the protocol's version."""
-    with wire.Client(bridge.address, 3, tls=wire.trusting(hall.backend)) as client:
+    with wire.Client(bridge.address, 3, tls=wire.trusting(bridges.backend)) as client:
         begin_turn(client)
         assert client.read_events()[-1]["type"] == "response.completed"
         client.request("GET", "/healthz")
@@ -688,8 +688,8 @@ def served(bridge: RunningBridge, hall: Hall) -> str | None:
         return client.sock.version() if isinstance(client.sock, ssl.SSLSocket) else None
 
 
-def test_https_is_served(secure: RunningBridge, hall: Hall) -> None:
-    assert served(secure, hall) in ("TLSv1.2", "TLSv1.3")
+def test_https_is_served(tls_bridge: RunningBridge, bridges: SharedBridges) -> None:
+    assert served(tls_bridge, bridges) in ("TLSv1.2", "TLSv1.3")
 
 
 def client_hello(version: bytes) -> bytes:
@@ -701,40 +701,42 @@ def client_hello(version: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("version", [b"\x03\x01", b"\x03\x02"], ids=["TLS-1.0", "TLS-1.1"])
-def test_tls_before_1_2_is_refused(secure: RunningBridge, hall: Hall, version: bytes) -> None:
-    with wire.Client(secure.address) as client:
+def test_tls_before_1_2_is_refused(tls_bridge: RunningBridge, bridges: SharedBridges, version: bytes) -> None:
+    with wire.Client(tls_bridge.address) as client:
         client.send(client_hello(version))
         answer = client.reader.to_end()
     assert (answer[:1], answer[-2:]) == (b"\x15", b"\x02\x46")  # alert: fatal, protocol_version
-    served(secure, hall)
+    served(tls_bridge, bridges)
 
 
 @pytest.mark.parametrize("begun", [b"", b"\x16", client_hello(b"\x03\x03")[:20]],
                          ids=["silent", "a-byte", "a-part"])
-def test_unfinished_handshake_holds_up_nobody(secure: RunningBridge, hall: Hall, begun: bytes) -> None:
-    slow = [socket.create_connection(secure.address, 5) for _ in range(50)]
+def test_unfinished_handshake_holds_up_nobody(
+    tls_bridge: RunningBridge, bridges: SharedBridges, begun: bytes
+) -> None:
+    slow = [socket.create_connection(tls_bridge.address, 5) for _ in range(50)]
     try:
         for sock in slow:
             sock.sendall(begun)
-        served(secure, hall)
+        served(tls_bridge, bridges)
     finally:
         for sock in slow:
             sock.close()
 
 
-def test_unfinished_handshake_is_cut(secure: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_handshake_is_cut(tls_bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
-    with wire.Client(secure.address) as client:
+    with wire.Client(tls_bridge.address) as client:
         assert client.left()
 
 
 @pytest.mark.parametrize("sent", [CANARY, b"\x00" * 100, b"\x15\x03\x03\x00\x02\x02\x28", os.urandom(64)],
                          ids=["http", "zeros", "alert", "noise"])
-def test_what_is_no_tls_is_closed(secure: RunningBridge, hall: Hall, sent: bytes) -> None:
-    with wire.Client(secure.address) as client:
+def test_what_is_no_tls_is_closed(tls_bridge: RunningBridge, bridges: SharedBridges, sent: bytes) -> None:
+    with wire.Client(tls_bridge.address) as client:
         client.send(sent)
         assert b"HTTP/1.1 200" not in client.reader.to_end()
-    served(secure, hall)
+    served(tls_bridge, bridges)
 
 
 # -- networks

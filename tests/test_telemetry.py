@@ -398,12 +398,12 @@ def test_rate_limits_stay_until_they_are_told_anew() -> None:
 def test_rate_limit_gauges() -> None:
     telemetry = Telemetry()
     telemetry.rate_limits(LIMIT_HEADERS, NOW)
-    told: dict[str, dict[str, float]] = {
+    gauges: dict[str, dict[str, float]] = {
         "used_ratio": {"primary": 0.425, "secondary": 0.07},
         "window_seconds": {"primary": 18000, "secondary": 604800},
         "reset_timestamp_seconds": {"primary": 1795392228, "secondary": 1795678576},
     }
-    for name, values in told.items():
+    for name, values in gauges.items():
         for window, value in values.items():
             assert sample(telemetry, f"qoo_bridge_rate_limit_{name}", window=window) == value
 

@@ -77,23 +77,23 @@ NOT_A_REQUEST = [
     *(pytest.param(b'{"model":"gpt-5.5","input":%b}' % value, id=f"input-{value.decode()}")
       for value in (b"5", b"true", b"{}", b"1.5")),
 ])
-def test_body_that_is_no_request_is_400(door: RunningBridge, body: bytes) -> None:
-    reply = wire.post(door.address, "/v1/responses", body)
+def test_body_that_is_no_request_is_400(shared_bridge: RunningBridge, body: bytes) -> None:
+    reply = wire.post(shared_bridge.address, "/v1/responses", body)
     assert (reply.status, reply.header("x-qoo-bridge-error")) == (400, "bridge")
     assert reply.json["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("body", NOT_A_REQUEST)
-def test_body_that_is_no_chat_is_400(door: RunningBridge, body: bytes) -> None:
+def test_body_that_is_no_chat_is_400(shared_bridge: RunningBridge, body: bytes) -> None:
     chat = body.replace(b'"input": "hi"', b'"messages": [{"role": "user", "content": "hi"}]')
-    reply = wire.post(door.address, "/v1/chat/completions", chat)
+    reply = wire.post(shared_bridge.address, "/v1/chat/completions", chat)
     assert (reply.status, reply.header("x-qoo-bridge-error")) == (400, "bridge")
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("value", [None, True, 0, -1.5, "", "\ud800", [], [None], [[]], [5], {},
                                    {"a": {"b": []}}])
-def test_no_type_of_any_field_is_a_fault(door: RunningBridge, path: str, value: object) -> None:
+def test_no_type_of_any_field_is_a_fault(shared_bridge: RunningBridge, path: str, value: object) -> None:
     fields = ("input", "messages", "prompt", "tools", "tool_choice", "reasoning", "text", "include",
               "metadata",
               "stream_options", "instructions", "service_tier", "prompt_cache_key", "previous_response_id",
@@ -101,7 +101,7 @@ def test_no_type_of_any_field_is_a_fault(door: RunningBridge, path: str, value: 
     base = {"model": "gpt-5.5", "input": "hi", "messages": [{"role": "user", "content": "hi"}],
             "prompt": "hi"}
     statuses = set()
-    with wire.Client(door.address) as client:
+    with wire.Client(shared_bridge.address) as client:
         for name in fields:
             client.request("POST", path, {**base, name: value})
             statuses.add(client.read_reply().status)
@@ -109,15 +109,15 @@ def test_no_type_of_any_field_is_a_fault(door: RunningBridge, path: str, value: 
 
 
 @pytest.mark.parametrize("depth", [300, 700, 900, 950, 970, 990, 3000, 20_000])
-def test_no_depth_is_a_fault(door: RunningBridge, depth: int) -> None:
+def test_no_depth_is_a_fault(shared_bridge: RunningBridge, depth: int) -> None:
     nested = b"[" * depth + b"]" * depth
     items = b'[{"role":"user","content":"hi","x":%b}]' % nested
     body = b'{"model":"gpt-5.5","input":%b,"tools":%b}' % (items, nested)
-    assert wire.post(door.address, "/v1/responses", body).status in (200, 400)
+    assert wire.post(shared_bridge.address, "/v1/responses", body).status in (200, 400)
 
 
-def test_lone_surrogate_is_text(door: RunningBridge) -> None:
-    reply = wire.post(door.address, "/v1/responses", b'{"model":"gpt-5.5","input":"a\\ud800b"}')
+def test_lone_surrogate_is_text(shared_bridge: RunningBridge) -> None:
+    reply = wire.post(shared_bridge.address, "/v1/responses", b'{"model":"gpt-5.5","input":"a\\ud800b"}')
     assert (reply.status, reply.json["output"][0]["content"][0]["text"]) == (200, "a\ud800b")
 
 

@@ -76,10 +76,10 @@ class Recorder(wire.Reader):
         return taken
 
 
-class Far(wire.WebSocketExchange):
+class UpstreamSocket(wire.WebSocketExchange):
     """The stand-in's side of one WebSocket; `opened` holds those that no test has taken yet."""
 
-    opened: queue.Queue[Far]
+    opened: queue.Queue[UpstreamSocket]
 
     def __init__(self, backend: wire.Backend, exchange: wire.Exchange) -> None:
         super().__init__(backend, exchange)
@@ -115,12 +115,15 @@ class Far(wire.WebSocketExchange):
         return (None, b"") if last is None else (wire.close_code(last), last.payload[2:])
 
 
+NextUpstream = Callable[[], UpstreamSocket]
+
+
 @pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Far]:
+def next_upstream(monkeypatch: pytest.MonkeyPatch) -> NextUpstream:
     """Return the next WebSocket that the stand-in accepted."""
-    opened: queue.Queue[Far] = queue.Queue()
-    monkeypatch.setattr(Far, "opened", opened, raising=False)
-    monkeypatch.setattr(wire.backend, "WebSocketExchange", Far)
+    opened: queue.Queue[UpstreamSocket] = queue.Queue()
+    monkeypatch.setattr(UpstreamSocket, "opened", opened, raising=False)
+    monkeypatch.setattr(wire.backend, "WebSocketExchange", UpstreamSocket)
     return lambda: opened.get(timeout=5)
 
 
@@ -144,7 +147,7 @@ Dial = Callable[..., wire.WebSocketClient]
 
 
 @pytest.fixture
-def dial(start: Start, far: Callable[[], Far]) -> Iterator[Dial]:
+def dial(start: Start, next_upstream: NextUpstream) -> Iterator[Dial]:
     """Open WebSockets through a bridge; all are closed before it ends."""
     with contextlib.ExitStack() as stack:
         def open_one(bridge: RunningBridge, headers: dict[str, str] | None = None) -> wire.WebSocketClient:
@@ -188,7 +191,7 @@ def texts(turn: list[Event]) -> str:
     return "".join(event["delta"] for event in turn if event["type"] == "response.output_text.delta")
 
 
-class Notes:
+class RecordLog:
     """The log lines of a bridge, and copies of the records as they stood then."""
 
     def __init__(self, bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +287,7 @@ def test_the_door_is_checked_first(
     backend: wire.Backend, start: Start, fields: dict[str, str], status: int, code: str
 ) -> None:
     bridge = start("--api-key", "ann=secret-of-ann")
-    # The rest of the handshake is wrong as well: the door has spoken before that was looked at.
+    # The rest of the handshake is wrong as well: access is checked before that was looked at.
     wrong = {"sec_websocket_version": "8", "authorization": "Bearer secret-of-ann", **fields}
     reply = handshake(bridge, **wrong)
     assert (reply.status, reply.json["error"]["code"]) == (status, code)
@@ -437,22 +440,24 @@ def sized_frame(size: int) -> bytes:
 
 @pytest.mark.parametrize("size", [700, 65535, 65536, 1_000_001])
 def test_an_unchanged_frame_goes_on_byte_for_byte(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far], size: int
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, size: int
 ) -> None:
     payload = sized_frame(size)
     assert len(payload) == size
     client = dial(bridge, CODEX_FIELDS)
     client.send_frame(masked(payload))
     assert client.read_turn()[-1]["type"] == "response.completed"
-    assert far().wait_for(TEXT) == [payload]
+    assert next_upstream().wait_for(TEXT) == [payload]
 
 
-def test_every_frame_is_masked_afresh(bridge: RunningBridge, dial: Dial, far: Callable[[], Far]) -> None:
+def test_every_frame_is_masked_afresh(
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
+) -> None:
     client, payload, count = dial(bridge, CODEX_FIELDS), sized_frame(65600), 3
     for _ in range(count):
         client.send_frame(masked(payload))
         client.read_turn()
-    upstream = far()
+    upstream = next_upstream()
     assert upstream.wait_for(TEXT, count) == [payload] * count
     assert all(frame.masked and frame.final for frame in upstream.frames)
     with upstream.reader.changed:
@@ -464,7 +469,7 @@ def test_every_frame_is_masked_afresh(bridge: RunningBridge, dial: Dial, far: Ca
 
 
 def test_fragments_become_one_frame_with_control_frames_between_them(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     payload = json.dumps(create(message("user", "h\u00e9llo \U0001f30d")), ensure_ascii=False).encode()
     cut = payload.index("\U0001f30d".encode()) + 2  # inside of a character
@@ -477,11 +482,11 @@ def test_fragments_become_one_frame_with_control_frames_between_them(
     client.send_frame(masked(b"", PONG))
     client.send_frame(masked(payload[cut:], CONTINUATION))
     assert texts(client.read_turn()) == "h\u00e9llo \U0001f30d"
-    assert far().wait_for(TEXT) == [payload]
+    assert next_upstream().wait_for(TEXT) == [payload]
 
 
 def test_a_frame_in_single_bytes_and_two_frames_in_one_piece(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     client = dial(bridge, CODEX_FIELDS)
     payloads = [json.dumps(create(message("user", word))).encode() for word in ("one", "two", "three")]
@@ -489,11 +494,11 @@ def test_a_frame_in_single_bytes_and_two_frames_in_one_piece(
         client.send(bytes([byte]))
     client.send(wire.frame_bytes(masked(payloads[1])) + wire.frame_bytes(masked(payloads[2])))
     assert [texts(client.read_turn()) for _ in payloads] == ["one", "two", "three"]
-    assert far().wait_for(TEXT, 3) == payloads
+    assert next_upstream().wait_for(TEXT, 3) == payloads
 
 
 def test_a_message_of_two_megabytes_in_fragments(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     payload, client = sized_frame(2 << 20), dial(bridge, CODEX_FIELDS)
     step = 300_000
@@ -501,15 +506,17 @@ def test_a_message_of_two_megabytes_in_fragments(
         opcode = TEXT if at == 0 else CONTINUATION
         client.send_frame(masked(payload[at : at + step], opcode, final=at + step >= len(payload)))
     client.read_turn()
-    assert far().wait_for(TEXT) == [payload]
+    assert next_upstream().wait_for(TEXT) == [payload]
 
 
-def test_max_body_bounds_a_message_exactly(start: Start, dial: Dial, far: Callable[[], Far]) -> None:
+def test_max_body_bounds_a_message_exactly(
+    start: Start, dial: Dial, next_upstream: NextUpstream
+) -> None:
     limit = 4096
     client = dial(start("--max-body", str(limit)), CODEX_FIELDS)
     client.send_frame(masked(sized_frame(limit)))
     client.read_turn()
-    upstream = far()
+    upstream = next_upstream()
     client.send_frame(masked(sized_frame(limit + 1)))
     assert client.read_close() == 1009
     assert upstream.ended.wait(SECOND)
@@ -606,7 +613,7 @@ def test_the_cache_key_stays_the_same_on_a_chain(
 
 
 def test_a_prewarm_then_only_what_is_new(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create(generate=False, tools=TOOLS))
@@ -615,7 +622,7 @@ def test_a_prewarm_then_only_what_is_new(
     payload = wire.dump(create(result, tools=TOOLS, previous_response_id=prewarm["id"]))
     client.send_frame(masked(payload))
     assert texts(client.read_turn()) == "42"
-    assert far().wait_for(TEXT, 2)[1] == payload
+    assert next_upstream().wait_for(TEXT, 2)[1] == payload
     client.send_json(create(previous_response_id="resp_of_another_connection"))
     (error,) = client.read_turn()
     assert (error["status"], error["error"]["code"]) == (400, "previous_response_not_found")
@@ -701,7 +708,7 @@ def test_a_branch_of_the_chain_has_the_tools_of_where_it_began(
 
 
 def test_a_lite_frame_of_codex_goes_on_byte_for_byte(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     lite: Event = {"model": LITE, "parallel_tool_calls": False, "reasoning": {"context": "all_turns"},
                    "client_metadata": {wire.LITE_METADATA: "true"}}
@@ -712,7 +719,7 @@ def test_a_lite_frame_of_codex_goes_on_byte_for_byte(
     for payload in payloads:
         client.send_frame(masked(payload))
         assert client.read_turn()[-1]["type"] == "response.completed"
-    assert far().wait_for(TEXT, 2) == payloads
+    assert next_upstream().wait_for(TEXT, 2) == payloads
 
 
 # -- repairs ------------------------------------------------------------------
@@ -721,7 +728,7 @@ def test_a_lite_frame_of_codex_goes_on_byte_for_byte(
 def test_an_unknown_parameter_is_dropped_and_remembered(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     client = dial(bridge, CODEX_FIELDS)
     for _ in range(2):
         client.send_json(create(shiny=1))
@@ -729,8 +736,8 @@ def test_an_unknown_parameter_is_dropped_and_remembered(
         assert turn[0]["type"] == "response.created"
         assert turn[-1]["type"] == "response.completed"
     assert [frame.get("shiny") for frame in backend.wait_for_frames(3)] == [1, None, None]
-    assert [notes.next().repairs, notes.next().repairs] == [("drop-parameter",), ()]
-    assert len(notes.lines) == 2
+    assert [records.next().repairs, records.next().repairs] == [("drop-parameter",), ()]
+    assert len(records.lines) == 2
 
 
 @pytest.mark.parametrize(
@@ -745,10 +752,10 @@ def test_continuity_is_repaired(
     items: list[wire.Item], repair: str,
 ) -> None:
     backend.partners["msg_partnered"] = "rs_missing"
-    notes, client = Notes(bridge, monkeypatch), dial(bridge, CODEX_FIELDS)
+    records, client = RecordLog(bridge, monkeypatch), dial(bridge, CODEX_FIELDS)
     client.send_json(create(*items))
     assert client.read_turn()[-1]["type"] == "response.completed"
-    assert notes.next().repairs == (repair,)
+    assert records.next().repairs == (repair,)
     assert not any("id" in item for item in backend.wait_for_frames(2)[1]["input"])
 
 
@@ -836,7 +843,7 @@ def test_upstreams_frames_are_passed_on_byte_for_byte(
 
 
 def test_a_ping_between_fragments_is_answered_and_not_passed_on(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     payload = wire.dump(wire.completed())
     first = wire.frame_bytes(Frame(TEXT, payload[:9], final=False))
@@ -845,7 +852,7 @@ def test_a_ping_between_fragments_is_answered_and_not_passed_on(
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     assert client.reader.exactly(len(first + last)) == first + last
-    assert far().wait_for(PONG) == [b"up"]
+    assert next_upstream().wait_for(PONG) == [b"up"]
 
 
 def test_an_event_comes_before_the_next_one_is_there(
@@ -913,16 +920,16 @@ HOSTILE_EVENTS: list[Any] = [
 def test_hostile_events_are_passed_on_and_end_their_request(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch, event: Event
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     backend.on_frame(lambda ws, _: ws.send_frame(Frame(TEXT, wire.dump(event))))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     with expect_no_fault(bridge):
         assert client.read_json() == event
-        assert notes.next().end == event["type"].rpartition(".")[2]
+        assert records.next().end == event["type"].rpartition(".")[2]
         client.send_json(create())
         assert client.read_turn()[-1]["type"] == "response.completed"
-        assert notes.next().end == "completed"
+        assert records.next().end == "completed"
 
 
 @pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity"])
@@ -946,22 +953,22 @@ def test_an_error_after_the_first_event_ends_its_request(
         ws.event(wire.created())
         ws.error(wire.detail(500, "The server had an error"))
 
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     backend.on_frame(break_off)
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     assert client.read_turn()[-1]["type"] == "error"
     client.send_json(create(message("user", "again")))
     assert texts(client.read_turn()) == "again"
-    assert notes.next().end == "error"
-    assert notes.next().end == "completed"
+    assert records.next().end == "error"
+    assert records.next().end == "completed"
 
 
 # -- ping, pong, silence ------------------------------------------------------
 
 
 def test_pings_are_answered_on_both_sides(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     client = dial(bridge, CODEX_FIELDS)
     for payload in (b"", b"p" * 125):
@@ -970,13 +977,13 @@ def test_pings_are_answered_on_both_sides(
         assert (answer.opcode, answer.payload, answer.masked) == (PONG, payload, False)
     backend.on_frame(lambda ws, _: ws.send_frame(Frame(PING, b"from upstream")))
     client.send_json(create())
-    upstream = far()
+    upstream = next_upstream()
     assert upstream.wait_for(PONG) == [b"from upstream"]
     assert all(frame.masked for frame in upstream.frames)
 
 
 def test_silence_is_filled_with_pings_on_both_sides(
-    backend: wire.Backend, start: Start, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, start: Start, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     pinged = threading.Event()
 
@@ -986,7 +993,7 @@ def test_silence_is_filled_with_pings_on_both_sides(
 
     client = dial(start("--keepalive", "0.05"), CODEX_FIELDS)
     assert read_until(client, PING).masked is False  # idle
-    far().wait_for(PING, 2)
+    next_upstream().wait_for(PING, 2)
     backend.on_frame(answer_late)
     client.send_json(create())
     read_until(client, PING)  # within a turn
@@ -1018,10 +1025,10 @@ def test_a_dead_upstream_is_given_up_whatever_the_client_does(
 
 
 def test_a_chatty_client_does_not_end_an_idle_connection(
-    start: Start, dial: Dial, far: Callable[[], Far]
+    start: Start, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     client = dial(start("--keepalive", "0.1", "--idle-timeout", "0.3"), CODEX_FIELDS)
-    upstream = far()
+    upstream = next_upstream()
     for _ in range(20):
         if upstream.ended.wait(0.03):
             break
@@ -1037,22 +1044,23 @@ BYE = struct.pack("!H", 4321) + b"bye"
 
 
 @pytest.mark.parametrize(
-    ("payload", "told"), [(BYE, (4321, b"bye")), (b"", (1005, b"")), (b"\x03\xe8", (1000, b""))]
+    ("payload", "expected"), [(BYE, (4321, b"bye")), (b"", (1005, b"")), (b"\x03\xe8", (1000, b""))]
 )
 def test_a_clients_close_goes_up_with_code_and_reason(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far], payload: bytes, told: tuple[int, bytes]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, payload: bytes,
+    expected: tuple[int, bytes]
 ) -> None:
-    client, upstream = dial(bridge, CODEX_FIELDS), far()
+    client, upstream = dial(bridge, CODEX_FIELDS), next_upstream()
     client.send_frame(masked(payload, CLOSE))
     answer = read_until(client, CLOSE)
     assert (answer.payload[:2], answer.masked) == (payload[:2], False)
     assert client.left(SECOND)
     assert upstream.ended.wait(SECOND)
-    assert upstream.close_frame == told
+    assert upstream.close_frame == expected
 
 
 def test_a_clients_close_in_a_turn_goes_up(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     backend.on_frame(lambda ws, _: ws.event(wire.created()))
     client = dial(bridge, CODEX_FIELDS)
@@ -1060,21 +1068,21 @@ def test_a_clients_close_in_a_turn_goes_up(
     client.read_json()
     client.send_frame(masked(BYE, CLOSE))
     assert client.read_close() == 4321
-    assert far().close_frame == (4321, b"bye")
+    assert next_upstream().close_frame == (4321, b"bye")
 
 
 def test_a_clients_close_while_upstream_speaks_goes_up(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     backend.on_frame(lambda ws, _: ws.events(*[wire.created()] * 400))
     client = dial(bridge, CODEX_FIELDS)
     client.send(wire.frame_bytes(masked(wire.dump(create()))) + wire.frame_bytes(masked(BYE, CLOSE)))
     assert client.read_close() == 4321
-    assert far().close_frame == (4321, b"bye")
+    assert next_upstream().close_frame == (4321, b"bye")
 
 
 def test_an_upstream_that_speaks_on_after_the_end_does_not_hold_the_connection(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     done = threading.Event()
 
@@ -1091,7 +1099,7 @@ def test_an_upstream_that_speaks_on_after_the_end_does_not_hold_the_connection(
     client.send_frame(masked(BYE, CLOSE))
     assert client.read_close() == 4321
     try:
-        assert far().ended.wait(2 * SECOND)
+        assert next_upstream().ended.wait(2 * SECOND)
     finally:
         done.set()
 
@@ -1119,19 +1127,19 @@ def test_upstreams_close_goes_down_with_code_and_reason(
 
 
 def test_upstreams_close_without_a_code_and_its_answer(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     backend.on_frame(send_raw(wire.frame_bytes(Frame(CLOSE, b""))))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     assert read_until(client, CLOSE).payload == b""
-    assert far().close_frame == (1005, b"")  # its own close frame, answered
+    assert next_upstream().close_frame == (1005, b"")  # its own close frame, answered
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "in a turn"])
 @pytest.mark.parametrize("leave", ["half_close", "close", "reset"])
 def test_a_client_that_leaves_closes_upstream_within_a_second(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far], leave: str,
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, leave: str,
     running: bool
 ) -> None:
     client, started = dial(bridge, CODEX_FIELDS), threading.Event()
@@ -1145,7 +1153,7 @@ def test_a_client_that_leaves_closes_upstream_within_a_second(
         client.send_json(create())
         assert started.wait(5)
     getattr(client, leave)()
-    assert far().ended.wait(SECOND)
+    assert next_upstream().ended.wait(SECOND)
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["idle", "in a turn"])
@@ -1211,13 +1219,13 @@ def breaches(mask: bool) -> list[Any]:
     ("raw", "code"), [*breaches(mask=True), pytest.param(unmasked(2, b"b", masked=True), 1003, id="binary")]
 )
 def test_a_hostile_client_gets_its_close_code(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far], raw: bytes, code: int
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, raw: bytes, code: int
 ) -> None:
     client = dial(bridge, CODEX_FIELDS)
     client.send(raw)
     assert client.read_close() == code
     assert client.left(SECOND)
-    assert far().ended.wait(SECOND)
+    assert next_upstream().ended.wait(SECOND)
 
 
 def test_a_breach_is_answered_after_what_came_before_it(
@@ -1243,32 +1251,33 @@ BREACHES_BY_CODE = list({row.values[1]: row for row in breaches(mask=False)}.val
 
 @pytest.mark.parametrize(("raw", "_"), breaches(mask=False))
 def test_a_hostile_upstream_is_a_bad_gateway_to_the_client(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far], raw: bytes, _: int
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, raw: bytes, _: int
 ) -> None:
     backend.on_frame(send_raw(raw))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     assert client.read_close() == 1014
     assert client.left(SECOND)
-    assert far().ended.wait(SECOND)
+    assert next_upstream().ended.wait(SECOND)
 
 
 @pytest.mark.parametrize(("raw", "code"), BREACHES_BY_CODE)
 def test_a_hostile_upstream_gets_its_close_code(
-    backend: wire.Backend, bridge: RunningBridge, dial: Dial, far: Callable[[], Far], raw: bytes, code: int
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, raw: bytes,
+    code: int
 ) -> None:
     backend.on_frame(send_raw(raw))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
-    assert far().close_frame[0] == code
+    assert next_upstream().close_frame[0] == code
 
 
 def test_a_clients_breach_is_not_told_to_upstream(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     client = dial(bridge, CODEX_FIELDS)
     client.send(unmasked(TEXT, b"{}"))
-    assert far().close_frame[0] in (1000, 1001)
+    assert next_upstream().close_frame[0] in (1000, 1001)
 
 
 BAD_FRAMES = [
@@ -1284,14 +1293,14 @@ BAD_FRAMES = [
 def test_a_bad_frame_gets_an_error_frame_and_the_connection_goes_on(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes, client = Notes(bridge, monkeypatch), dial(bridge, CODEX_FIELDS)
+    records, client = RecordLog(bridge, monkeypatch), dial(bridge, CODEX_FIELDS)
     for count, (payload, param) in enumerate(BAD_FRAMES, 1):
         client.send_frame(masked(payload))
         error = client.read_json()
-        told = (error["type"], error["status"], error["error"]["param"])
-        assert told == ("error", 400, param), payload[:80]
+        refusal = (error["type"], error["status"], error["error"]["param"])
+        assert refusal == ("error", 400, param), payload[:80]
         assert isinstance(error["error"]["message"], str)
-        assert (notes.next().status, len(notes.lines)) == (400, count)
+        assert (records.next().status, len(records.lines)) == (400, count)
     assert backend.frames == []
     client.send_json(create())
     assert client.read_turn()[-1]["type"] == "response.completed"
@@ -1335,76 +1344,76 @@ def test_any_json_in_any_place_gets_an_answer(
 def test_a_response_create_is_told_like_an_http_request(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     client = dial(bridge)
     frame = plain_create(model="local_md", temperature=1, stream=True)
     client.send_json(frame)
     client.read_turn()
-    told = notes.next()
+    record = records.next()
     body = {key: value for key, value in frame.items() if key != "type"}
     assert wire.post(bridge.address, "/v1/responses", body).status == 200
-    http = notes.next()
+    http = records.next()
     for name in ("client", "key", "path", "model", "slug", "rules", "repairs", "status", "events", "usage",
                  "end",
                  "error_by", "error_code"):
-        assert (name, getattr(told, name)) == (name, getattr(http, name))
-    assert (told.method, told.status, told.end) == ("WS", 200, "completed")
-    assert told.first_byte is not None and 0 < told.first_byte <= told.total
-    assert len(notes.lines) == 2
+        assert (name, getattr(record, name)) == (name, getattr(http, name))
+    assert (record.method, record.status, record.end) == ("WS", 200, "completed")
+    assert record.first_byte is not None and 0 < record.first_byte <= record.total
+    assert len(records.lines) == 2
 
 
 def test_the_bytes_of_the_terminal_frame_are_counted(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     raw = [wire.frame_bytes(Frame(TEXT, wire.dump(event))) for event in (wire.created(), wire.completed())]
     backend.on_frame(send_raw(*raw))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     client.read_turn()
-    assert notes.next().bytes == len(b"".join(raw))
+    assert records.next().bytes == len(b"".join(raw))
 
 
 def test_an_answer_of_one_frame_has_a_first_byte(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     backend.on_frame(lambda ws, _: ws.event(wire.completed()))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     client.read_turn()
-    assert notes.next().first_byte is not None
+    assert records.next().first_byte is not None
 
 
 def test_a_refused_frame_is_told_with_its_status_and_code(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     backend.on_frame(lambda ws, _: ws.error(wire.fault(429, "slow down", "rate_limit_exceeded")))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     client.read_turn()
-    told = notes.next()
-    assert (told.end, told.error_by, told.error_code) == ("error", "upstream", "rate_limit_exceeded")
-    assert told.status == 429
+    record = records.next()
+    assert (record.end, record.error_by, record.error_code) == ("error", "upstream", "rate_limit_exceeded")
+    assert record.status == 429
 
 
 def test_a_client_that_leaves_is_no_failed_request(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
     backend.on_frame(lambda ws, _: ws.event(wire.created()))
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     client.read_json()
     client.close()
-    assert notes.next().end == "client-left"
+    assert records.next().end == "client-left"
 
 
 def test_a_client_that_takes_nothing_any_more_is_no_failed_request(
     bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes, client, send = Notes(bridge, monkeypatch), dial(bridge, CODEX_FIELDS), q.Connection.send
+    records, client, send = RecordLog(bridge, monkeypatch), dial(bridge, CODEX_FIELDS), q.Connection.send
 
     def fail_at_the_client(peer: q.Connection, payload: bytes | memoryview, seconds: float) -> None:
         if not isinstance(peer.sock, ssl.SSLSocket):
@@ -1413,14 +1422,14 @@ def test_a_client_that_takes_nothing_any_more_is_no_failed_request(
 
     monkeypatch.setattr(q.Connection, "send", fail_at_the_client)
     client.send_json(create())
-    told = notes.next()
-    assert (told.end, told.error_by) == ("client-left", "")
+    record = records.next()
+    assert (record.end, record.error_by) == ("client-left", "")
 
 
 def test_an_upstream_that_leaves_cuts_the_request(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes = Notes(bridge, monkeypatch)
+    records = RecordLog(bridge, monkeypatch)
 
     def break_off(ws: wire.WebSocketExchange, _: Event) -> None:
         ws.event(wire.created())
@@ -1430,9 +1439,9 @@ def test_an_upstream_that_leaves_cuts_the_request(
     client = dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     assert client.read_close() == 1014  # many clients take 1001 for a clean end
-    told = notes.next()
-    assert (told.end, told.events) == ("cut", 1)
-    assert told.error == ("bridge", "upstream_error")  # as over HTTP
+    record = records.next()
+    assert (record.end, record.events) == ("cut", 1)
+    assert record.error == ("bridge", "upstream_error")  # as over HTTP
 
 
 def test_a_conversation_goes_on_over_another_connection(
@@ -1494,7 +1503,7 @@ def test_an_upstream_that_leaves_at_rest_is_no_failure(
 def test_counters_and_running_requests(
     backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes, gate = Notes(bridge, monkeypatch), threading.Event()
+    records, gate = RecordLog(bridge, monkeypatch), threading.Event()
 
     def wait(ws: wire.WebSocketExchange, _: Event) -> None:
         ws.event(wire.created())
@@ -1511,7 +1520,7 @@ def test_counters_and_running_requests(
     client.read_json()
     client.send_frame(masked(b"["))
     client.read_json()
-    ends = [notes.next().end for _ in range(2)]
+    ends = [records.next().end for _ in range(2)]
     snapshot = telemetry.snapshot(time.time())
     assert ends == ["completed", "error"]
     assert [row for row in snapshot["open"] if row["method"] == "WS"] == []
@@ -1522,10 +1531,10 @@ def test_counters_and_running_requests(
 def test_an_idle_websocket_is_no_running_request(
     bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notes, client = Notes(bridge, monkeypatch), dial(bridge, CODEX_FIELDS)
+    records, client = RecordLog(bridge, monkeypatch), dial(bridge, CODEX_FIELDS)
     client.send_json(create())
     client.read_turn()
-    notes.next()
+    records.next()
     assert bridge.bridge.telemetry.snapshot(time.time())["open"] == []
 
 
@@ -1595,22 +1604,22 @@ def test_the_place_of_a_client_that_left_is_free_again(backend: wire.Backend, st
 
 
 def test_a_client_that_waits_for_its_place_is_answered_and_let_go(
-    backend: wire.Backend, start: Start, dial: Dial, far: Callable[[], Far]
+    backend: wire.Backend, start: Start, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     bridge = start("--api-key", "ann=secret-of-ann", "--limit", "ann=1")
     fields = {**CODEX_FIELDS, "authorization": "Bearer secret-of-ann"}
     backend.on_frame(lambda ws, _: ws.event(wire.created()))
     one, two = dial(bridge, fields), dial(bridge, fields)
-    far()
+    next_upstream()
     one.send_json(create())
     one.read_json()
     two.send_json(create())
     two.close()
-    assert far().ended.wait(SECOND)
+    assert next_upstream().ended.wait(SECOND)
 
 
 def test_idle_sockets_are_closed_at_once_when_the_bridge_ends(
-    bridge: RunningBridge, dial: Dial, far: Callable[[], Far]
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
     clients = [dial(bridge, CODEX_FIELDS) for _ in range(3)]
     clients[0].send_json(create())
@@ -1619,7 +1628,7 @@ def test_idle_sockets_are_closed_at_once_when_the_bridge_ends(
     assert bridge.server.drain(5)
     assert time.monotonic() - began < SECOND
     assert all(client.left(SECOND) for client in clients)
-    assert all(far().ended.wait(SECOND) for _ in clients)
+    assert all(next_upstream().ended.wait(SECOND) for _ in clients)
 
 
 def test_a_running_turn_may_end_and_then_its_socket_is_closed(
@@ -1653,12 +1662,12 @@ def test_a_refused_frame_leaves_the_socket_idle(bridge: RunningBridge, dial: Dia
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 def test_no_thread_and_no_socket_is_left(
-    backend: wire.Backend, bridge: RunningBridge, far: Callable[[], Far], dial: Dial
+    backend: wire.Backend, bridge: RunningBridge, next_upstream: NextUpstream, dial: Dial
 ) -> None:
     def endings() -> None:
         for ending in ("close", "reset", "half_close", "breach", "frame", "upstream"):
             client = dial(bridge, CODEX_FIELDS)
-            upstream = far()
+            upstream = next_upstream()
             if ending == "upstream":
                 backend.on_frame(answer_then(lambda ws: ws.close(1012), running=False))
             client.send_json(create())
