@@ -24,8 +24,8 @@ Five parts, and their rooms; each room uses only those above it:
          2  errors          whose fault, which status
          3  json            untrusted JSON: any value can have any type
          4  refusals        what upstream refused, as an error for the client
-         5  options         one table -> argparse, environment, --help; a frozen Config
-         6  http            heads and bodies as bytes; addresses
+         5  http            heads and bodies as bytes; addresses
+         6  options         one table -> argparse, environment, --help; a frozen Config
     B the trust kernel      the only code that opens a connection or holds a token
          7  sockets         connected sockets, never blocking
          8  upstream        opens connections: pool, TLS, proxy
@@ -60,10 +60,12 @@ Five parts, and their rooms; each room uses only those above it:
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import calendar
 import contextlib
+import enum
 import errno
 import functools
 import hashlib
@@ -90,10 +92,7 @@ import zlib
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
-
-if TYPE_CHECKING:
-    import argparse
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 try:
     import fcntl
@@ -114,7 +113,6 @@ __version__ = "1.0.0"
 # Routes, limits, names; each with its unit and its source.
 
 CODEX_VERSION = "0.169.0"  # for clients that are not Codex: the backend gates models by it (WIRE 3)
-CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"  # Codex's own OAuth client, to which auth.json belongs (WIRE 2)
 AUTH_CLAIM = "https://api.openai.com/auth"  # the claim object of the tokens
 USER_AGENT = f"qoo_bridge/{__version__} (https; python)"  # for clients that are not Codex: named truthfully
 
@@ -128,6 +126,7 @@ MAX_BODIES = 1024 * 1024 * 1024  # bytes of request bodies held at once, over al
 STORE_SIZE = 64 * 1024 * 1024  # bytes of conversations kept for previous_response_id
 COMPRESS_FROM = 16 * 1024  # bytes of a request body that is sent compressed
 READ_SIZE = 64 * 1024  # bytes of one read
+ERROR_BODY_SECONDS = 15  # in which upstream must have sent a refusal's body
 SEND_SIZE = 256 * 1024  # bytes of one write: TLS tells of no progress before all of it is taken
 LARGE_READ_BYTES = 4 * 1024  # bytes of one TLS record, behind which more is likely to be there already
 
@@ -198,24 +197,45 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 log = logging.getLogger("qoo_bridge")
 
 
+CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"  # Codex's own OAuth client, to which auth.json belongs (WIRE 2)
+
+
+VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
+
+
+DEVICE_SECONDS = 15 * 60  # in which the person has typed the code
+
+
+POLL_SECONDS = 5.0  # between two polls, where the server does not say
+
+
+FINAL_REFUSALS = ("refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated")  # WIRE 2
+
+
+ROUTING_PATH = "/backend-api/wham/accounts/check"  # WIRE 2
+
+
+UNREAD = object()  # stands for the signature of a file that is to be read
+
+
 # == 2 errors =================================================================
 # An error's class is its status. A message says what was got and what was wanted, never a secret.
 
 class BridgeError(Exception):
-    """Be the answer to a request that cannot be served: status, code for programs, message for people."""
+    """Base class of errors that become an HTTP error response: a status, a code, a message."""
 
     status = 500
     code = "internal_error"
     type = "server_error"
-    by = "bridge"  # who made it, for x-qoo-bridge-error
-    brings: Mapping[str, str] = {}  # fields that its answer always has
+    by = "bridge"  # who made the error, for x-qoo-bridge-error
+    always_sends: Mapping[str, str] = {}  # headers of every response with this error
 
     def __init__(self, message: str, param: str | None = None, **headers: object) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        self.headers = {**self.brings, **{name.replace("_", "-"): str(value)
-                                          for name, value in headers.items()}}
+        named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
+        self.headers = {**self.always_sends, **named}
 
     def body(self) -> dict[str, Any]:
         """Return the OpenAI-shaped error object."""
@@ -241,7 +261,7 @@ class NotSignedIn(BridgeError):
 
 
 class BadUpstream(BridgeError):
-    """Upstream cannot be reached, went away, or answered what is no answer."""
+    """Upstream cannot be reached, went away, or sent an invalid response."""
 
     status, code, type = 502, "upstream_error", "upstream_error"
 
@@ -252,32 +272,111 @@ class UpstreamTimeout(BridgeError):
     status, code, type = 504, "upstream_timeout", "upstream_error"
 
 
-def kind(base: type[BridgeError], status: int, code: str, **further: Any) -> type[BridgeError]:
-    """Make a class of errors that nothing but its raising needs."""
-    return type(code, (base,), {"status": status, "code": code, **further})
+class InvalidKey(BridgeError):
+    """The client's key is missing or unknown."""
+
+    status, code, type = 401, "invalid_api_key", "authentication_error"
+    always_sends: Mapping[str, str] = {"www-authenticate": 'Bearer realm="qoo-bridge"'}
 
 
-InvalidKey = kind(  # the client's key is missing or unknown
-    BridgeError, 401, "invalid_api_key", type="authentication_error",
-    brings={"www-authenticate": 'Bearer realm="qoo-bridge"'})
-Forbidden = kind(BridgeError, 403, "forbidden", type="permission_error")  # its network, Host or Origin
-NotFound = kind(InvalidRequest, 404, "not_found")  # nothing at this path, or under this id
-MethodNotAllowed = kind(InvalidRequest, 405, "method_not_allowed")  # the path is known, the method is not
-SlowRequest = kind(MalformedHttp, 408, "request_timeout")  # it did not arrive in time
-BodyTooLarge = kind(MalformedHttp, 413, "body_too_large")  # above --max-body
-TargetTooLong = kind(MalformedHttp, 414, "target_too_long")  # above MAX_TARGET
-UnsupportedEncoding = kind(InvalidRequest, 415, "unsupported_encoding")  # a content coding not taken here
-UpgradeRequired = kind(  # a WebSocket handshake of a version that is not spoken here
-    InvalidRequest, 426, "upgrade_required", brings={"sec-websocket-version": "13"})
-TooManyRequests = kind(BridgeError, 429, "too_many_requests", type="rate_limit_error")  # the key's own limit
-HeadTooLarge = kind(MalformedHttp, 431, "head_too_large")  # above MAX_HEAD or MAX_FIELDS
-UnknownCoding = kind(MalformedHttp, 501, "not_implemented")  # a method or transfer coding not known here
-Overloaded = kind(BridgeError, 503, "bridge_overloaded")  # this bridge has no room for one more
-VersionNotSupported = kind(MalformedHttp, 505, "http_version_not_supported")  # not HTTP/1.0 or 1.1
+class Forbidden(BridgeError):
+    """The client's network, Host or Origin may not use this bridge."""
+
+    status, code, type = 403, "forbidden", "permission_error"
+
+
+class NotFound(InvalidRequest):
+    """There is no such path, model or response."""
+
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path exists, but not for this method."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class SlowRequest(MalformedHttp):
+    """The request did not arrive in time."""
+
+    status, code = 408, "request_timeout"
+
+
+class BodyTooLarge(MalformedHttp):
+    """The body is above --max-body."""
+
+    status, code = 413, "body_too_large"
+
+
+class TargetTooLong(MalformedHttp):
+    """The request target is above MAX_TARGET."""
+
+    status, code = 414, "target_too_long"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The body has a Content-Encoding that this bridge cannot undo."""
+
+    status, code = 415, "unsupported_encoding"
+
+
+class UpgradeRequired(InvalidRequest):
+    """The WebSocket handshake cannot be accepted; a Codex goes on over HTTP then (WIRE 6)."""
+
+    status, code = 426, "upgrade_required"
+    always_sends: Mapping[str, str] = {"sec-websocket-version": "13"}
+
+
+class TooManyRequests(BridgeError):
+    """The client's key has as many requests running and waiting as it may."""
+
+    status, code, type = 429, "too_many_requests", "rate_limit_error"
+
+
+class HeadTooLarge(MalformedHttp):
+    """The head is above MAX_HEAD or MAX_HEADERS."""
+
+    status, code = 431, "head_too_large"
+
+
+class UnknownCoding(MalformedHttp):
+    """The method or the Transfer-Encoding is not implemented."""
+
+    status, code = 501, "not_implemented"
+
+
+class Overloaded(BridgeError):
+    """This bridge has no room for one more."""
+
+    status, code = 503, "bridge_overloaded"
+
+
+class VersionNotSupported(MalformedHttp):
+    """The request is neither HTTP/1.0 nor HTTP/1.1."""
+
+    status, code = 505, "http_version_not_supported"
+
+
+# How a request can end: the log's `end=`. The first three are upstream's words.
+ENDS = ("completed", "incomplete", "failed", "error", "cut", "client_closed", "client_stalled")
 
 
 class ClientLeft(Exception):
-    """The client closed its connection: there is nobody to answer."""
+    """The client closed its connection. The message is the log's word for it, one of ENDS."""
+
+
+def describe_error(exc: BaseException) -> str:
+    """Say in a few words what went wrong, for a person."""
+    if isinstance(exc, BridgeError):
+        return exc.message
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {exc.verify_message}"
+    if isinstance(exc, OSError) and exc.strerror:
+        if exc.errno != errno.ECONNRESET:
+            return exc.strerror.lower()
+        return "connection reset"
+    return str(exc) or type(exc).__name__
 
 
 # == 3 json ===================================================================
@@ -288,7 +387,9 @@ T = TypeVar("T")
 
 def or_empty(value: Any, kind: type[T]) -> T:
     """Return `value`, or an empty one of its kind where it is something else."""
-    return value if isinstance(value, kind) else kind()
+    if isinstance(value, kind):
+        return value
+    return kind()
 
 
 def dicts_in(value: Any) -> list[dict[str, Any]]:
@@ -297,9 +398,10 @@ def dicts_in(value: Any) -> list[dict[str, Any]]:
 
 
 def finite_number(value: Any) -> float | None:
-    """Return a number within reason; None for anything else, true and false among it."""
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12
-    return value if known else None
+    """Return an int or float with abs < 1e12; None otherwise, also for bools."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and -1e12 < value < 1e12:
+        return value
+    return None
 
 
 def reject_constant(name: str) -> NoReturn:
@@ -310,7 +412,9 @@ def reject_constant(name: str) -> NoReturn:
 def finite_float(digits: str) -> float:
     """Read a number that can be written again. Raises ValueError for 1e999."""
     number = float(digits)
-    return number if abs(number) < float("inf") else reject_constant(digits[:40])
+    if abs(number) < float("inf"):
+        return number
+    return reject_constant(digits[:40])
 
 
 UPSTREAM_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=finite_float)
@@ -384,7 +488,36 @@ def drop_path(value: Any, path: list[str]) -> Any:
     if len(path) == 1:
         return without(value, path[0])
     inner = drop_path(value[path[0]], path[1:])
-    return value if inner is value[path[0]] else {**value, path[0]: inner}
+    if inner is value[path[0]]:
+        return value
+    return {**value, path[0]: inner}
+
+
+def visible_ascii(value: Any) -> str:
+    """Return a text that can stand in a header; "" for anything else."""
+    if isinstance(value, str) and VISIBLE_ASCII.fullmatch(value):
+        return value
+    return ""
+
+
+def jwt_claims(token: Any) -> dict[str, Any]:
+    """Return a JWT's payload; {} when it is none. Nobody checks the signature here: upstream does."""
+    parts = or_empty(token, str).split(".")
+    if len(parts) != 3:
+        return {}
+    try:
+        return or_empty(json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))), dict)
+    except (ValueError, RecursionError, binascii.Error):
+        return {}
+
+
+def unix_time(text: Any) -> float:
+    """Read an RFC 3339 time such as auth.json's last_refresh, in Unix seconds; 0 when it is none."""
+    match = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", or_empty(text, str), re.ASCII)
+    try:
+        return float(calendar.timegm(tuple(map(int, match.groups())))) if match else 0.0
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 # == 4 refusals ===============================================================
@@ -415,7 +548,9 @@ class UpstreamRefusal(BridgeError):
 def retry_after_seconds(seconds: Any) -> str:
     """Return a retry-after that is not too early; "" for what is no sensible number of seconds."""
     known = finite_number(seconds)
-    return "" if known is None or not 0 <= known < 1e9 else str(int(known) + 1)
+    if known is None or not 0 <= known < 1e9:
+        return ""
+    return str(int(known) + 1)
 
 
 def error_type(status: int) -> str:
@@ -435,7 +570,9 @@ def refusal(status: int, content_type: str, body: bytes, retry_after: str | None
         title = re.search(r"<title>([^<]{1,200})", text, re.IGNORECASE)
         error = {"code": "upstream_web_page", "message": _web_page_message(status, title)}
     if error is None:
-        reason = f": {text[:500]}" if text else " without a reason"
+        reason = " without a reason"
+        if text:
+            reason = f": {text[:500]}"
         error = {"message": f"upstream answered {status}{reason}"}
     if 300 <= status < 400:
         error = {"code": "upstream_redirect",
@@ -445,7 +582,9 @@ def refusal(status: int, content_type: str, body: bytes, retry_after: str | None
 
 def _web_page_message(status: int, title: re.Match[str] | None) -> str:
     """Say what a web page in place of an answer means; Cloudflare sends one to unknown clients (WIRE 3)."""
-    named = f" ({' '.join(title[1].split())!r})" if title else ""
+    named = ""
+    if title:
+        named = f" ({' '.join(title[1].split())!r})"
     return (f"upstream answered {status} with a web page{named}, not with JSON: something between this host "
             "and ChatGPT (Cloudflare, a proxy) refused the connection")
 
@@ -480,7 +619,380 @@ FAILURE_STATUS = {  # the backend's codes inside `response.failed`; DESIGN "Endp
 }
 
 
-# == 5 options ================================================================
+# == 5 http ===================================================================
+# Heads and bodies as bytes, read strictly and the same way on both sides.
+# http.server and http.client are not used for reading: they take signed lengths, folded lines and bare line
+# feeds, hide a body cut short, hang on a 304 that is marked chunked, and cost 90 µs a head (WIRE 8).
+
+HEADER_LINES = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
+REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
+METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"))
+SINGLE = frozenset((  # twice is a trick, not a list
+    "authorization", "content-encoding", "content-length", "content-type", "expect", "host", "origin",
+    "transfer-encoding", "x-api-key",
+))
+
+
+class RequestHead(NamedTuple):
+    """A client's request line and fields."""
+
+    method: str
+    target: str
+    minor: int  # 0 or 1, of HTTP/1.x
+    headers: dict[str, str]
+
+
+class ReplyHead(NamedTuple):
+    """Upstream's status line and fields."""
+
+    status: int
+    minor: int
+    headers: dict[str, str]
+
+
+def parse_headers(text: str) -> dict[str, str]:
+    """Parse header lines, each with its CRLF.
+
+    Raises HeadTooLarge and MalformedHttp: for a folded line, a space before the colon, a bare CR or LF, NUL.
+    """
+    if HEADER_LINES.fullmatch(text) is None:
+        raise MalformedHttp("a header line is not `name: value`")
+    lines = text.split("\r\n")
+    if len(lines) - 1 > MAX_HEADERS:
+        raise HeadTooLarge(f"the head has {len(lines) - 1} fields, the limit is {MAX_HEADERS}")
+    headers: dict[str, str] = {}
+    for line in lines[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in SINGLE:
+                raise MalformedHttp(f"the field {name} stands twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def parse_request(head: bytes) -> RequestHead:
+    """Parse a request's head, up to but without its empty line.
+
+    Raises MalformedHttp and its kinds; each means that the connection cannot go on.
+    """
+    line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise MalformedHttp("the request line is not `METHOD /target HTTP/1.1`")
+    method, target, major, minor = match.groups()
+    if major != "1" or minor not in "01":
+        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
+    if method not in METHODS:
+        raise UnknownCoding(f"the method {method} is not known here")
+    if len(target) > MAX_TARGET:
+        raise TargetTooLong(f"the target is {len(target)} bytes, the limit is {MAX_TARGET}")
+    if not target.startswith("/") or target.startswith("//"):
+        raise MalformedHttp("the target must be a path; this is no forward proxy")
+    headers = parse_headers(lines)
+    if minor == "1" and not headers.get("host"):
+        raise MalformedHttp("a Host field is wanted")
+    return RequestHead(method, target, int(minor), headers)
+
+
+def parse_reply(head: bytes) -> ReplyHead:
+    """Parse a reply's head, up to but without its empty line.
+
+    Raises BadUpstream.
+    """
+    line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
+    match = STATUS_LINE.fullmatch(line)
+    if match is None:
+        raise BadUpstream("upstream's answer is not HTTP/1.1")
+    try:
+        return ReplyHead(int(match[2]), int(match[1]), parse_headers(lines))
+    except MalformedHttp as exc:
+        raise BadUpstream(f"upstream's head is malformed: {exc.message}") from exc
+
+
+DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
+
+
+def body_length(headers: Mapping[str, str]) -> int | None:
+    """Return the Content-Length in bytes, -1 for a chunked body, None for neither.
+
+    Raises MalformedHttp for both, a length that is not plain digits, and UnknownCoding for another coding.
+    """
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if length is not None:
+            raise MalformedHttp("both Content-Length and Transfer-Encoding")
+        if coding.lower() != "chunked":
+            raise UnknownCoding(f"the transfer coding {coding!r} is not known here")
+        return -1
+    if length is None:
+        return None
+    if not DIGITS.fullmatch(length):
+        raise MalformedHttp(f"Content-Length is plain digits, not {length!r}")
+    return int(length)
+
+
+# -- bodies: fed with what was read, they give what was meant and know when it ends
+
+class LengthBody:
+    """A body of a known length."""
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+        self.done = length == 0
+        self.rest = b""  # bytes after the end
+
+    def feed(self, raw: bytes) -> bytes:
+        """Return the body's bytes in `raw`."""
+        payload = raw
+        if len(raw) > self.left:
+            payload = raw[:self.left]
+        self.left -= len(payload)
+        self.done = self.left == 0
+        if self.done:
+            self.rest = raw[len(payload):]
+        return payload
+
+
+class CloseBody(LengthBody):
+    """A body that ends with the connection: a cut cannot be told from an end."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 62)
+
+
+class ChunkedBody:
+    """A chunked body.
+
+    Raises MalformedHttp from `feed` for anything but `hex-size [;extension] CRLF data CRLF`.
+    """
+
+    HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r\n")
+    HEAD_PART = re.compile(rb"[0-9A-Fa-f]{0,15}|[0-9A-Fa-f]{1,15}[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r?")
+    CRLF_PART = re.compile(rb"\r?")
+    TRAILERS = 8192  # bytes of trailer fields, at most; they are read and dropped
+
+    def __init__(self) -> None:
+        self.left = 0  # bytes of the current chunk still to come
+        self.done = False
+        self.rest = b""  # bytes after the end
+        self._unread = b""  # a chunk's head or end, of which only a part has come
+        self._crlf = False  # the CRLF behind a chunk's bytes is due
+        self._last = False  # the last chunk's head was seen; trailers follow
+
+    def feed(self, raw: bytes) -> bytes:
+        """Return the payload in `raw`."""
+        if self._unread:
+            raw, self._unread = self._unread + raw, b""
+        if self._last:
+            self._end(raw)
+            return b""
+        pieces, at, end = [], 0, len(raw)
+        while at < end:
+            if self.left:
+                piece = raw[at:at + self.left]
+                pieces.append(piece)
+                at += len(piece)
+                self.left -= len(piece)
+                self._crlf = True
+            elif self._crlf:
+                if not raw.startswith(b"\r\n", at):
+                    self._wait_for(raw[at:], self.CRLF_PART)
+                    break
+                at += 2
+                self._crlf = False
+            else:
+                at = self._take_complete_chunks(raw, at, pieces)
+        if len(pieces) == 1:
+            return pieces[0]
+        return b"".join(pieces)
+
+    def _take_complete_chunks(self, raw: bytes, at: int, pieces: list[bytes]) -> int:
+        """Take chunk after chunk, while each is there as a whole; return where the reading goes on."""
+        while True:
+            match = self.HEAD.match(raw, at)
+            if match is None:
+                self._wait_for(raw[at:], self.HEAD_PART)
+                return len(raw)
+            start, size = match.end(), int(match[1], 16)
+            behind = start + size
+            if size == 0:
+                self._last = True
+                self._end(raw[start:])
+                return len(raw)
+            if not raw.startswith(b"\r\n", behind):
+                self.left = size
+                return start
+            pieces.append(raw[start:behind])
+            at = behind + 2
+
+    def _wait_for(self, part: bytes, wanted: re.Pattern[bytes]) -> None:
+        """Keep the part of a chunk's head or end that has come, if it can still become one."""
+        if not wanted.fullmatch(part):
+            raise MalformedHttp("a chunk is malformed")
+        self._unread = part
+
+    def _end(self, raw: bytes) -> None:
+        """Read the trailers up to the empty line."""
+        end = 0 if raw.startswith(b"\r\n") else raw.find(b"\r\n\r\n") + 2
+        if (len(raw) if end == 1 else end) > self.TRAILERS:
+            raise MalformedHttp("the trailers are too long")
+        if end == 1:
+            self._unread = raw
+        else:
+            self.done = True
+            self.rest = raw[end + 2:]
+
+
+def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody:
+    """Return the reader of a reply's body, in RFC 9112's order.
+
+    Raises BadUpstream.
+    """
+    # 1. none for HEAD, 1xx, 204, 304, whatever the fields say   2. chunked   3. a length   4. to the close
+    if method == "HEAD" or head.status in (204, 304) or head.status < 200:
+        return LengthBody(0)
+    try:
+        length = body_length(head.headers)
+    except MalformedHttp as exc:
+        raise BadUpstream(f"upstream's body is malformed: {exc.message}") from exc
+    if length is None:
+        return CloseBody()
+    if length < 0:
+        return ChunkedBody()
+    return LengthBody(length)
+
+
+def chunk(payload: bytes) -> bytes:
+    """Frame bytes as one chunk."""
+    return b"%x\r\n%b\r\n" % (len(payload), payload)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def render_head(first: str, fields: Iterable[tuple[str, str]]) -> bytes:
+    """Write a head. A value that could end its line is a programming error and never sent."""
+    lines = [first]
+    for name, value in fields:
+        if "\r" in value or "\n" in value or "\0" in value:
+            raise ValueError(f"the field {name} has a line break in it")
+        lines.append(f"{name}: {value}")
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def keeps_connection(minor: int, headers: Mapping[str, str]) -> bool:
+    """Tell whether the sender of a head keeps its connection open."""
+    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
+    return "close" not in tokens and (minor == 1 or "keep-alive" in tokens)
+
+
+def find_head_end(head: bytes, start: int) -> int:
+    """Return where a head ends, looked for from `start` on; -1 before it does. Raises MalformedHttp."""
+    end = head.find(b"\r\n\r\n", start)
+    if (end if end >= 0 else len(head)) > MAX_HEAD:
+        raise HeadTooLarge(f"the head is above {MAX_HEAD} bytes")
+    if end < 0 and head.count(b"\n") != head.count(b"\r\n"):
+        raise MalformedHttp("a line ends in a bare LF")
+    return end
+
+
+class Target(NamedTuple):
+    """An upstream address, taken apart; the key of its pooled connections."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> str:
+        """Return the Host header's value."""
+        return authority(self.host, self.port, self.scheme)
+
+
+@functools.lru_cache(maxsize=64)
+def parse_target(url: str) -> tuple[Target, str]:
+    """Split a URL into its target and its path with the query."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    path = parts.path + (f"?{parts.query}" if parts.query else "")
+    return Target(parts.scheme, parts.hostname or "", port), path or "/"
+
+
+def authority(host: str, port: int, scheme: str = "") -> str:
+    """Return host:port as a URL has it: IPv6 in brackets, without the scheme's default port."""
+    if ":" in host:
+        host = f"[{host}]"
+    if (scheme, port) in (("https", 443), ("http", 80)):
+        return host
+    return f"{host}:{port}"
+
+
+class BufferedReply(NamedTuple):
+    """One small reply, read whole."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> dict[str, Any]:
+        """Return the body's JSON object; {} when it is none."""
+        return or_empty(json_or_none(self.body), dict)
+
+    def refusal(self) -> UpstreamRefusal:
+        """Return what it is as a refusal."""
+        return refusal(self.status, self.headers.get("content-type", ""), self.body)
+
+    def json_or_raise(self) -> dict[str, Any]:
+        """Return a good answer's JSON object. Raises what it is when it is a refusal."""
+        if self.status != 200:
+            raise self.refusal()
+        return self.json()
+
+
+def is_within(host: str, domain: str) -> bool:
+    """Tell whether a host name is a domain, or below it."""
+    if re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", host, re.ASCII) is None:
+        return False
+    return host == domain or host.endswith(f".{domain}")
+
+
+def is_bare_origin(parts: urllib.parse.SplitResult) -> bool:
+    """Tell whether a URL is an origin without user, path and query."""
+    return not parts.username and not parts.query and parts.path in ("", "/")
+
+
+def join_url(base: str, path: str) -> str:
+    """Return the URL of a path: below the base, or at its origin for a path from `/backend-api/` on."""
+    parts = urllib.parse.urlsplit(base)
+    if path.startswith("/backend-api/"):
+        return f"{parts.scheme}://{parts.netloc}{path}"
+    return base + path
+
+
+class OutgoingRequest(NamedTuple):
+    """A request ready to send upstream."""
+
+    method: str
+    target: Target
+    head: bytes
+    body: bytes
+    timeout: float  # seconds of silence after which it is given up
+
+
+def outgoing_request(method: str, url: str, headers: Mapping[str, str], body: bytes,
+                     timeout: float) -> OutgoingRequest:
+    """Return a request ready to send, its head complete."""
+    target, path = parse_target(url)
+    lines = [*headers.items(), ("accept-encoding", "identity"), ("host", target.authority)]
+    if body or method == "POST":
+        lines.append(("content-length", str(len(body))))
+    return OutgoingRequest(method, target, render_head(f"{method} {path} HTTP/1.1", lines), body, timeout)
+
+
+# == 6 options ================================================================
 # One table of options gives argparse, the environment, --help and README. Nothing else has a default.
 
 class NamedSecret(NamedTuple):
@@ -694,7 +1206,9 @@ def read_option(option: Option, given: list[str] | None, environ: Mapping[str, s
         values = [option.read(text.strip()) for text in texts if text.strip() or not option.many]
     except ValueError as exc:
         raise UsageError(f"{source}: {exc}") from exc
-    return tuple(values) if option.many else values[-1]
+    if option.many:
+        return tuple(values)
+    return values[-1]
 
 
 def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, str]) -> Config:
@@ -722,323 +1236,45 @@ def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, s
 OPTION = {option.name: option for option in OPTIONS}
 
 
-# == 6 http ===================================================================
-# Heads and bodies as bytes, read strictly and the same way on both sides.
-# http.server and http.client are not used for reading: they take signed lengths, folded lines and bare line
-# feeds, hide a body cut short, hang on a 304 that is marked chunked, and cost 90 µs a head (WIRE 8).
-
-HEADER_LINES = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
-REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
-METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"))
-SINGLE = frozenset((  # twice is a trick, not a list
-    "authorization", "content-encoding", "content-length", "content-type", "expect", "host", "origin",
-    "transfer-encoding", "x-api-key",
-))
+PROXY_VARIABLES = ("https_proxy", "all_proxy")  # of the environment, in either case
 
 
-class RequestHead(NamedTuple):
-    """A client's request line and fields."""
+def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
+    """Return the proxy that the environment names for an https target (HTTPS_PROXY, NO_PROXY), if any.
 
-    method: str
-    target: str
-    minor: int  # 0 or 1, of HTTP/1.x
-    headers: dict[str, str]
-
-
-class ReplyHead(NamedTuple):
-    """Upstream's status line and fields."""
-
-    status: int
-    minor: int
-    headers: dict[str, str]
-
-
-def parse_headers(text: str) -> dict[str, str]:
-    """Parse header lines, each with its CRLF.
-
-    Raises HeadTooLarge and MalformedHttp: for a folded line, a space before the colon, a bare CR or LF, NUL.
+    Raises BadUpstream for one that is not http://host:port.
     """
-    if HEADER_LINES.fullmatch(text) is None:
-        raise MalformedHttp("a header line is not `name: value`")
-    lines = text.split("\r\n")
-    if len(lines) - 1 > MAX_HEADERS:
-        raise HeadTooLarge(f"the head has {len(lines) - 1} fields, the limit is {MAX_HEADERS}")
-    headers: dict[str, str] = {}
-    for line in lines[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        if name in headers:
-            if name in SINGLE:
-                raise MalformedHttp(f"the field {name} stands twice")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    return headers
-
-
-def parse_request(head: bytes) -> RequestHead:
-    """Parse a request's head, up to but without its empty line.
-
-    Raises MalformedHttp and its kinds; each means that the connection cannot go on.
-    """
-    line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if match is None:
-        raise MalformedHttp("the request line is not `METHOD /target HTTP/1.1`")
-    method, target, major, minor = match.groups()
-    if major != "1" or minor not in "01":
-        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
-    if method not in METHODS:
-        raise UnknownCoding(f"the method {method} is not known here")
-    if len(target) > MAX_TARGET:
-        raise TargetTooLong(f"the target is {len(target)} bytes, the limit is {MAX_TARGET}")
-    if not target.startswith("/") or target.startswith("//"):
-        raise MalformedHttp("the target must be a path; this is no forward proxy")
-    headers = parse_headers(lines)
-    if minor == "1" and not headers.get("host"):
-        raise MalformedHttp("a Host field is wanted")
-    return RequestHead(method, target, int(minor), headers)
-
-
-def parse_reply(head: bytes) -> ReplyHead:
-    """Parse a reply's head, up to but without its empty line.
-
-    Raises BadUpstream.
-    """
-    line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
-    match = STATUS_LINE.fullmatch(line)
-    if match is None:
-        raise BadUpstream("upstream's answer is not HTTP/1.1")
-    try:
-        return ReplyHead(int(match[2]), int(match[1]), parse_headers(lines))
-    except MalformedHttp as exc:
-        raise BadUpstream(f"upstream's head is malformed: {exc.message}") from exc
-
-
-DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
-
-
-def body_length(headers: Mapping[str, str]) -> int | None:
-    """Return the Content-Length in bytes, -1 for a chunked body, None for neither.
-
-    Raises MalformedHttp for both, a length that is not plain digits, and UnknownCoding for another coding.
-    """
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is not None:
-        if length is not None:
-            raise MalformedHttp("both Content-Length and Transfer-Encoding")
-        if coding.lower() != "chunked":
-            raise UnknownCoding(f"the transfer coding {coding!r} is not known here")
-        return -1
-    if length is None:
+    if target.scheme != "https" or not any(name.lower() in PROXY_VARIABLES for name in os.environ):
         return None
-    if not DIGITS.fullmatch(length):
-        raise MalformedHttp(f"Content-Length is plain digits, not {length!r}")
-    return int(length)
+    import urllib.request  # late: it costs 20 ms, and few need it
+
+    proxies = urllib.request.getproxies_environment()
+    address = proxies.get("https") or proxies.get("all")
+    if not address or urllib.request.proxy_bypass_environment(target.host):  # type: ignore[attr-defined]
+        return None
+    if "://" not in address:
+        address = f"http://{address}"
+    with contextlib.suppress(ValueError):
+        proxy = urllib.parse.urlsplit(address)
+        if proxy.scheme == "http" and proxy.hostname and proxy.port != 0:
+            return proxy
+    raise BadUpstream("HTTPS_PROXY must be http://host:port")
 
 
-# -- bodies: fed with what was read, they give what was meant and know when it ends
-
-class LengthBody:
-    """A body of a known length."""
-
-    def __init__(self, length: int) -> None:
-        self.left = length
-        self.done = length == 0
-        self.rest = b""  # bytes after the end
-
-    def feed(self, raw: bytes) -> bytes:
-        """Return the body's bytes in `raw`."""
-        payload = raw[:self.left] if len(raw) > self.left else raw
-        self.left -= len(payload)
-        self.done = self.left == 0
-        if self.done:
-            self.rest = raw[len(payload):]
-        return payload
+def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    """Return the fields for the proxy itself: its user and password, where its address has them."""
+    if proxy.username is None:
+        return {}
+    user = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode("ascii")}
 
 
-class CloseBody(LengthBody):
-    """A body that ends with the connection: a cut cannot be told from an end."""
-
-    def __init__(self) -> None:
-        super().__init__(1 << 62)
-
-
-class ChunkedBody:
-    """A chunked body.
-
-    Raises MalformedHttp from `feed` for anything but `hex-size [;extension] CRLF data CRLF`.
-    """
-
-    HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r\n")
-    HEAD_PART = re.compile(rb"[0-9A-Fa-f]{0,15}|[0-9A-Fa-f]{1,15}[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r?")
-    CRLF_PART = re.compile(rb"\r?")
-    TRAILERS = 8192  # bytes of trailer fields, at most; they are read and dropped
-
-    def __init__(self) -> None:
-        self.left = 0  # bytes of the current chunk still to come
-        self.done = False
-        self.rest = b""  # bytes after the end
-        self._unread = b""  # a chunk's head or end, of which only a part has come
-        self._crlf = False  # the CRLF behind a chunk's bytes is due
-        self._last = False  # the last chunk's head was seen; trailers follow
-
-    def feed(self, raw: bytes) -> bytes:
-        """Return the payload in `raw`."""
-        if self._unread:
-            raw, self._unread = self._unread + raw, b""
-        if self._last:
-            self._end(raw)
-            return b""
-        pieces, at, end = [], 0, len(raw)
-        while at < end:
-            if self.left:
-                piece = raw[at:at + self.left]
-                pieces.append(piece)
-                at += len(piece)
-                self.left -= len(piece)
-                self._crlf = True
-            elif self._crlf:
-                if not raw.startswith(b"\r\n", at):
-                    self._wait_for(raw[at:], self.CRLF_PART)
-                    break
-                at += 2
-                self._crlf = False
-            else:
-                at = self._take_complete_chunks(raw, at, pieces)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _take_complete_chunks(self, raw: bytes, at: int, pieces: list[bytes]) -> int:
-        """Take chunk after chunk, while each is there as a whole; return where the reading goes on."""
-        while True:
-            match = self.HEAD.match(raw, at)
-            if match is None:
-                self._wait_for(raw[at:], self.HEAD_PART)
-                return len(raw)
-            start, size = match.end(), int(match[1], 16)
-            behind = start + size
-            if size == 0:
-                self._last = True
-                self._end(raw[start:])
-                return len(raw)
-            if not raw.startswith(b"\r\n", behind):
-                self.left = size
-                return start
-            pieces.append(raw[start:behind])
-            at = behind + 2
-
-    def _wait_for(self, part: bytes, wanted: re.Pattern[bytes]) -> None:
-        """Keep the part of a chunk's head or end that has come, if it can still become one."""
-        if not wanted.fullmatch(part):
-            raise MalformedHttp("a chunk is malformed")
-        self._unread = part
-
-    def _end(self, raw: bytes) -> None:
-        """Read the trailers up to the empty line."""
-        end = 0 if raw.startswith(b"\r\n") else raw.find(b"\r\n\r\n") + 2
-        if (len(raw) if end == 1 else end) > self.TRAILERS:
-            raise MalformedHttp("the trailers are too long")
-        if end == 1:
-            self._unread = raw
-        else:
-            self.done = True
-            self.rest = raw[end + 2:]
-
-
-def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody:
-    """Return the reader of a reply's body, in RFC 9112's order.
-
-    Raises BadUpstream.
-    """
-    # 1. none for HEAD, 1xx, 204, 304, whatever the fields say   2. chunked   3. a length   4. to the close
-    if method == "HEAD" or head.status in (204, 304) or head.status < 200:
-        return LengthBody(0)
-    try:
-        length = body_length(head.headers)
-    except MalformedHttp as exc:
-        raise BadUpstream(f"upstream's body is malformed: {exc.message}") from exc
-    if length is None:
-        return CloseBody()
-    return ChunkedBody() if length < 0 else LengthBody(length)
-
-
-def chunk(payload: bytes) -> bytes:
-    """Frame bytes as one chunk."""
-    return b"%x\r\n%b\r\n" % (len(payload), payload)
-
-
-LAST_CHUNK = b"0\r\n\r\n"
-
-
-def render_head(first: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Write a head. A value that could end its line is a programming error and never sent."""
-    lines = [first]
-    for name, value in fields:
-        if "\r" in value or "\n" in value or "\0" in value:
-            raise ValueError(f"the field {name} has a line break in it")
-        lines.append(f"{name}: {value}")
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
-
-
-def keeps_connection(minor: int, headers: Mapping[str, str]) -> bool:
-    """Tell whether the sender of a head keeps its connection open."""
-    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
-    return "close" not in tokens and (minor == 1 or "keep-alive" in tokens)
-
-
-def find_head_end(head: bytes, start: int) -> int:
-    """Return where a head ends, looked for from `start` on; -1 before it does. Raises MalformedHttp."""
-    end = head.find(b"\r\n\r\n", start)
-    if (end if end >= 0 else len(head)) > MAX_HEAD:
-        raise HeadTooLarge(f"the head is above {MAX_HEAD} bytes")
-    if end < 0 and head.count(b"\n") != head.count(b"\r\n"):
-        raise MalformedHttp("a line ends in a bare LF")
-    return end
-
-
-class Target(NamedTuple):
-    """An upstream address, taken apart; the key of its pooled connections."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @classmethod
-    @functools.lru_cache(maxsize=64)
-    def of(cls, url: str) -> tuple[Target, str]:
-        """Split an address into its target and its path."""
-        parts = urllib.parse.urlsplit(url)
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        path = parts.path + (f"?{parts.query}" if parts.query else "")
-        return cls(parts.scheme, parts.hostname or "", port), path or "/"
-
-    @property
-    def name(self) -> str:
-        """Return the Host field's value."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
-
-
-class BufferedReply(NamedTuple):
-    """One small reply, read whole."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    def json(self) -> dict[str, Any]:
-        """Return the body's JSON object; {} when it is none."""
-        return or_empty(json_or_none(self.body), dict)
-
-    def refusal(self) -> UpstreamRefusal:
-        """Return what it is as a refusal."""
-        return refusal(self.status, self.headers.get("content-type", ""), self.body)
-
-    def json_or_raise(self) -> dict[str, Any]:
-        """Return a good answer's JSON object. Raises what it is when it is a refusal."""
-        if self.status != 200:
-            raise self.refusal()
-        return self.json()
+def sign_in_hint(path: str) -> str:
+    """Say what a person does about a missing or dead sign-in in a file; Codex writes its own one only."""
+    host, home, path = socket.gethostname(), os.environ.get("CODEX_HOME") or "~/.codex", os.path.abspath(path)
+    if path == os.path.abspath(os.path.join(os.path.expanduser(home), "auth.json")):
+        return f"run `codex login` on {host}, or `python3 qoo_bridge.py login`"
+    return f"run `python3 qoo_bridge.py login --auth-file {path}` on {host}"
 
 
 ###############################################################################
@@ -1084,7 +1320,9 @@ class Connection:
             return None
         except ssl.SSLEOFError:
             return b""  # the other side ended without close_notify, as many do; framing tells a cut
-        return received if len(received) < LARGE_READ_BYTES or not self._tls else self._read_on(received)
+        if len(received) < LARGE_READ_BYTES or not self._tls:
+            return received
+        return self._read_on(received)
 
     def _read_on(self, first: bytes) -> bytes:
         """Read what more is there behind a large TLS record: large pieces cost less a byte."""
@@ -1153,9 +1391,9 @@ class Connection:
         except (ssl.SSLWantReadError, BlockingIOError, InterruptedError):
             return
         except OSError as exc:
-            raise ClientLeft("reset") from exc
+            raise ClientLeft("client_closed") from exc
         if not raw:
-            raise ClientLeft("closed")
+            raise ClientLeft("client_closed")
         self.buffer += raw
 
     def read_head(self, until: float, client: Connection | None = None) -> bytes | None:
@@ -1225,17 +1463,6 @@ def wait_writable(sock: Any, seconds: float) -> bool:
     return bool(poller.poll(seconds * 1000))
 
 
-def describe_error(exc: BaseException) -> str:
-    """Say in a few words what went wrong, for a person."""
-    if isinstance(exc, BridgeError):
-        return exc.message
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {exc.verify_message}"
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror.lower() if exc.errno != errno.ECONNRESET else "connection reset"
-    return str(exc) or type(exc).__name__
-
-
 def linger(connection: Connection) -> None:
     """End a connection so that the client gets the answer: what it still sends is read for a moment."""
     try:
@@ -1263,30 +1490,37 @@ def lan_address() -> str:
     return "127.0.0.1"
 
 
+def resolve_host(host: str, port: int) -> list[str]:
+    """Return the addresses of a name. Raises BadUpstream."""
+    try:
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:
+        raise BadUpstream(f"cannot resolve {host}: {describe_error(exc)}") from exc
+    return sorted({str(entry[4][0]) for entry in entries})
+
+
+def check_can_listen(host: str, port: int) -> None:
+    """Listen on an address for a moment. Raises OSError when that cannot be done."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+        if os.name != "nt":  # on Windows it would let two programs share the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+
+
 # == 8 upstream ===============================================================
 # The only opener of connections: pool, TLS, proxy, retry on a stale one. Exceptions of socket, ssl and
 # http.client become the errors of part A here. http.client connects; reading is room http's.
-
-class OutgoingRequest(NamedTuple):
-    """A request on its way upstream."""
-
-    method: str
-    target: Target
-    head: bytes
-    body: bytes
-    seconds: float  # of silence, after which it is given up
-
 
 class Reply:
     """Upstream's answer: its head, and its body piece by piece."""
 
     def __init__(self, connection: Connection, target: Target, head: ReplyHead, method: str,
-                 release: Callable[..., None]) -> None:
+                 release: Callable[[Target, Connection], None]) -> None:
         self.connection = connection
+        self.target = target
         self.status = head.status
         self.headers = head.headers
         self.body = reply_body(head, method)
-        self._target = target
         self._release = release
         self._reusable = keeps_connection(head.minor, head.headers) and head.status != 101
         self._closed = False
@@ -1306,34 +1540,45 @@ class Reply:
                 payload = self.body.feed(raw)
             except (OSError, MalformedHttp) as exc:
                 self.close()
-                raise BadUpstream(f"upstream broke off within its answer: {describe_error(exc)}") from exc
+                reason = describe_error(exc)
+                raise BadUpstream(f"upstream closed the connection mid-response: {reason}") from exc
             if payload:
                 return payload
             if not raw:
                 self.close()
                 if not isinstance(self.body, CloseBody):
-                    raise BadUpstream("upstream broke off within its answer")
+                    raise BadUpstream("upstream closed the connection mid-response")
                 self.body.done = True
         return b""
 
-    def read_all(self, limit: int, seconds: float, client: Connection | None = None) -> bytes:
+    def read_body(self, limit: int, seconds: float, client: Connection | None = None) -> bytes:
         """Return the whole body, cut at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
         pieces, size, until = [], 0, time.monotonic() + seconds
         while size < limit:
             piece = self.read(max(0.0, until - time.monotonic()), client)
             if piece is None:
                 self.close()
-                raise UpstreamTimeout(f"upstream did not end its answer within {seconds:g} s")
+                raise UpstreamTimeout(f"upstream did not finish its response within {seconds:g} s")
             if not piece:
                 break
             pieces.append(piece)
             size += len(piece)
         return b"".join(pieces)[:limit]
 
-    def whole(self, limit: int, seconds: float) -> BufferedReply:
-        """Return the answer read whole, and give the connection back. Raises as `read_all` does."""
+    def read_all(self, limit: int, seconds: float) -> BufferedReply:
+        """Return the reply with its whole body, and give the connection back. Raises as `read_body` does."""
         with self:
-            return BufferedReply(self.status, self.headers, self.read_all(limit, seconds))
+            return BufferedReply(self.status, self.headers, self.read_body(limit, seconds))
+
+    def tls(self) -> tuple[str, str] | None:
+        """Return the TLS version and the certificate's issuer; None without TLS."""
+        sock = self.connection.sock
+        if not isinstance(sock, ssl.SSLSocket):
+            return None
+        certificate: Any = sock.getpeercert() or {}
+        names = dict(pair for group in certificate.get("issuer", ()) for pair in group)
+        issuer = ", ".join(names[key] for key in ("organizationName", "commonName") if key in names)
+        return sock.version() or "TLS", issuer
 
     def finish(self) -> None:
         """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
@@ -1346,7 +1591,7 @@ class Reply:
                     break
         if self.body.done and self._reusable and not self.body.rest and not self._closed:
             self._closed = True
-            self._release(self._target, self.connection)
+            self._release(self.target, self.connection)
         else:
             self.close()
 
@@ -1374,48 +1619,56 @@ class Upstream:
     """
 
     def __init__(self, connect_timeout: float, idle_timeout: float,
-                 count: Callable[[str], None] = lambda name: None) -> None:
+                 count: Callable[[str], None] = lambda name: None, own_bridge: bool = False) -> None:
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._count = count
+        self._own_bridge = own_bridge  # for questions to this host's own bridge: no proxy, any certificate
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Target, Connection]] = []  # newest last
         self._context: ssl.SSLContext | None = None
         self._opening: set[Target] = set()  # connections being opened ahead
         self._closed = False
 
-    def open(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
-             client: Connection | None = None, timeout: float = 0) -> Reply:
-        """Send one request and return the reply, its body unread; `timeout` in seconds, else --idle-timeout.
+    def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"",
+                client: Connection | None = None, timeout: float | None = None) -> Reply:
+        """Send one request and return the reply, its body unread. `timeout` in seconds, else --idle-timeout.
 
-        A kept connection that turns out closed before a reply's first byte is replaced once by a new one.
-        Raises BadUpstream, UpstreamTimeout, and ClientLeft when `client` goes while waiting.
+        A kept connection that was closed before the reply's first byte is replaced once by a new one.
+        Raises BadUpstream, UpstreamTimeout, and ClientLeft when `client` leaves meanwhile.
         """
-        target, path = Target.of(url)
-        head = render_head(f"{method} {path} HTTP/1.1", [
-            *fields.items(), ("accept-encoding", "identity"), ("host", target.name),
-            *([("content-length", str(len(body)))] if body or method == "POST" else [])])
-        sent = OutgoingRequest(method, target, head, body, timeout or self._idle_timeout)
-        connection = self._take(target)
-        if connection is not None:
-            self._count("upstream_reused")
-            reply = self._exchange(connection, sent, client, kept=True)
+        outgoing = outgoing_request(method, url, headers, body, timeout or self._idle_timeout)
+        kept = self._take(outgoing.target)
+        while True:
+            connection = kept or self._connect(outgoing.target)
+            try:
+                if len(body) < READ_SIZE:
+                    connection.send(outgoing.head + body, outgoing.timeout)
+                else:
+                    connection.send(outgoing.head, outgoing.timeout)
+                    connection.send(body, outgoing.timeout)
+            except (BrokenPipeError, ConnectionResetError) as exc:
+                if kept is not None:
+                    log.debug("a kept connection was closed: %s", exc)
+                # If upstream stops reading, it may already have answered (such as 413): read that.
+            except OSError as exc:
+                raise self._broken(connection, outgoing, exc) from exc
+            reply = self._read_reply(connection, outgoing, client, kept is not None)
             if reply is not None:
                 return reply
-        reply = self._exchange(self._connect(target), sent, client, kept=False)
-        if reply is None:
-            raise BadUpstream(f"{target.host} closed the connection without an answer")
-        return reply
+            kept = None
 
-    def fetch(self, method: str, url: str, fields: Mapping[str, str], body: bytes = b"",
+    def fetch(self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"",
               timeout: float = 10) -> BufferedReply:
-        """Make one small exchange, the answer read whole. Raises BadUpstream and UpstreamTimeout."""
-        fields = {"accept": "application/json", **fields}
-        return self.open(method, url, fields, body, timeout=timeout).whole(MAX_REPLY, timeout)
+        """Send a request and read its whole reply within `timeout` seconds.
 
-    def open_ahead(self, url: str) -> None:
+        Raises BadUpstream and UpstreamTimeout.
+        """
+        headers = {"accept": "application/json", **headers}
+        return self.request(method, url, headers, body, timeout=timeout).read_all(MAX_REPLY, timeout)
+
+    def open_ahead(self, target: Target) -> None:
         """Open a connection in the background, so that the next request finds one; one at a time."""
-        target, _ = Target.of(url)
         with self._lock:
             if target in self._opening or any(kept == target for _, kept, _ in self._idle):
                 return
@@ -1429,6 +1682,11 @@ class Upstream:
             idle, self._idle = self._idle, []
         for _, _, connection in idle:
             connection.close()
+
+    def kept(self) -> int:
+        """Return how many unused connections are kept."""
+        with self._lock:
+            return len(self._idle)
 
     def _open_ahead(self, target: Target) -> None:
         try:
@@ -1449,6 +1707,7 @@ class Upstream:
                     return None
                 since, _, connection = self._idle.pop(places[-1])
             if since > oldest and is_still_open(connection):
+                self._count("upstream_reused")
                 return connection
             connection.close()
 
@@ -1467,7 +1726,7 @@ class Upstream:
     def _connect(self, target: Target) -> Connection:
         """Open a connection, through HTTPS_PROXY where the environment says so."""
         self._count("upstream_opened")
-        proxy = find_proxy(target)
+        proxy = None if self._own_bridge else find_proxy(target)
         host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
         connection: http.client.HTTPConnection
         if target.scheme == "https":
@@ -1493,52 +1752,40 @@ class Upstream:
                 self._context = ssl.create_default_context()
                 self._context.minimum_version = ssl.TLSVersion.TLSv1_2
                 self._context.set_alpn_protocols(["http/1.1"])
+                if self._own_bridge:
+                    self._context.check_hostname, self._context.verify_mode = False, ssl.CERT_NONE
             return self._context
 
-    def _exchange(self, connection: Connection, sent: OutgoingRequest, client: Connection | None,
-                  kept: bool) -> Reply | None:
-        """Send a request and read the reply's head; None when a kept connection was closed before it."""
-        target, begun = sent.target, False
+    def _read_reply(self, connection: Connection, outgoing: OutgoingRequest, client: Connection | None,
+                    reused: bool) -> Reply | None:
+        """Read the reply's head; None when a reused connection was closed before its first byte."""
+        until, begun = time.monotonic() + outgoing.timeout, False
         try:
-            self._send(connection, sent, kept)
-            until = time.monotonic() + sent.seconds
-            raw = connection.read_head(until, client)
-            while raw is not None:
+            while raw := connection.read_head(until, client):
                 begun = True
-                reply = Reply(connection, target, parse_reply(raw), sent.method, self._release)
+                reply = Reply(connection, outgoing.target, parse_reply(raw), outgoing.method, self._release)
                 if reply.status >= 200 or reply.status == 101:
                     return reply
-                if time.monotonic() > until:
+                if time.monotonic() > until:  # 1xx replies without end
                     raise TimeoutError
-                raw = connection.read_head(until, client)  # 1xx: not yet the answer
-        except TimeoutError as exc:
-            connection.close()
-            raise UpstreamTimeout(f"{target.host} did not answer within {sent.seconds:g} s") from exc
+            raise ConnectionResetError("closed the connection without a response")
         except (OSError, EOFError, MalformedHttp) as exc:
-            connection.close()
-            if kept and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
+            if reused and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
+                connection.close()
                 return None
-            raise BadUpstream(f"{target.host} broke off before an answer: {describe_error(exc)}") from exc
+            raise self._broken(connection, outgoing, exc) from exc
         except BaseException:
             connection.close()
             raise
-        connection.close()
-        if begun:
-            raise BadUpstream(f"{target.host} closed the connection without a final answer")
-        return None
 
     @staticmethod
-    def _send(connection: Connection, sent: OutgoingRequest, kept: bool) -> None:
-        """Send head and body. An upstream that stops reading may have an early answer: go on to that."""
-        try:
-            if len(sent.body) < READ_SIZE:
-                connection.send(sent.head + sent.body, sent.seconds)
-            else:
-                connection.send(sent.head, sent.seconds)
-                connection.send(sent.body, sent.seconds)
-        except (BrokenPipeError, ConnectionResetError):
-            if kept:
-                raise
+    def _broken(connection: Connection, outgoing: OutgoingRequest, exc: Exception) -> BridgeError:
+        """Close a connection that failed before a reply; return the error for the client."""
+        connection.close()
+        host = outgoing.target.host
+        if isinstance(exc, TimeoutError):
+            return UpstreamTimeout(f"{host} did not answer within {outgoing.timeout:g} s")
+        return BadUpstream(f"{host} failed before it responded: {describe_error(exc)}")
 
 
 def is_still_open(connection: Connection) -> bool:
@@ -1552,38 +1799,6 @@ def is_still_open(connection: Connection) -> bool:
         return False
 
 
-def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
-    """Return the proxy that the environment names for an https target (HTTPS_PROXY, NO_PROXY), if any.
-
-    Raises BadUpstream for one that is not http://host:port.
-    """
-    named = any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ)
-    if target.scheme != "https" or not named:
-        return None
-    import urllib.request  # late: it costs 20 ms, and few need it
-
-    proxies = urllib.request.getproxies_environment()
-    address = proxies.get("https") or proxies.get("all")
-    if not address or urllib.request.proxy_bypass_environment(target.host):  # type: ignore[attr-defined]
-        return None
-    try:
-        proxy = urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
-        usable = proxy.scheme == "http" and proxy.hostname and proxy.port != 0
-    except ValueError:
-        usable = None
-    if not usable:
-        raise BadUpstream("HTTPS_PROXY must be http://host:port")
-    return proxy
-
-
-def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
-    """Return the fields for the proxy itself: its user and password, where its address has them."""
-    if proxy.username is None:
-        return {}
-    user = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": "Basic " + base64.b64encode(user.encode()).decode("ascii")}
-
-
 # == 9 sign-in ================================================================
 # The only reader and writer of auth.json. Refresh tokens are used once and rotate, and a Codex on this host
 # may refresh too: re-read first, hold auth.lock, compare before the write, lose nothing (WIRE 2).
@@ -1592,49 +1807,34 @@ Fetch = Callable[..., BufferedReply]  # Upstream.fetch: method, url, headers, bo
 
 
 class SignIn(NamedTuple):
-    """What auth.json says, checked; `expires` is a Unix time, 0 when it cannot be read."""
+    """What a sign-in is worth. Its tokens stay in this part."""
+
+    account: str  # ChatGPT's account id; "" when neither the file nor a claim names one
+    plan: str
+    email: str
+    expires: float  # Unix time in seconds; 0 when it cannot be read
+    renewable: bool  # there is a refresh token
+
+
+class Tokens(NamedTuple):
+    """A sign-in with its secrets. Only rooms sign-in and account may have one in hand."""
 
     access_token: str
     refresh_token: str
-    account: str
-    plan: str
     fedramp: bool
-    expires: float
+    sign_in: SignIn
 
     def __repr__(self) -> str:
-        return f"SignIn(account={self.account!r}, plan={self.plan!r}, expires={self.expires!r}, …)"
+        return f"Tokens({self.sign_in!r}, …)"
 
-    def fields(self) -> dict[str, str]:
-        """Return the request fields that carry the sign-in."""
-        fields = {"authorization": f"Bearer {self.access_token}"}
-        if self.account:
-            fields["chatgpt-account-id"] = self.account
+    def headers(self) -> dict[str, str]:
+        """Return the request headers that carry the sign-in (WIRE 2)."""
+        headers = {"authorization": f"Bearer {self.access_token}"}
+        if self.sign_in.account:
+            headers["chatgpt-account-id"] = self.sign_in.account
         if self.fedramp:
-            fields["x-openai-fedramp"] = "true"
-        return fields
-
-
-VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
-
-
-def jwt_claims(token: Any) -> dict[str, Any]:
-    """Return a JWT's payload; {} when it is none. Nobody checks the signature here: upstream does."""
-    parts = or_empty(token, str).split(".")
-    if len(parts) != 3:
-        return {}
-    try:
-        return or_empty(json.loads(base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))), dict)
-    except (ValueError, RecursionError, binascii.Error):
-        return {}
-
-
-def unix_time(text: Any) -> float:
-    """Read an RFC 3339 time such as auth.json's last_refresh; 0 when it is none."""
-    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", or_empty(text, str))
-    try:
-        return calendar.timegm(time.strptime(match[1], "%Y-%m-%dT%H:%M:%S")) if match else 0.0
-    except (ValueError, OverflowError):
-        return 0.0
+            headers["x-openai-fedramp"] = "true"
+        return headers
 
 
 def timestamp() -> str:
@@ -1642,15 +1842,7 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
 
 
-def sign_in_hint(path: str) -> str:
-    """Say what a person does about a missing or dead sign-in in a file; Codex writes its own one only."""
-    host, home, path = socket.gethostname(), os.environ.get("CODEX_HOME") or "~/.codex", os.path.abspath(path)
-    if path == os.path.abspath(os.path.join(os.path.expanduser(home), "auth.json")):
-        return f"run `codex login` on {host}, or `python3 qoo_bridge.py login`"
-    return f"run `python3 qoo_bridge.py login --auth-file {path}` on {host}"
-
-
-def read_sign_in(content: Any, path: str) -> SignIn:
+def read_tokens(content: Any, path: str) -> Tokens:
     """Check what auth.json holds.
 
     Raises NotSignedIn, which says what is wrong and what to do.
@@ -1660,30 +1852,36 @@ def read_sign_in(content: Any, path: str) -> SignIn:
     mode, tokens = content.get("auth_mode"), or_empty(content.get("tokens"), dict)
     if mode is not None and not (isinstance(mode, str) and mode.lower().startswith("chatgpt")):
         raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {sign_in_hint(path)}")
-    access = or_empty(tokens.get("access_token"), str)
-    if not VISIBLE_ASCII.fullmatch(access):
+    access, refresh = (visible_ascii(tokens.get(name)) for name in ("access_token", "refresh_token"))
+    if not access:
         raise NotSignedIn(f"{path} holds no ChatGPT access token; {sign_in_hint(path)}")
-    refresh = or_empty(tokens.get("refresh_token"), str)
-    claims = or_empty(jwt_claims(tokens.get("id_token")).get(AUTH_CLAIM), dict)
-    accounts = [account for account in (tokens.get("account_id"), claims.get("chatgpt_account_id"))
-                if isinstance(account, str) and VISIBLE_ASCII.fullmatch(account)]
-    expires = finite_number(jwt_claims(access).get("exp")) or 0
-    if expires <= 0:
-        written = unix_time(content.get("last_refresh"))
-        expires = written + TOKEN_AGE if written else 0
-    return SignIn(
-        access, refresh if VISIBLE_ASCII.fullmatch(refresh) else "", accounts[0] if accounts else "",
-        or_empty(claims.get("chatgpt_plan_type"), str), claims.get("chatgpt_account_is_fedramp") is True,
-        float(expires),
-    )
+    identity = jwt_claims(tokens.get("id_token"))
+    claims = or_empty(identity.get(AUTH_CLAIM), dict)
+    account = visible_ascii(tokens.get("account_id")) or visible_ascii(claims.get("chatgpt_account_id"))
+    sign_in = SignIn(
+        account=account, plan=or_empty(claims.get("chatgpt_plan_type"), str),
+        email=or_empty(identity.get("email"), str), expires=token_expiry(access, content),
+        renewable=bool(refresh))
+    return Tokens(access, refresh, claims.get("chatgpt_account_is_fedramp") is True, sign_in)
+
+
+def token_expiry(access_token: str, content: Mapping[str, Any]) -> float:
+    """Return when a token expires, in Unix seconds; 0 when neither its `exp` nor last_refresh tells."""
+    expires = finite_number(jwt_claims(access_token).get("exp")) or 0
+    if expires > 0:
+        return float(expires)
+    written = unix_time(content.get("last_refresh"))
+    if written:
+        return written + TOKEN_AGE
+    return 0.0
 
 
 @contextlib.contextmanager
-def file_lock(path: str) -> Iterator[bool]:
-    """Hold the BSD lock that Codex takes around a refresh, tried for LOCK_SECONDS; yield whether it is held.
+def file_lock(path: str) -> Iterator[None]:
+    """Hold the BSD lock that Codex takes around a refresh, tried for LOCK_SECONDS.
 
-    Without fcntl, or in a folder that cannot be written, the work goes on without it: the re-read before and
-    the comparison after still stand.
+    Without fcntl, or in a folder that cannot be written, the work goes on without the lock: the re-read
+    before and the comparison after still protect the file.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if fcntl else -1
@@ -1693,7 +1891,9 @@ def file_lock(path: str) -> Iterator[bool]:
     except OSError:
         handle = -1
     try:
-        yield handle >= 0 and _flock(handle)
+        if handle < 0 or not _flock(handle):
+            log.debug("%s is not locked: going on without the lock", path)
+        yield
     finally:
         if handle >= 0:
             os.close(handle)  # and with it the lock
@@ -1760,78 +1960,81 @@ class Credentials:
         self._on_refresh = on_refresh
         self._lock = threading.RLock()
         self._refreshing = threading.Lock()
-        self.seen: Any = "not yet"  # the file's signature when it was read
+        self._signature: Any = UNREAD  # of the file when it was read
         self._content: dict[str, Any] = {}  # of the file, unknown keys too
-        self._sign_in: SignIn | None = None
-        self._problem = ""  # of the file as it was read
-        self._torn = False  # and that is that it is empty or not whole
-        self._unreadable = False  # and that is that it cannot be opened
-        self._again = 0.0  # monotonic; the file is read once more then, though nothing tells of a change
+        self._tokens: Tokens | None = None
+        self._problem = ""  # why the file as it was read is no sign-in
+        self._torn = False  # _problem: the file is empty or truncated
+        self._unreadable = False  # _problem: the file cannot be opened
+        self._reread_at = 0.0  # monotonic; when to read the file even if it looks unchanged
         self._dead: dict[str, str] = {}  # refresh token -> why it was refused for good; one entry
         self._retry_at = 0.0  # monotonic; a refresh that failed for now is not asked for before
         self._ahead_at = 0.0  # monotonic; the same, of a refresh ahead of time
 
     def current(self) -> SignIn:
-        """Return the sign-in as the file has it now, without any refresh.
+        """Return what the sign-in in the file is worth now, without any refresh. Raises NotSignedIn."""
+        return self.current_tokens().sign_in
 
-        Raises NotSignedIn.
-        """
+    def reread(self) -> None:
+        """Read the file at its next use, whatever its date says."""
+        self._signature = UNREAD
+
+    def current_tokens(self) -> Tokens:
+        """Return the tokens as the file has them now, without any refresh. Raises NotSignedIn."""
         with self._lock:
             self._read()
-            if self._problem or self._sign_in is None:
+            if self._problem or self._tokens is None:
                 raise NotSignedIn(self._problem)
-            return self._sign_in
+            return self._tokens
 
-    def bearer(self) -> SignIn:
-        """Return a sign-in to send, refreshed first when it expires within TOKEN_MARGIN.
+    def bearer(self) -> Tokens:
+        """Return tokens to send, refreshed first when they expire within TOKEN_MARGIN.
 
         A refresh ahead of time that fails leaves the old token, which may still be good. Raises NotSignedIn.
         """
-        held = self.current()
-        left = held.expires - time.time()
-        if not held.expires or left > TOKEN_MARGIN or not held.refresh_token:
-            return held
+        tokens = self.current_tokens()
+        expires = tokens.sign_in.expires
+        left = expires - time.time()
+        if not expires or left > TOKEN_MARGIN or not tokens.refresh_token:
+            return tokens
         if left > URGENT_SECONDS and time.monotonic() < self._ahead_at:
-            return held  # a sign-in server that hangs must not hold up each request
+            return tokens  # a sign-in server that hangs must not hold up each request
         if not self._refreshing.acquire(blocking=left < URGENT_SECONDS):
-            return held  # another thread is at it, and this token has time left
+            return tokens  # another thread is refreshing, and this token has time left
         try:
-            return self._refresh(held, "proactive_expiry")
+            return self._refresh(tokens, "proactive_expiry")
         except BridgeError as exc:
             log.warning("refresh ahead of time failed: %s", exc.message)
             self._ahead_at = time.monotonic() + AHEAD_PAUSE_SECONDS
             if left <= 0 and isinstance(exc, NotSignedIn):
                 raise
-            return held
+            return tokens
         finally:
             self._refreshing.release()
 
-    def after_401(self, used: SignIn) -> SignIn:
-        """Return a newer sign-in than the one that upstream refused.
+    def after_401(self, refused: Tokens) -> Tokens:
+        """Return newer tokens than those that upstream refused.
 
-        The file first, because another program may have refreshed; else one refresh, over all threads.
+        The file comes first, because another program may have refreshed; else one refresh, over all threads.
         Raises NotSignedIn, and BadUpstream or UpstreamTimeout when the sign-in server cannot be asked.
         """
         with self._refreshing:
-            held = self.current()
-            if held.access_token != used.access_token:
-                return held
-            return self._refresh(held, "unauthorized_recovery")
+            return self._refresh(refused, "unauthorized_recovery")
 
     def _read(self) -> None:
         """Read the file if it changed; one that is torn or gone is read again for TORN_SECONDS."""
         signature = file_signature(self.path)
-        if signature == self.seen and time.monotonic() < self._again:
+        if signature == self._signature and time.monotonic() < self._reread_at:
             return
         until = time.monotonic() + TORN_SECONDS
         problem = self._read_once(signature)
-        while problem and (signature or self._sign_in) and time.monotonic() < until:
+        while problem and (signature or self._tokens) and time.monotonic() < until:
             time.sleep(0.005)
             signature = file_signature(self.path)
             problem = self._read_once(signature)
-        self.seen, self._problem = signature, problem
-        # That a file cannot be opened can pass without a sign of it on the file.
-        self._again = time.monotonic() + REFRESH_PAUSE if self._unreadable else float("inf")
+        self._signature, self._problem = signature, problem
+        # A file that could not be opened may become readable without any change of its signature.
+        self._reread_at = time.monotonic() + REFRESH_PAUSE if self._unreadable else float("inf")
 
     def _read_once(self, signature: Any) -> str:
         """Read the file into the fields; return what is wrong with it, "" when nothing is."""
@@ -1843,7 +2046,7 @@ class Credentials:
         try:
             with open(self.path, "rb") as file:
                 content = json.loads(file.read(MAX_REPLY))
-            sign_in = read_sign_in(content, self.path)
+            tokens = read_tokens(content, self.path)
         except OSError as exc:
             self._unreadable = True
             return f"{self.path} cannot be read: {exc.strerror}"
@@ -1852,107 +2055,113 @@ class Credentials:
             return f"{self.path} is empty or not whole JSON; {sign_in_hint(self.path)}"
         except NotSignedIn as exc:
             return exc.message
-        self._content, self._sign_in = content, sign_in
+        self._content, self._tokens = content, tokens
         return ""
 
-    def _refresh(self, held: SignIn, reason: str) -> SignIn:
-        """Refresh once, under Codex's lock; return the newer sign-in. The caller holds `_refreshing`."""
-        now = self.current()
-        if now.access_token != held.access_token:
-            return now  # another thread was first
-        if held.refresh_token in self._dead or not held.refresh_token:
-            known = self._dead.get(held.refresh_token)
-            raise NotSignedIn(known or f"the sign-in has expired; {sign_in_hint(self.path)}")
-        if time.monotonic() < self._retry_at:
-            raise BadUpstream("the sign-in server failed a moment ago; it is asked again in a second")
-        with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
-            now = self.current()
-            if now.access_token != held.access_token:
-                return now  # another program was first
-            return self._exchange(held, reason)
+    def _refresh(self, old: Tokens, reason: str) -> Tokens:
+        """Return newer tokens than `old`: those of another thread or program, else of one refresh.
 
-    def _exchange(self, held: SignIn, reason: str) -> SignIn:
-        """Trade the refresh token for new ones, and keep them."""
-        request = {"client_id": CLIENT_ID, "grant_type": "refresh_token", "refresh_token": held.refresh_token,
+        The caller holds `_refreshing`. Codex's lock is held around re-read, refresh and write (WIRE 2).
+        """
+        tokens = self.current_tokens()
+        if tokens.access_token != old.access_token:
+            return tokens  # another thread was first
+        if tokens.refresh_token in self._dead or not tokens.refresh_token:
+            refused = self._dead.get(tokens.refresh_token)
+            raise NotSignedIn(refused or f"the sign-in has expired; {sign_in_hint(self.path)}")
+        if time.monotonic() < self._retry_at:
+            raise BadUpstream(f"the sign-in server failed a moment ago; retrying in {REFRESH_PAUSE:g} s")
+        with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
+            tokens = self.current_tokens()
+            if tokens.access_token != old.access_token:
+                return tokens  # another program was first
+            return self._redeem_refresh_token(tokens, reason)
+
+    def _redeem_refresh_token(self, old: Tokens, reason: str) -> Tokens:
+        """Get new tokens for the refresh token, and keep them."""
+        request = {"client_id": CLIENT_ID, "grant_type": "refresh_token", "refresh_token": old.refresh_token,
                    "refresh_reason": reason}
         try:
-            fields = {"content-type": "application/json", "user-agent": USER_AGENT}
-            answer = self._fetch("POST", f"{self._issuer}/oauth/token", fields, json_bytes(request), 30)
+            headers = {"content-type": "application/json", "user-agent": USER_AGENT}
+            reply = self._fetch("POST", f"{self._issuer}/oauth/token", headers, json_bytes(request), 30)
         except BridgeError:
             self._retry_at = time.monotonic() + REFRESH_PAUSE
             raise
         self._on_refresh()
-        given = answer.json()
-        tokens = {key: given[key] for key in ("id_token", "access_token", "refresh_token")
-                  if isinstance(given.get(key), str) and given[key]}
-        if answer.status == 200 and tokens:
+        given = reply.json()
+        fresh = {key: given[key] for key in ("id_token", "access_token", "refresh_token")
+                 if isinstance(given.get(key), str) and given[key]}
+        if reply.status == 200 and fresh:
             with self._lock:
-                return self._store(held, tokens)
-        raise self._refused(held, answer)
+                return self._save(old, fresh)
+        raise self._refusal(old, reply)
 
-    def _refused(self, held: SignIn, answer: BufferedReply) -> BridgeError:
+    def _refusal(self, old: Tokens, reply: BufferedReply) -> BridgeError:
         """Return what a refused refresh means: for good, or for now."""
-        parsed = answer.json()
+        parsed = reply.json()
         error = parsed.get("error")
         code = error.get("code") if isinstance(error, dict) else error or parsed.get("code")
-        final = answer.status == 401 or (answer.status == 400 and code == "invalid_grant") or code in (
-            "refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated")
-        if final:
-            message = f"the sign-in was refused ({code or answer.status}): {sign_in_hint(self.path)}"
-            self._dead = {held.refresh_token: message}
+        if reply.status == 401 or (reply.status == 400 and code == "invalid_grant") or code in FINAL_REFUSALS:
+            message = f"the sign-in was refused ({code or reply.status}): {sign_in_hint(self.path)}"
+            self._dead = {old.refresh_token: message}
             return NotSignedIn(message)
         self._retry_at = time.monotonic() + REFRESH_PAUSE
-        return BadUpstream(f"the sign-in server answered {answer.status}")
+        return BadUpstream(f"the sign-in server answered {reply.status}")
 
-    def _store(self, held: SignIn, tokens: dict[str, str]) -> SignIn:
+    def _save(self, old: Tokens, fresh: dict[str, str]) -> Tokens:
         """Write new tokens over those they replace, unless another program wrote meanwhile."""
         self._read()
         if self._problem and not self._torn:
             raise NotSignedIn(self._problem)  # signed out, or in by other means, meanwhile: that stands
-        if not self._problem and self._sign_in and self._sign_in.refresh_token != held.refresh_token:
-            return self._sign_in  # a newer sign-in than ours
+        if not self._problem and self._tokens and self._tokens.refresh_token != old.refresh_token:
+            return self._tokens  # a newer sign-in than ours
         stamp = timestamp()
-        content = {**self._content, "tokens": {**self._content["tokens"], **tokens}, "last_refresh": stamp}
-        sign_in = read_sign_in(content, self.path)
+        content = {**self._content, "tokens": {**self._content["tokens"], **fresh}, "last_refresh": stamp}
+        tokens = read_tokens(content, self.path)
         try:
             write_private(self.path, content)
         except OSError as exc:
             # The old refresh token is used up: the new one must not be lost, so it is kept here.
-            log.error("the new sign-in cannot be written to %s (%s): it is kept until this bridge ends",
-                      self.path, exc.strerror)
-        self._content, self._sign_in, self._problem = content, sign_in, ""
-        self.seen = file_signature(self.path)
-        return sign_in
+            log.error("cannot save the refreshed token to %s (%s): it is only in memory and will be lost on "
+                      "restart", self.path, exc.strerror)
+        self._content, self._tokens, self._problem = content, tokens, ""
+        self._signature = file_signature(self.path)
+        return tokens
 
 
-DEVICE_SECONDS = 15 * 60  # in which the person has typed the code
-POLL_SECONDS = 5.0  # between two polls, where the server does not say
+def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], None]) -> SignIn:
+    """Sign in by a code that a person types in any browser, and write auth.json (WIRE 2).
 
-
-def device_tokens(fetch: Fetch, issuer: str) -> dict[str, str]:
-    """Ask for a code, show it, wait until it is typed, and trade it for tokens. Raises BridgeError."""
-    answer = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
-    if answer.status == 404:
+    `show` is called with the text for the person. Raises BridgeError, and OSError when the file cannot be
+    written.
+    """
+    reply = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
+    if reply.status == 404:
         raise NotSignedIn("device sign-in is not enabled for this account or workspace: turn it on in "
                           "ChatGPT's security settings (or ask its administrator), or use `codex login`")
-    device = required_strings(answer, "device_auth_id", "user_code")
-    print(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
-          f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.", flush=True)
-    interval = str(answer.json().get("interval"))
-    seconds = float(interval) if re.fullmatch(r"[0-9]{1,2}", interval) else POLL_SECONDS
+    device = required_strings(reply, "device_auth_id", "user_code")
+    show(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
+         f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.")
+    interval = str(reply.json().get("interval"))
+    seconds = POLL_SECONDS
+    if re.fullmatch(r"[0-9]{1,2}", interval):
+        seconds = float(interval)
     granted = poll_for_code(fetch, issuer, device, max(seconds, 0.1))
-    trade = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
-             "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
-             "redirect_uri": f"{issuer}/deviceauth/callback"}
-    answer = post_to_issuer(fetch, f"{issuer}/oauth/token", trade, form=True)
-    return required_strings(answer, "id_token", "access_token", "refresh_token")
+    payload = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
+               "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
+               "redirect_uri": f"{issuer}/deviceauth/callback"}
+    reply = post_to_issuer(fetch, f"{issuer}/oauth/token", payload, form=True)
+    return save_sign_in(path, required_strings(reply, "id_token", "access_token", "refresh_token"))
 
 
 def post_to_issuer(fetch: Fetch, url: str, payload: Mapping[str, str], form: bool = False) -> BufferedReply:
-    """Post to the sign-in server, in JSON or as a form."""
-    body = urllib.parse.urlencode(payload).encode("ascii") if form else json_bytes(payload)
-    kind = "application/x-www-form-urlencoded" if form else "application/json"
-    return fetch("POST", url, {"content-type": kind, "user-agent": USER_AGENT}, body, 30)
+    """Post to the sign-in server, as JSON or as a form."""
+    body, content_type = json_bytes(payload), "application/json"
+    if form:
+        body = urllib.parse.urlencode(payload).encode("ascii")
+        content_type = "application/x-www-form-urlencoded"
+    headers = {"content-type": content_type, "user-agent": USER_AGENT}
+    return fetch("POST", url, headers, body, 30)
 
 
 def required_strings(answer: BufferedReply, *names: str) -> dict[str, str]:
@@ -1989,7 +2198,7 @@ def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
         content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
                    "tokens": {**tokens, "account_id": account},
                    "last_refresh": timestamp()}
-        sign_in = read_sign_in(content, "the sign-in server's answer")
+        sign_in = read_tokens(content, "the sign-in server's answer").sign_in
         write_private(path, content)
     return sign_in
 
@@ -2003,58 +2212,90 @@ def read_object(path: str) -> dict[str, Any]:
         return {}
 
 
+def auth_file_mode(path: str) -> int:
+    """Return the permission bits of auth.json. Raises OSError."""
+    return os.stat(path).st_mode & 0o777
+
+
+def keyring_setting(auth_file: str) -> str:
+    """Return the path of the config.toml that has Codex use the system keyring; "" where none does."""
+    settings = os.path.join(os.path.dirname(auth_file), "config.toml")
+    pattern = r'^\s*cli_auth_credentials_store\s*=\s*"(keyring|auto)"'
+    with contextlib.suppress(OSError, ValueError), open(settings, encoding="utf-8") as file:
+        if re.search(pattern, file.read(), re.MULTILINE):
+            return settings
+    return ""
+
+
 # == 10 account ===============================================================
 # Where the account's requests go.
 
 class Routing:
-    """Where the account's requests go: asked at the upstream's origin, at the start and hourly (WIRE 2).
+    """Where an account's requests go: asked at the upstream's origin, at the start and hourly (WIRE 2).
 
     `_lock` guards the answers. Failing to ask never stops a request: the configured upstream is used.
     """
 
-    def __init__(self, upstream: str, fetch: Fetch, fields: Mapping[str, str]) -> None:
+    def __init__(self, upstream: str, fetch: Fetch, headers: Mapping[str, str]) -> None:
         self.upstream = upstream
         self._fetch = fetch
-        self._fields = fields  # as whom it is asked
+        self._headers = headers  # as whom the bridge asks
         self._lock = threading.Lock()
-        self._answers: dict[str, tuple[float, str, str]] = {}  # account -> (asked at, upstream, override)
+        self._routes: dict[str, tuple[float, str, str]] = {}  # account -> (asked at, upstream, override)
         self._asking: set[str] = set()
 
-    def of(self, sign_in: SignIn) -> tuple[str, dict[str, str]]:
-        """Return the account's upstream address and the field to add; ask in the background when due."""
-        asked, upstream, override = self._answers.get(sign_in.account, (-1e9, self.upstream, ""))
+    def route(self, tokens: Tokens) -> tuple[str, dict[str, str]]:
+        """Return the account's upstream URL and the header to add; ask in the background when due."""
+        account = tokens.sign_in.account
+        asked, upstream, override = self._routes.get(account, (-1e9, self.upstream, ""))
         if time.monotonic() - asked > ROUTING_AGE:
-            self.ask_soon(sign_in)
+            self._ask_soon(tokens)
         return upstream, {"x-openai-account-routing-override": override} if override else {}
 
-    def ask_soon(self, sign_in: SignIn) -> None:
+    def _ask_soon(self, tokens: Tokens) -> None:
         """Ask in a thread of its own, one at a time for an account."""
         with self._lock:
-            if sign_in.account in self._asking:
+            if tokens.sign_in.account in self._asking:
                 return
-            self._asking.add(sign_in.account)
-        threading.Thread(target=self._ask, args=(sign_in,), name="routing", daemon=True).start()
+            self._asking.add(tokens.sign_in.account)
+        threading.Thread(target=self._ask_in_background, args=(tokens,), name="routing", daemon=True).start()
 
-    def _ask(self, sign_in: SignIn) -> None:
-        asked, upstream, override = time.monotonic(), self.upstream, ""
+    def _ask_in_background(self, tokens: Tokens) -> None:
+        account = tokens.sign_in.account
         try:
-            parts = urllib.parse.urlsplit(self.upstream)
-            answer = self._fetch("GET", f"{parts.scheme}://{parts.netloc}/backend-api/wham/accounts/check",
-                                 {**self._fields, **sign_in.fields()}, b"", 10)
-            for account in dicts_in(answer.json().get("accounts")):
-                if account.get("id") == sign_in.account:
-                    upstream, override = self._checked(account)
-            if answer.status != 200:
-                asked += 60 - ROUTING_AGE  # again in a minute
+            self.ask(tokens)
         except BridgeError as exc:
             log.debug("account routing is not known: %s", exc.message)
-            asked += 60 - ROUTING_AGE
+            if not isinstance(exc, NotSignedIn):  # ask again in a minute
+                with self._lock:
+                    self._routes[account] = (time.monotonic() + 60 - ROUTING_AGE, self.upstream, "")
+        finally:
+            with self._lock:
+                self._asking.discard(account)
+
+    def ask(self, tokens: Tokens) -> tuple[str, str]:
+        """Ask for the routing; return as `take` does."""
+        parts = urllib.parse.urlsplit(self.upstream)
+        url = f"{parts.scheme}://{parts.netloc}{ROUTING_PATH}"
+        return self.take(self._fetch("GET", url, {**self._headers, **tokens.headers()}, b"", 10), tokens)
+
+    def take(self, reply: BufferedReply, tokens: Tokens) -> tuple[str, str]:
+        """Keep the routing that a reply tells; return upstream URL and override ("" for none).
+
+        Raises the reply's refusal, and NotSignedIn when upstream does not know the account.
+        """
+        for account in dicts_in(reply.json_or_raise().get("accounts")):
+            if account.get("id") == tokens.sign_in.account:
+                upstream, override = self._checked(account)
+                with self._lock:
+                    self._routes[tokens.sign_in.account] = (time.monotonic(), upstream, override)
+                return upstream, override
         with self._lock:
-            self._answers[sign_in.account] = (asked, upstream, override)
-            self._asking.discard(sign_in.account)
+            self._routes[tokens.sign_in.account] = (time.monotonic(), self.upstream, "")
+        raise NotSignedIn("upstream does not know the account of this sign-in")
 
     def _checked(self, account: Mapping[str, Any]) -> tuple[str, str]:
-        """Take an answered origin only if it is https at or below the configured host: tokens go there."""
+        """Accept an origin only if it is https at or below the configured host: the token goes there."""
         configured, upstream = urllib.parse.urlsplit(self.upstream), self.upstream
         origin = account.get("workspace_backend_origin")
         try:
@@ -2062,22 +2303,72 @@ class Routing:
             host, _ = parts.hostname or "", parts.port
         except ValueError:
             host, parts = "", configured
-        named = re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", host, re.ASCII) is not None
-        inside = named and (host == configured.hostname or host.endswith(f".{configured.hostname}"))
-        bare = not parts.username and not parts.query and parts.path in ("", "/")
-        if parts.scheme == "https" and inside and bare:
+        if parts.scheme == "https" and is_within(host, configured.hostname or "") and is_bare_origin(parts):
             upstream = f"https://{parts.netloc}{configured.path}"
         elif origin:
-            log.warning("account routing names an origin outside %s: it is not taken", configured.hostname)
+            log.warning("account routing names an origin outside %s: it is not used", configured.hostname)
         override = or_empty(account.get("account_routing_override"), str)
-        known = re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override)
-        return upstream, "" if not known or override == "NO_CONSTRAINT" else override
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override) or override == "NO_CONSTRAINT":
+            override = ""
+        return upstream, override
 
 
-def side_url(base: str, path: str) -> str:
-    """Return an upstream address: below the base, or at its origin for a path from `/backend-api/` on."""
-    parts = urllib.parse.urlsplit(base)
-    return f"{parts.scheme}://{parts.netloc}{path}" if path.startswith("/backend-api/") else base + path
+class Account:
+    """Requests with this host's sign-in: the only place where a token meets a connection."""
+
+    def __init__(self, config: Config, upstream: Upstream, headers: Mapping[str, str],
+                 on_refresh: Callable[[], None] = lambda: None) -> None:
+        self._upstream = upstream
+        self._headers = headers  # as whom the bridge asks by itself
+        self._credentials = Credentials(config.auth_file, config.issuer, upstream.fetch, on_refresh)
+        self._routing = Routing(config.upstream, upstream.fetch, headers)
+        self.hint = sign_in_hint(config.auth_file)  # what a person does about a missing or dead sign-in
+
+    def sign_in(self) -> SignIn:
+        """Return what the sign-in in auth.json is worth now. Raises NotSignedIn."""
+        return self._credentials.current()
+
+    def reread(self) -> None:
+        """Read auth.json at its next use, whatever its date says."""
+        self._credentials.reread()
+
+    def open(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"",
+             client: Connection | None = None, timeout: float | None = None) -> Reply:
+        """Send a request with this host's token, and once more with a newer token after a 401.
+
+        `path` is below the upstream's, or at its origin from `/backend-api/` on. Raises what
+        `Credentials.bearer`, `Credentials.after_401` and `Upstream.request` raise.
+        """
+        tokens = self._credentials.bearer()
+        for last in (False, True):
+            base, routing = self._routing.route(tokens)
+            url = join_url(base, path)
+            signed = {**headers, **routing, **tokens.headers()}
+            reply = self._upstream.request(method, url, signed, body, client, timeout)
+            if reply.status != 401 or last:
+                break
+            reply.finish()
+            tokens = self._credentials.after_401(tokens)
+        return reply
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> BufferedReply:
+        """Send a GET of the bridge's own with this host's token, and read the whole reply."""
+        headers = {"accept": "application/json", **self._headers, **(headers or {})}
+        return self.open("GET", path, headers, timeout=10).read_all(MAX_REPLY, 10)
+
+    def open_ahead(self, reply: Reply) -> None:
+        """Open a connection like a reply's in the background, so that the next request finds one."""
+        self._upstream.open_ahead(reply.target)
+
+    def warm_up(self) -> None:
+        """Ask for the routing, and open a connection in the background. Raises NotSignedIn."""
+        base, _ = self._routing.route(self._credentials.current_tokens())
+        self._upstream.open_ahead(parse_target(base)[0])
+
+    def ask_routing(self) -> tuple[str, str]:
+        """Ask where this account's requests go: the upstream URL, and the override. Raises BridgeError."""
+        reply = self.get(ROUTING_PATH)
+        return self._routing.take(reply, self._credentials.current_tokens())
 
 
 ###############################################################################
@@ -2113,6 +2404,13 @@ class Context(NamedTuple):
     strict: bool = False  # --continuity strict, or a repair
     force_instructions: bool = False  # a repair: "Instructions are required"
     dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
+
+    @property
+    def is_lite(self) -> bool:
+        """Tell whether the request goes up in the lite form: by the catalogue, else as the client said."""
+        if self.model is None:
+            return self.lite_header
+        return self.model.lite
 
 
 class Rule(NamedTuple):
@@ -2196,25 +2494,33 @@ def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, A
     """Name the type of items that are messages by their `role` and `content` only."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
         bare = item.get("type") is None and "role" in item and "content" in item
-        return {**item, "type": "message"} if bare else item
+        if bare:
+            return {**item, "type": "message"}
+        return item
     return map_items(request, change)
 
 
 def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Give system messages the developer role, in place."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
-        return {**item, "role": "developer"} if item.get("role") == "system" else item
+        if item.get("role") == "system":
+            return {**item, "role": "developer"}
+        return item
     return map_items(request, change)
 
 
 def store_false(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Say that nothing is to be stored: the plan's backend stores nothing."""
-    return request if request.get("store") is False else {**request, "store": False}
+    if request.get("store") is False:
+        return request
+    return {**request, "store": False}
 
 
 def stream_true(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Ask for a stream; a client that wants one JSON answer gets it folded."""
-    return request if request.get("stream") is True else {**request, "stream": True}
+    if request.get("stream") is True:
+        return request
+    return {**request, "stream": True}
 
 
 def include_reasoning(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2246,9 +2552,13 @@ def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any
     tier = request["service_tier"]
     if tier == "fast":
         tier = "priority"
-    known = context.model.tiers if context.model else None
+    known = None
+    if context.model:
+        known = context.model.tiers
     if tier == "default" or (tier == "priority" and (known is None or tier in known)):
-        return request if tier == request["service_tier"] else {**request, "service_tier": tier}
+        if tier == request["service_tier"]:
+            return request
+        return {**request, "service_tier": tier}
     return without(request, "service_tier")
 
 
@@ -2260,12 +2570,16 @@ def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
     effort = reasoning.get("effort")
     if not isinstance(effort, str) or effort not in EFFORTS:
         return request
-    wanted = "max" if effort == "ultra" else effort
+    wanted = effort
+    if effort == "ultra":
+        wanted = "max"
     listed = [known for known in (context.model.efforts if context.model else ()) if known in EFFORTS[:-1]]
     if listed and wanted not in listed:
         place = EFFORTS.index(wanted)
         wanted = min(listed, key=lambda known: (abs(EFFORTS.index(known) - place), EFFORTS.index(known)))
-    return request if wanted == effort else {**request, "reasoning": {**reasoning, "effort": wanted}}
+    if wanted == effort:
+        return request
+    return {**request, "reasoning": {**reasoning, "effort": wanted}}
 
 
 def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2288,7 +2602,9 @@ def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]
         return item
 
     wanted = context.strict or any(map(dangling, dicts_in(request.get("input"))))
-    return map_items(request, change) if wanted else request
+    if wanted:
+        return map_items(request, change)
+    return request
 
 
 def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2296,7 +2612,9 @@ def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
     def change(item: dict[str, Any]) -> dict[str, Any]:
         name, prefix = item.get("id"), ID_PREFIXES.get(or_empty(item.get("type"), str), "")
         good = isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix)
-        return item if good else without(item, "id")
+        if good:
+            return item
+        return without(item, "id")
     return map_items(request, change)
 
 
@@ -2349,45 +2667,56 @@ def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Bring the request into the form that the catalogue says its model takes."""
     if context.model is None or not isinstance(request.get("input", []), list):
         return request
-    return lite_form(request, context) if context.model.lite else plain_form(request, context)
+    if context.model.lite:
+        return lite_form(request, context)
+    return plain_form(request, context)
 
 
 def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Move tools and instructions into the input, as lite models want it (WIRE 4)."""
-    reasoning = request.get("reasoning") or {}
-    instructions = request.get("instructions") or ""
-    if not isinstance(request.get("tools") or [], list) or not isinstance(reasoning, dict) \
-            or not isinstance(instructions, str):
+    if not is_typed(request, tools=list, reasoning=dict, instructions=str):
         return request  # mistyped: upstream's refusal says so
-    form = {**without(request, "tools", "instructions")}
-    items = list(request.get("input", []))
-    tools, items = gather_tools(items, request.get("tools") or [])
-    if instructions:
-        items.insert(0, message_item("developer", instructions))
-    if tools:
-        items.insert(0, tools)
+    items = lite_items(request)
     if context.websocket and "input" not in request and not items:
         return request
-    form["input"] = items
-    form["parallel_tool_calls"] = False
-    form["reasoning"] = {**reasoning, "context": "all_turns"}
+    reasoning = or_empty(request.get("reasoning"), dict)
+    form = {**without(request, "tools", "instructions"), "input": items, "parallel_tool_calls": False,
+            "reasoning": {**reasoning, "context": "all_turns"}}
     if context.websocket:
         form["client_metadata"] = {**or_empty(request.get("client_metadata"), dict), LITE_METADATA: "true"}
-    return request if form == request else form
+    if form == request:
+        return request
+    return form
+
+
+def is_typed(request: Mapping[str, Any], **types: type) -> bool:
+    """Tell whether each of these fields has its type, where it is there and not null or empty."""
+    return all(isinstance(request.get(name) or kind(), kind) for name, kind in types.items())
+
+
+def lite_items(request: Mapping[str, Any]) -> list[Any]:
+    """Return the lite form's input: tools first, then instructions, then the items."""
+    tools, items = gather_tools(list(request.get("input", [])), request.get("tools") or [])
+    if request.get("instructions"):
+        items = [message_item("developer", request["instructions"]), *items]
+    if tools:
+        items = [tools, *items]
+    return items
 
 
 def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
     """Put all tools into one `additional_tools` item; return it, and the items without one."""
     carriers = [item for item in items if is_additional_tools(item)]
-    if not tools and (not carriers or carriers == items[:1]):
-        return (carriers[0], items[1:]) if carriers else (None, items)
+    others = [item for item in items if not is_additional_tools(item)]
+    if not tools and len(carriers) < 2 and carriers == items[:len(carriers)]:
+        return next(iter(carriers), None), others
     gathered: list[Any] = []
     for given in (*(carrier.get("tools") for carrier in carriers), tools):
         for tool in or_empty(given, list):
             if not any(is_same_tool(tool, known) for known in gathered):
                 gathered.append(tool)
-    first = carriers[0] if carriers else {"type": "additional_tools", "role": "developer"}
-    return {**first, "tools": gathered}, [item for item in items if not is_additional_tools(item)]
+    first = next(iter(carriers), {"type": "additional_tools", "role": "developer"})
+    return {**first, "tools": gathered}, others
 
 
 def is_same_tool(tool: Any, other: Any) -> bool:
@@ -2528,7 +2857,9 @@ class _Node:
         self.path = path
 
     def at(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
+        if self.path:
+            return f"{self.path}.{key}"
+        return key
 
     def unsupported(self, key: str) -> InvalidRequest:
         return InvalidRequest(f"{self.at(key)}: {self.fields[key][:60]!r} is not supported", self.at(key))
@@ -2639,7 +2970,9 @@ class _History:
             raise message.unsupported("role")
 
     def _answer(self, message: _Node) -> None:
-        content = _content(message) if message.fields.get("content") is not None else []
+        content = []
+        if message.fields.get("content") is not None:
+            content = _content(message)
         parts = [_output_part(part) for part in content]
         parts.append({"type": "refusal", "refusal": message.get("refusal", str)})
         parts = [part for part in parts if part.get("text") or part.get("refusal")]
@@ -2663,10 +2996,13 @@ class _History:
         self.items.append({"type": kind, "call_id": call_id, **texts})
 
     def _output(self, message: _Node, call_id: str) -> None:
-        kind = "custom_tool_call_output" if call_id in self._custom_ids else "function_call_output"
-        parts, content = [_input_part(part) for part in _content(message)], message.fields["content"]
-        output = content if isinstance(content, str) else parts
-        self.items.append({"type": kind, "call_id": call_id, "output": output})
+        item_type = "function_call_output"
+        if call_id in self._custom_ids:
+            item_type = "custom_tool_call_output"
+        output: Any = [_input_part(part) for part in _content(message)]
+        if isinstance(message.fields["content"], str):
+            output = message.fields["content"]
+        self.items.append({"type": item_type, "call_id": call_id, "output": output})
 
 
 def _items(body: _Node) -> list[Object]:
@@ -2725,7 +3061,9 @@ def _named_tool(choice: _Node) -> Object:
 
 
 def _tool_choice(body: _Node) -> str | Object | None:
-    field = "function_call" if body.fields.get("tool_choice") is None else "tool_choice"
+    field = "tool_choice"
+    if body.fields.get("tool_choice") is None:
+        field = "function_call"
     choice = body.fields.get(field)
     if choice is None or choice in ("none", "auto", "required"):
         return choice
@@ -2764,7 +3102,9 @@ def _reasoning(body: _Node) -> Object:
     reasoning = said.given(str, "effort", "summary", "context")
     if effort:
         reasoning["effort"] = effort["reasoning_effort"]
-    return reasoning if "summary" in said.fields else {**reasoning, "summary": "auto"}
+    if "summary" in said.fields:
+        return reasoning
+    return {**reasoning, "summary": "auto"}
 
 
 def _text_format(chosen: _Node) -> Object:
@@ -2911,7 +3251,7 @@ class ChatDeltas:
             return
         field = PARTS[kind][0]
         # A blank line between two parts of the reasoning, or two messages; a message's parts are one text.
-        place = slot if field == "reasoning_content" else key
+        place: Any = slot if field == "reasoning_content" else key
         lead = "\n\n" if self._last.get(field, place) != place else ""
         self._last[field] = place
         if field == "content":
@@ -2980,11 +3320,16 @@ class ChatDeltas:
         if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
             yield {"content": ""}  # null would mean that there are calls
         self.done, self.usage = True, chat_usage(response.get("usage"))
+        self._finish_reason = self._reason_to_finish(kind, response)
+
+    def _reason_to_finish(self, kind: str, response: Object) -> str:
+        """Return the chat's finish_reason."""
         if kind == "response.incomplete":
             reason = or_empty(response.get("incomplete_details"), dict).get("reason")
-            self._finish_reason = INCOMPLETE_REASONS.get(or_empty(reason, str), "length")
-        elif self._calls:
-            self._finish_reason = "function_call" if self._legacy_functions else "tool_calls"
+            return INCOMPLETE_REASONS.get(or_empty(reason, str), "length")
+        if not self._calls:
+            return "stop"
+        return "function_call" if self._legacy_functions else "tool_calls"
 
 
 def _item_key(event: Object, item: Object) -> int | str:
@@ -3020,7 +3365,9 @@ class ChatStream(ChatDeltas):
         choices = [choice for delta in self._deltas(event) for choice in self._choices(delta)]
         if self.done and not self.failed:
             choices.append(self._choice({}, self._finish_reason))
-        no_usage = {"usage": None} if self._include_usage else {}
+        no_usage = {}
+        if self._include_usage:
+            no_usage = {"usage": None}
         chunks = [{**self._head, "choices": [choice], **no_usage} for choice in choices]
         if self._include_usage and self.usage:
             chunks.append({**self._head, "choices": [], "usage": self.usage})
@@ -3073,7 +3420,9 @@ def _merge(message: Object, delta: Object) -> None:
 
 
 def _all_choices(stream: ChatStream, response: Object) -> list[Object]:
-    kind = "response.incomplete" if response.get("status") == "incomplete" else "response.completed"
+    kind = "response.completed"
+    if response.get("status") == "incomplete":
+        kind = "response.incomplete"
     return [chunk["choices"][0] for chunk in stream.feed({"type": kind, "response": response})]
 
 
@@ -3143,7 +3492,9 @@ def zstd_compress(body: bytes) -> bytes | None:
     bound = library.ZSTD_compressBound(ctypes.c_size_t(len(body)))
     target = ctypes.create_string_buffer(bound)
     size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
-    return target.raw[:size] if size <= bound else None  # an error is a size near 2^64
+    if size <= bound:
+        return target.raw[:size]  # an error is a size near 2^64
+    return None
 
 
 def zstd_decompress(body: bytes, limit: int) -> bytes:
@@ -3233,21 +3584,21 @@ NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy w
 SESSION_HEADERS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
 
 
-def codex_version(headers: Mapping[str, str]) -> str:
-    """Return the version of the Codex that sent these fields; "" when the client is not a Codex."""
+class ClientHeaders(NamedTuple):
+    """What a client's headers say of itself."""
+
+    codex: bool  # it is a Codex, whose own values pass upstream unchanged
+    version: str  # of that Codex; "" when it does not say
+    session: str  # its session id, under any of its names; "" for none
+
+
+def read_client_headers(headers: Mapping[str, str]) -> ClientHeaders:
+    """Read what a request's headers, named in lower case, say of the client."""
     match = CODEX_AGENT.match(headers.get("user-agent", ""))
-    return match[1] if match else ""
-
-
-def is_codex(headers: Mapping[str, str]) -> bool:
-    """Tell whether the client is a Codex, whose own values pass upstream unchanged."""
-    return bool(codex_version(headers)) or headers.get("originator", "").lower().startswith("codex") \
+    codex = match is not None or headers.get("originator", "").lower().startswith("codex") \
         or "x-codex-turn-metadata" in headers or "x-codex-window-id" in headers
-
-
-def client_session(headers: Mapping[str, str]) -> str:
-    """Return the client's own session id, under any of its names; "" when there is none."""
-    return next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
+    session = next((headers[name] for name in SESSION_HEADERS if headers.get(name)), "")
+    return ClientHeaders(codex, match[1] if match else "", session)
 
 
 class Identity(NamedTuple):
@@ -3256,32 +3607,35 @@ class Identity(NamedTuple):
     originator: str
     version: str
 
-    def fields(self) -> dict[str, str]:
-        """Return the fields that say so, for requests that no client asked for."""
+    def headers(self) -> dict[str, str]:
+        """Return the headers that say so, for requests that no client asked for."""
         return {"version": self.version, "originator": self.originator, "user-agent": USER_AGENT}
 
 
-def upstream_headers(headers: Mapping[str, str], identity: Identity, session: str) -> dict[str, str]:
-    """Choose, from a client's fields, those that go upstream, and add what Codex adds for ChatGPT.
+def upstream_headers(headers: Mapping[str, str], client: ClientHeaders, identity: Identity,
+                     session: str) -> dict[str, str]:
+    """Choose, from a client's headers, those that go upstream, and add what Codex adds for ChatGPT.
 
     An allow-list: what is not named here stays here, the client's credentials and addresses above all.
     Sign-in, routing and framing are added when the request is sent.
     """
-    codex = is_codex(headers)
-    if codex:
-        passed = {name: value for name, value in headers.items()
-                  if name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)}
-    else:
-        passed = {name: headers[name] for name in PASSED_FOR_ALL if name in headers}
-    passed = {name: value for name, value in passed.items() if value}
+    passes = is_passed_up if client.codex else PASSED_FOR_ALL.__contains__
+    passed = {name: value for name, value in headers.items() if value and passes(name)}
     if headers.get("thread_id"):
         passed.setdefault("thread-id", headers["thread_id"])
-    passed.setdefault("session-id", session if HEADER_WORD.fullmatch(session) else stable_id(session))
-    fields = {"version": codex_version(headers) or identity.version, **passed}
-    fields.setdefault("originator", identity.originator)
-    if not codex or not fields.get("user-agent"):
-        fields["user-agent"] = USER_AGENT
-    return fields
+    if not HEADER_WORD.fullmatch(session):
+        session = stable_id(session)
+    passed.setdefault("session-id", session)
+    chosen = {"version": client.version or identity.version, **passed}
+    chosen.setdefault("originator", identity.originator)
+    if not client.codex or "user-agent" not in chosen:
+        chosen["user-agent"] = USER_AGENT
+    return chosen
+
+
+def is_passed_up(name: str) -> bool:
+    """Tell whether a header of a Codex goes upstream."""
+    return name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)
 
 
 def routing_hint(request: Mapping[str, Any]) -> str:
@@ -3376,19 +3730,27 @@ def event_json(event: bytes) -> dict[str, Any] | None:
     """Return the JSON object that an event carries; None when it carries none."""
     lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
     parts = [line[5:] for line in lines if line.startswith(b"data:")]
-    parsed = json_or_none(b"\n".join(parts)) if parts else None
-    return parsed if isinstance(parsed, dict) else None
+    parsed = None
+    if parts:
+        parsed = json_or_none(b"\n".join(parts))
+    if isinstance(parsed, dict):
+        return parsed
+    return None
 
 
 def event_type(parsed: Mapping[str, Any] | None) -> str:
     """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
-    return or_empty(parsed.get("type"), str) if parsed else ""
+    if parsed:
+        return or_empty(parsed.get("type"), str)
+    return ""
 
 
 def render_event(parsed: Mapping[str, Any]) -> bytes:
     """Write an event as upstream writes them; a type that is no word does not get a line of its own."""
     kind = event_type(parsed)
-    name = f"event: {kind}\n".encode() if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII) else b""
+    name = b""
+    if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII):
+        name = f"event: {kind}\n".encode()
     return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
 
 
@@ -3430,7 +3792,9 @@ class ResponseAssembler:
 
     def fill(self) -> bool:
         """Fill the terminal event's empty `output` from the items seen; tell whether anything was filled."""
-        response = self.final.get("response") if self.final else None
+        response = None
+        if self.final:
+            response = self.final.get("response")
         if not isinstance(response, dict) or response.get("output"):
             return False
         for event in self._pending:
@@ -3442,6 +3806,17 @@ class ResponseAssembler:
             return False
         self.final["response"] = {**response, "output": items}
         return True
+
+    def set_fields(self, fields: Mapping[str, Any]) -> bool:
+        """Set fields of the final event's response; tell whether anything changed."""
+        response = None
+        if self.final:
+            response = self.final.get("response")
+        if self.final is None or not isinstance(response, dict):
+            return False
+        completed = {**response, **fields}
+        self.final["response"] = completed
+        return completed != response
 
     def failure(self) -> BridgeError:
         """Return why there is no response: upstream's own error (429, 503, 400, 502), or that it was cut."""
@@ -3491,12 +3866,6 @@ LENGTH_16, LENGTH_64 = 126, 127  # stand for a length that follows, in 16 or 64 
 SMALLEST_16, SMALLEST_64, LARGEST_64 = 126, 1 << 16, (1 << 63) - 1  # the shortest form is a must
 HEAD_BYTES, MASK_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES = 2, 4, 125, 123
 
-# One long integer masks faster below this size, table look-ups in four lanes above it. On 3.13: 150 MB/s
-# at 100 bytes, 750 at 10 kB, 500 to 900 at 1 MB, where the integer is out of the cache and down to 300.
-MASK_BY_TABLE_BYTES = 4096
-EVERY_BYTE = int.from_bytes(bytes(range(256)), "little")
-ONE_IN_EVERY_BYTE = int.from_bytes(b"\x01" * 256, "little")
-
 
 class FrameError(Exception):
     """A breach of RFC 6455 by the peer; `code` is the close code that it is answered with."""
@@ -3511,7 +3880,6 @@ class Message(NamedTuple):
 
     opcode: int
     payload: bytes  # unmasked
-    frames: bytes  # as they came over the wire, to be passed on; empty if masked: a mask is for one use
 
 
 def is_upgrade(headers: Mapping[str, str]) -> bool:
@@ -3536,20 +3904,16 @@ def accept_key(key: str) -> str:
 def apply_mask(payload: bytes, mask: bytes) -> bytes:
     """Mask or unmask a payload with four bytes."""
     size = len(payload)
-    if size < MASK_BY_TABLE_BYTES:
-        key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
-        return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
-    masked = bytearray(payload)
-    for lane, key in enumerate(mask):
-        table = (EVERY_BYTE ^ ONE_IN_EVERY_BYTE * key).to_bytes(256, "little")
-        masked[lane::MASK_BYTES] = masked[lane::MASK_BYTES].translate(table)
-    return bytes(masked)
+    key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
+    return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
 
 
 def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bool = True) -> bytes:
     """Return one frame; a client's has a mask of four random bytes, new for each frame."""
     first = opcode | (FIN_BIT if fin else 0)
-    mask_bit = 0 if mask is None else MASK_BIT
+    mask_bit = MASK_BIT
+    if mask is None:
+        mask_bit = 0
     size = len(payload)
     if size < SMALLEST_16:
         head = bytes((first, mask_bit | size))
@@ -3557,7 +3921,9 @@ def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bo
         head = struct.pack("!BBH", first, mask_bit | LENGTH_16, size)
     else:
         head = struct.pack("!BBQ", first, mask_bit | LENGTH_64, size)
-    return head + payload if mask is None else head + mask + apply_mask(payload, mask)
+    if mask is None:
+        return head + payload
+    return head + mask + apply_mask(payload, mask)
 
 
 def close_payload(code: int, reason: str = "") -> bytes:
@@ -3601,7 +3967,7 @@ class FrameReader:
         self._pending = bytearray()  # a frame that has begun
         self._wanted_bytes = 0  # of it, until there is more to tell
         self._opcode = OP_CONTINUATION  # of the message that has begun, once a fragment of it is here
-        self._payload, self._frames = bytearray(), bytearray()  # its fragments
+        self._payload = bytearray()  # its fragments
 
     def feed(self, received: bytes) -> list[Message]:
         """Return the messages and control frames that these bytes complete, in their order."""
@@ -3650,27 +4016,29 @@ class FrameReader:
             size = int.from_bytes(wire[payload_start - width : payload_start], "big")
             if not smallest <= size <= LARGEST_64:
                 raise FrameError(CLOSE_PROTOCOL_ERROR, f"length {size} may not stand in {width} bytes")
-        # The heads of unmasked fragments count, or empty ones could fill the memory without end.
-        if first & OPCODE_BITS < OP_CLOSE and len(self._frames or self._payload) + size > self._max_message:
+        if first & OPCODE_BITS < OP_CLOSE and len(self._payload) + size > self._max_message:
             raise FrameError(CLOSE_TOO_BIG, f"message has more than {self._max_message} bytes")
         payload_start += MASK_BYTES if self._masked else 0
         return payload_start, payload_start + size
 
     def _check_head(self, first: int, second: int) -> None:
         """Raise FrameError unless these two bytes may begin the next frame."""
-        opcode = first & OPCODE_BITS
-        breach = None
-        if first & RESERVED_BITS or opcode not in OPCODES:
-            breach = "has a reserved bit or opcode"
-        elif (second & MASK_BIT != 0) != self._masked:
-            breach = "is not masked" if self._masked else "is masked"
-        elif opcode >= OP_CLOSE:
-            if not first & FIN_BIT or second & LENGTH_BITS > MAX_CONTROL_BYTES:
-                breach = "is a control frame that is fragmented or too long"
-        elif (opcode == OP_CONTINUATION) != (self._opcode != OP_CONTINUATION):
-            breach = "continues no message" if opcode == OP_CONTINUATION else "interrupts a message"
+        breach = self._breach(first & OPCODE_BITS, first, second)
         if breach:
             raise FrameError(CLOSE_PROTOCOL_ERROR, f"frame {first:#04x} {second:#04x} {breach}")
+
+    def _breach(self, opcode: int, first: int, second: int) -> str:
+        """Return which rule of RFC 6455 these two bytes break; "" for none."""
+        if first & RESERVED_BITS or opcode not in OPCODES:
+            return "has a reserved bit or opcode"
+        if (second & MASK_BIT != 0) != self._masked:
+            return "is not masked" if self._masked else "is masked"
+        if opcode >= OP_CLOSE:
+            short = first & FIN_BIT and second & LENGTH_BITS <= MAX_CONTROL_BYTES
+            return "" if short else "is a control frame that is fragmented or too long"
+        if (opcode == OP_CONTINUATION) == (self._opcode == OP_CONTINUATION):
+            return "interrupts a message" if opcode else "continues no message"
+        return ""
 
     def _take(self, frame: bytes, payload_start: int) -> Message | None:
         """Return the message that this frame ends, or None if there is more to come."""
@@ -3678,20 +4046,18 @@ class FrameReader:
         payload = frame[payload_start:]
         if self._masked:
             payload = apply_mask(payload, frame[payload_start - MASK_BYTES : payload_start])
-            frame = b""
         if not fin or opcode == OP_CONTINUATION:
             self._opcode = self._opcode or opcode
             self._payload += payload
-            self._frames += frame
             if not fin:
                 return None
-            opcode, payload, frame = self._opcode, bytes(self._payload), bytes(self._frames)
-            self._opcode, self._payload, self._frames = OP_CONTINUATION, bytearray(), bytearray()
+            opcode, payload = self._opcode, bytes(self._payload)
+            self._opcode, self._payload = OP_CONTINUATION, bytearray()
         if opcode == OP_TEXT and not payload.isascii():
             _decode(payload)
         elif opcode == OP_CLOSE:
             parse_close(payload)
-        return Message(opcode, payload, frame)
+        return Message(opcode, payload)
 
 
 # == 18 access ================================================================
@@ -3706,6 +4072,18 @@ class Policy(NamedTuple):
     networks: tuple[Any, ...]
     origins: tuple[str, ...]
     hosts: tuple[str, ...]  # in lower case; this host's own names are among them
+
+
+class Client(NamedTuple):
+    """Who sent a request."""
+
+    address: str  # of its machine
+    key: str = ""  # the name of its key; "" while the bridge is open
+
+    @property
+    def name(self) -> str:
+        """Return the name by which this client is told from others."""
+        return self.key or self.address
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3808,32 +4186,34 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 class ModelList(NamedTuple):
     """One model list, as upstream gave it."""
 
-    whole: dict[str, Any]
+    raw: dict[str, Any]
     entries: dict[str, dict[str, Any]]  # by slug
     etag: str
     created: int  # Unix time at which this bridge first had a list
 
 
-def parse_model_list(answer: BufferedReply, created: int) -> ModelList:
+def parse_model_list(reply: BufferedReply, created: int) -> ModelList:
     """Read upstream's `{"models": [...]}`. Raises BadUpstream when it is something else."""
-    whole = answer.json_or_raise()
-    models = whole.get("models")
+    raw = reply.json_or_raise()
+    models = raw.get("models")
     if not isinstance(models, list):
-        raise BadUpstream("upstream's model list is not a model list")
+        raise BadUpstream("unexpected format of upstream's model list")
     entries = {entry["slug"]: entry for entry in dicts_in(models)
                if HEADER_WORD.fullmatch(or_empty(entry.get("slug"), str))}
-    return ModelList(whole, entries, answer.headers.get("etag", ""), created)
+    return ModelList(raw, entries, reply.headers.get("etag", ""), created)
 
 
 def model_priority(entry: Mapping[str, Any]) -> float:
     """Return an entry's `priority`; the lowest is the catalogue's first."""
     priority = finite_number(entry.get("priority"))
-    return 1e9 if priority is None else priority
+    if priority is None:
+        return 1e9
+    return priority
 
 
-def visible_models(listing: ModelList) -> list[dict[str, Any]]:
+def visible_models(models: ModelList) -> list[dict[str, Any]]:
     """Return the entries that are meant to be shown, best first."""
-    shown = [entry for entry in listing.entries.values() if entry.get("visibility", "list") == "list"]
+    shown = [entry for entry in models.entries.values() if entry.get("visibility", "list") == "list"]
     return sorted(shown, key=model_priority)
 
 
@@ -3847,13 +4227,12 @@ def read_model(entry: Mapping[str, Any]) -> Model:
     )
 
 
-def alias_target(listing: ModelList, target: str) -> str:
+def alias_target(models: ModelList, target: str) -> str:
     """Return what an alias's target means: that slug, else the best that begins with it, else the best."""
-    if target in listing.entries:
+    slugs = [str(entry["slug"]) for entry in visible_models(models)]
+    if target in models.entries or not slugs:
         return target
-    shown = visible_models(listing)
-    best = next((entry for entry in shown if entry["slug"].startswith(target)), shown[0] if shown else None)
-    return best["slug"] if best else target
+    return next((slug for slug in slugs if slug.startswith(target)), slugs[0])
 
 
 class Catalog:
@@ -3866,63 +4245,67 @@ class Catalog:
 
     def __init__(self, fetch: Callable[[str, str], BufferedReply], aliases: Mapping[str, str],
                  version: str) -> None:
-        self._fetch = fetch  # (client version, etag) -> Answer
+        self._fetch = fetch  # (client version, etag) -> reply
         self._aliases = dict(aliases)
         self.version = version
         self._changed = threading.Condition()
-        self._listings: dict[str, ModelList] = {}
-        self._asked: dict[str, float] = {}  # version -> monotonic time of the last fetch that ended
+        self._lists: dict[str, ModelList] = {}
+        self._fetched_at: dict[str, float] = {}  # version -> monotonic time of the last fetch that ended
         self._problem: dict[str, BridgeError] = {}  # version -> why the last fetch failed
         self._fetching: set[str] = set()
-        self._noted = ""  # the last ETag of a response for which the list was fetched anew
+        self._seen_etag = ""  # the last ETag of a response for which the list was fetched anew
         self.refused: dict[str, str] = {}  # alias -> why it is not used
 
-    def listing(self, version: str = "", wait: float = 0) -> ModelList | None:
-        """Return a version's list; ask for it in the background when it is old.
+    def get(self, version: str = "", wait: float = 0) -> ModelList | None:
+        """Return a version's list; fetch it in the background when it is old.
 
         Without one, wait `wait` seconds for the first fetch, but not once that has failed.
         """
         version = version or self.version
-        pause = CATALOG_AGE if version in self._listings else REFRESH_PAUSE
-        if time.monotonic() - self._asked.get(version, -1e9) > pause:
-            self.fetch_soon(version)
+        pause = REFRESH_PAUSE
+        if version in self._lists:
+            pause = CATALOG_AGE
+        if time.monotonic() - self._fetched_at.get(version, -1e9) > pause:
+            self.refresh_soon(version)
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: version in self._listings or version in self._problem, wait)
-            return self._listings.get(version)
+                self._changed.wait_for(lambda: version in self._lists or version in self._problem, wait)
+            return self._lists.get(version)
 
-    def known(self, version: str) -> ModelList | None:
-        """Return a version's list if it is at hand, kept fresh by `listing`."""
-        return self.listing(version) if version in self._listings else None
+    def cached(self, version: str) -> ModelList | None:
+        """Return a version's list if it is at hand, kept fresh by `get`."""
+        if version in self._lists:
+            return self.get(version)
+        return None
 
-    def wanted(self, version: str = "") -> ModelList:
-        """Return a version's list, waited for. Raises what it is that there is none."""
-        listing = self.listing(version, CATALOG_WAIT)
-        if listing is None:
+    def require(self, version: str = "") -> ModelList:
+        """Return a version's list, waiting for the first fetch. Raises the fetch's error."""
+        models = self.get(version, CATALOG_WAIT)
+        if models is None:
             problem = self._problem.get(version or self.version)
             raise problem or UpstreamTimeout("upstream has not sent its model list yet")
-        return listing
+        return models
 
-    def fetch_soon(self, version: str = "") -> None:
-        """Fetch in a thread of its own, unless one is at it."""
+    def refresh_soon(self, version: str = "") -> None:
+        """Fetch in a thread of its own, unless a fetch is running."""
         version = version or self.version
         if self._claim(version):
-            threading.Thread(target=self._run, args=(version,), name="catalog", daemon=True).start()
+            threading.Thread(target=self._refresh, args=(version,), name="catalog", daemon=True).start()
 
-    def fetch_now(self) -> None:
+    def refresh(self) -> None:
         """Fetch the list anew, or wait for the fetch that is running; CATALOG_WAIT at most."""
         if self._claim(self.version):
-            self._run(self.version)
+            self._refresh(self.version)
         else:
             with self._changed:
                 self._changed.wait_for(lambda: self.version not in self._fetching, CATALOG_WAIT)
 
     def observe_etag(self, etag: str) -> None:
         """Fetch anew when a response names another list than ours (`x-models-etag`)."""
-        held = self._listings.get(self.version)
-        if etag and held and held.etag and etag not in (held.etag, self._noted):
-            self._noted = etag  # asked for once: the list's own ETag may be written in another way
-            self.fetch_soon()
+        models = self._lists.get(self.version)
+        if etag and models and models.etag and etag not in (models.etag, self._seen_etag):
+            self._seen_etag = etag  # asked for once: the list's own ETag may be written in another way
+            self.refresh_soon()
 
     def _claim(self, version: str) -> bool:
         with self._changed:
@@ -3931,42 +4314,42 @@ class Catalog:
             self._fetching.add(version)
             return True
 
-    def _run(self, version: str) -> None:
-        held = self._listings.get(version)
-        listing: ModelList | None = held
+    def _refresh(self, version: str) -> None:
+        """Fetch a version's list and keep it. The caller has claimed it."""
+        old = models = self._lists.get(version)
         problem: BridgeError | None = BadUpstream("the model list could not be asked for")
         try:
-            answer = self._fetch(version, held.etag if held else "")
-            if answer.status != 304 or held is None:
-                listing = parse_model_list(answer, held.created if held else int(time.time()))
+            reply = self._fetch(version, old.etag if old else "")
+            if reply.status != 304 or old is None:
+                models = parse_model_list(reply, old.created if old else int(time.time()))
             problem = None
         except BridgeError as exc:
-            log.info("the model list cannot be had: %s", exc.message)
+            log.info("cannot fetch the model list: %s", exc.message)
             problem = exc
         finally:
-            self._settle(version, listing, problem)
+            with self._changed:
+                self._fetching.discard(version)
+                self._keep(version, models, problem)
+                self._changed.notify_all()
 
-    def _settle(self, version: str, listing: ModelList | None, problem: BridgeError | None) -> None:
+    def _keep(self, version: str, models: ModelList | None, problem: BridgeError | None) -> None:
         """Keep what a fetch brought, and forget the versions that were asked for longest ago."""
-        with self._changed:
-            self._fetching.discard(version)
-            self._asked.pop(version, None)
-            self._asked[version] = time.monotonic()
-            self._problem.pop(version, None)
-            if problem is not None:
-                self._problem[version] = problem
-            elif listing is not None:
-                self._listings[version] = listing
-            for stale in [known for known in self._asked if known != self.version][:-self.VERSIONS]:
-                del self._asked[stale]
-                self._problem.pop(stale, None)
-                self._listings.pop(stale, None)
-            self._refuse_shadows(listing)
-            self._changed.notify_all()
+        self._fetched_at.pop(version, None)
+        self._fetched_at[version] = time.monotonic()
+        self._problem.pop(version, None)
+        if problem is not None:
+            self._problem[version] = problem
+        elif models is not None:
+            self._lists[version] = models
+        for stale in [other for other in self._fetched_at if other != self.version][:-self.VERSIONS]:
+            del self._fetched_at[stale]
+            self._problem.pop(stale, None)
+            self._lists.pop(stale, None)
+        self._refuse_shadows(models)
 
-    def _refuse_shadows(self, listing: ModelList | None) -> None:
+    def _refuse_shadows(self, models: ModelList | None) -> None:
         """Do without an alias that has a real model's name: that model could not be reached any more."""
-        shadows = [name for name in self._aliases if listing and name in listing.entries]
+        shadows = [name for name in self._aliases if models and name in models.entries]
         for alias in shadows:
             self.refused[alias] = f"the alias {alias} is not used: the catalogue has a model of that name"
             log.error("%s", self.refused[alias])
@@ -3977,34 +4360,34 @@ class Catalog:
         """Tell whether a model's name is an alias."""
         return isinstance(name, str) and name in self._aliases
 
-    def resolve(self, name: str, listing: ModelList | None) -> tuple[str, Model | None]:
+    def resolve(self, name: str, models: ModelList | None) -> tuple[str, Model | None]:
         """Return the slug that a model's name means, and what the catalogue knows of it.
 
         Without a list, an alias means its target literally; an unknown model is passed on as it is.
         """
         slug = self._aliases.get(name, name)
-        if listing is None:
+        if models is None:
             return slug, None
         if name in self._aliases:
-            slug = alias_target(listing, slug)
-        entry = listing.entries.get(slug)
+            slug = alias_target(models, slug)
+        entry = models.entries.get(slug)
         return slug, read_model(entry) if entry else None
 
-    def aliases(self, listing: ModelList | None) -> dict[str, str]:
+    def aliases(self, models: ModelList | None) -> dict[str, str]:
         """Return each alias and the slug that it means now."""
-        return {name: self.resolve(name, listing)[0] for name in self._aliases}
+        return {name: self.resolve(name, models)[0] for name in self._aliases}
 
-    def openai_list(self, listing: ModelList) -> list[dict[str, Any]]:
+    def openai_list(self, models: ModelList) -> list[dict[str, Any]]:
         """Return the OpenAI shape: the visible models and the aliases."""
-        names = [entry["slug"] for entry in visible_models(listing)] + list(self._aliases)
-        shared = {"object": "model", "created": listing.created, "owned_by": "openai"}
+        names = [entry["slug"] for entry in visible_models(models)] + list(self._aliases)
+        shared = {"object": "model", "created": models.created, "owned_by": "openai"}
         return [{"id": name, **shared} for name in names]
 
-    def codex_list(self, listing: ModelList) -> dict[str, Any]:
+    def codex_list(self, models: ModelList) -> dict[str, Any]:
         """Return the Codex shape: upstream's own, plus its target's entry under each alias's name."""
-        extra = [{**listing.entries[slug], "slug": name, "display_name": name}
-                 for name, slug in self.aliases(listing).items() if slug in listing.entries]
-        return {**listing.whole, "models": [*listing.whole["models"], *extra]}
+        extra = [{**models.entries[slug], "slug": name, "display_name": name}
+                 for name, slug in self.aliases(models).items() if slug in models.entries]
+        return {**models.raw, "models": [*models.raw["models"], *extra]}
 
 
 # == 20 telemetry =============================================================
@@ -4043,15 +4426,15 @@ Sample = tuple[str, Mapping[str, str], float]  # what follows the metric's name,
 
 
 class Record:
-    """Hold what is told about one request. Only the request's own thread writes to it.
+    """What is told about one request. It is written by the request's thread, and read in this room only.
 
     No dataclass: that module's imports would cost a tenth of the start.
     """
 
-    def __init__(self, id: str, client: str, key: str, method: str, path: str, **known: Any) -> None:
-        self.id = id
-        self.client = client
-        self.key = key  # the key's name
+    def __init__(self, method: str = "-", path: str = "-") -> None:
+        self.id = next_id()
+        self.client = ""  # its address
+        self.key = ""  # the key's name
         self.method = method
         self.path = path
         self.user_agent_kind = ""  # "codex" or "other"
@@ -4060,22 +4443,44 @@ class Record:
         self.rules: tuple[str, ...] = ()
         self.repairs: tuple[str, ...] = ()
         self.status = 0
-        self.started = 0.0  # time.monotonic() seconds
+        self.started = time.monotonic()  # seconds
         self.first_byte: float | None = None  # seconds from the start
         self.total = 0.0  # seconds
         self.events = 0
         self.bytes = 0
         self.usage: dict[str, int] = {}  # by TOKEN_KINDS
-        self.end = ""  # completed, failed, incomplete, cut, error, client …
+        self.end = ""  # one of ENDS
         self.error_by = ""  # "", "bridge" or "upstream"
         self.error_code = ""
-        vars(self).update(known)
+
+    def add_piece(self, size: int) -> None:
+        """Count bytes of the response's body; the first ones mark its time to the first byte."""
+        if self.first_byte is None:
+            self.first_byte = time.monotonic() - self.started
+        self.bytes += size
+
+    def fail(self, error: BridgeError, end: str = "error") -> None:
+        """Say which error the request ended with."""
+        self.end, self.error_by, self.error_code = end, error.by, error.code
+
+    def observe_final(self, end: str, response: Any) -> None:
+        """Take usage and failure from a final event's response; `end` is the last word of its type."""
+        self.end = end
+        self.usage = token_counts(response)
+        if end in ("failed", "error"):
+            self.error_by = "upstream"
+            self.error_code = str(or_empty(or_empty(response, dict).get("error"), dict).get("code") or "")
+
+    def finish(self, end: str = "completed") -> None:
+        """Say that the request is over; `end` counts where nothing else was said."""
+        self.end = self.end or end
+        self.total = time.monotonic() - self.started
 
     @property
     def error(self) -> tuple[str, str]:
         """Name who made the error and its code; two empty texts where there is none.
 
-        The bridge signs its own errors, so the rest is upstream's. A client that leaves and an
+        The bridge marks its own errors, so the rest is upstream's. A client that leaves and an
         incomplete answer are no errors.
         """
         if not (self.error_by or self.status >= 400 or self.end in FAILED_ENDS):
@@ -4084,20 +4489,29 @@ class Record:
         return self.error_by or "upstream", code
 
     @property
+    def quiet(self) -> bool:
+        """Tell whether this is a request about the bridge itself that went well: of interest to nobody."""
+        return is_quiet(self.path) and self.status < 400
+
+    @property
     def tokens(self) -> dict[str, int]:
-        """Give what of the usage is a count."""
+        """Return what of the usage is a count."""
         counts = ((kind, self.usage.get(kind)) for kind in TOKEN_KINDS)
         return {kind: n for kind, n in counts if type(n) is int and 0 <= n < TOKEN_LIMIT}
 
 
 def _clipped(text: object) -> str:
-    return text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
+    if isinstance(text, str):
+        return text[:TEXT_CHARS]
+    return f"({type(text).__name__})"
 
 
 def _printable(text: object) -> str:
     """Replace what JSON in UTF-8 or a line of /metrics cannot carry: lone surrogates, control characters."""
     text = _clipped(text)
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\ufffd" for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 "".encode("unicode_escape")  # loads the codec; tried first when no file can be opened, it is missing for good
@@ -4114,7 +4528,9 @@ def log_line(record: Record) -> str:
     first_byte = "-" if record.first_byte is None else f"{record.first_byte * 1000:.0f}ms"
     client = _word(record.client) + (f"/{_word(record.key)}" if record.key else "")
     tokens = [f"{kind}:{n}" for kind, n in record.tokens.items()]
-    error = f" error={':'.join(map(_word, record.error))}" if record.error[0] else ""
+    error = ""
+    if record.error[0]:
+        error = f" error={':'.join(map(_word, record.error))}"
     return (
         f"{_word(record.id)} {client} {_word(record.method)} {_word(record.path)}"
         f" {_word(record.model)}->{_word(record.slug)}"
@@ -4140,7 +4556,9 @@ def _row(record: Record) -> dict[str, Any]:
 def _header_number(text: object) -> float | None:
     """Read a plain decimal number; float() would take nan, inf and 1_0 as well."""
     plain = isinstance(text, str) and re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text.strip())
-    return float(plain[0]) if plain else None
+    if plain:
+        return float(plain[0])
+    return None
 
 
 def parse_rate_limits(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -4200,7 +4618,7 @@ class Telemetry:
             self._add_minute(row)
             self._add_totals(row)
 
-    def forget(self, record: Record) -> None:
+    def discard(self, record: Record) -> None:
         """Take back `begin`, for what turned out to be no request."""
         with self._lock:
             self._open.pop(record.id, None)
@@ -4213,10 +4631,6 @@ class Telemetry:
 
     def rate_limits(self, headers: Mapping[str, str], now: float) -> None:
         """Take over the plan's limits where a reply tells them."""
-        told = [headers[name] for name in headers if name.startswith("x-codex-")]
-        if told == self._last_headers:
-            return  # nothing new, as in most replies
-        self._last_headers = told
         limits = parse_rate_limits(headers)
         if limits:
             with self._lock:
@@ -4261,7 +4675,9 @@ class Telemetry:
         values = self._label_values.setdefault(label, set())
         if admit and len(values) < LABEL_VALUES:
             values.add(value)
-        return value if value in values else "other"
+        if value in values:
+            return value
+        return "other"
 
     def _add(self, name: str, n: int, *labels: tuple[str, str]) -> None:
         self._counters[name, labels] = self._counters.get((name, labels), 0) + n
@@ -4320,7 +4736,9 @@ def _label_pairs(labels: Mapping[str, str]) -> str:
     """Write labels as `{a="b"}`. Backslash, quote and line end are escaped (exposition format 0.0.4)."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in labels.items())
-    return f"{{{pairs}}}" if pairs else ""
+    if pairs:
+        return f"{{{pairs}}}"
+    return ""
 
 
 def _histogram_samples(histogram: Mapping[str, Any]) -> Iterable[Sample]:
@@ -4390,14 +4808,14 @@ class Log(logging.Handler):
             self._size = os.fstat(self._file).st_size
         except OSError as exc:
             self._file = -1
-            self.problem = f"{self._path} cannot be written ({exc.strerror}): nothing is logged but here"
+            self.problem = f"cannot write {self._path} ({exc.strerror}); logging to standard error only"
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, entry: logging.LogRecord) -> None:
         """Write one line; a log that cannot be written stops nothing."""
-        if self._second[0] != int(record.created):
-            now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-            self._second = (int(record.created), now)
-        text = f"{self._second[1]} {record.levelname} {self.format(record)}\n"
+        if self._second[0] != int(entry.created):
+            now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.created))
+            self._second = (int(entry.created), now)
+        text = f"{self._second[1]},{int(entry.msecs):03d} {entry.levelname} {self.format(entry)}\n"
         line = text.encode("utf-8", "backslashreplace")
         with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no standard error at all
             sys.stderr.buffer.write(line)
@@ -4429,6 +4847,11 @@ def set_up_log(config: Config) -> None:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # in no line of ours
     if handler.problem:
         log.warning("%s", handler.problem)
+
+
+def discard_output() -> None:
+    """Let what is still to be printed go nowhere: its reader has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # == 22 store =================================================================
@@ -4566,11 +4989,11 @@ class StoredInput(NamedTuple):
     size: int  # of the request, in bytes
 
 
-def stored_input(request: dict[str, Any], context: Context, size: int) -> StoredInput | None:
+def stored_input(request: dict[str, Any], codex: bool, size: int) -> StoredInput | None:
     """Return what the store keeps of a request; None where the client does not count on a store."""
-    if context.codex or request.get("store") is False:
+    if codex or request.get("store") is False:
         return None
-    items = input_to_list(request, context).get("input", [])
+    items = input_to_list(request, Context()).get("input", [])
     return StoredInput(request.get("previous_response_id") or "", items, size)
 
 
@@ -4580,9 +5003,13 @@ def echo_key(item: Any) -> str:
         return ""
     if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
         return f"call {item['call_id']}"
-    parts = dicts_in(item.get("content")) if item.get("role") == "assistant" else []
+    parts = []
+    if item.get("role") == "assistant":
+        parts = dicts_in(item.get("content"))
     text = "".join(str(part["text"]) for part in parts if part.get("text"))
-    return f"text {stable_id(text)}" if text else ""
+    if text:
+        return f"text {stable_id(text)}"
+    return ""
 
 
 # == 23 admission =============================================================
@@ -4610,6 +5037,12 @@ class Budget:
             self._held -= size
 
 
+def load_key_file(path: str) -> tuple[tuple[NamedSecret, ...], int]:
+    """Return the keys in a file, and its permission bits. Raises OSError and ValueError."""
+    with open(path, encoding="utf-8") as file:
+        return read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
+
+
 class KeyRing:
     """The keys of the options and of --api-key-file, which is read anew when it changes.
 
@@ -4620,7 +5053,7 @@ class KeyRing:
         self._given = given
         self._path = path
         self._lock = threading.Lock()
-        self.seen: Any = None  # the file's signature when it was read
+        self._signature: Any = UNREAD  # of the file when it was read
         self._from_file: tuple[NamedSecret, ...] = ()
         self.locked = bool(given or path)  # a key is asked for; a file without keys opens nothing
 
@@ -4634,9 +5067,9 @@ class KeyRing:
         with self._lock:
             try:
                 signature = file_signature(self._path)
-                if signature is None or signature != self.seen:
+                if signature is None or signature != self._signature:
                     self._read()
-                    self.seen = signature
+                    self._signature = signature
             except (OSError, ValueError) as exc:
                 reason = exc.strerror if isinstance(exc, OSError) else str(exc)
                 if not self._from_file:
@@ -4645,10 +5078,12 @@ class KeyRing:
                 log.error("%s cannot be read (%s): the keys read before stay", self._path, reason)
             return self._given + self._from_file
 
+    def reread(self) -> None:
+        """Read the file at its next use, whatever its date says."""
+        self._signature = UNREAD
+
     def _read(self) -> None:
-        with open(self._path, encoding="utf-8") as file:
-            self._from_file = read_key_file(file.read())
-            mode = os.fstat(file.fileno()).st_mode
+        self._from_file, mode = load_key_file(self._path)
         if os.name == "posix" and mode & 0o077:
             log.warning("others on this host can read %s: chmod 600 it", self._path)
 
@@ -4669,7 +5104,7 @@ class KeyQueue:
         self._queues: dict[str, deque[threading.Event]] = {}
 
     @contextlib.contextmanager
-    def turn(self, name: str, client: Connection, wait: bool = True) -> Iterator[None]:
+    def slot(self, name: str, client: Connection, wait: bool = True) -> Iterator[None]:
         """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
         if name not in self._limits:
             yield
@@ -4724,42 +5159,84 @@ def plain_path(path: str) -> str:
     for _ in range(2):
         if path == "/v1" or path.startswith("/v1/"):
             path = path[3:]
-    return path.removesuffix("/") or "/"
+    return path.removesuffix("/") or "/"  # a slash at the end means nothing here
+
+
+def status_line(status: int) -> str:
+    """Return the first line of a response's head."""
+    return f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}"
+
+
+def error_response(error: BridgeError, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """Return head and body of the response that an error becomes; `headers` are added to the head."""
+    body = json_bytes(error.body()) + b"\n"
+    head = {"x-qoo-bridge-error": error.by, **error.headers, "content-type": "application/json",
+            "content-length": str(len(body)), **headers}
+    return render_head(status_line(error.status), head.items()), body
+
+
+class State(enum.Enum):
+    """How far the response to one request has got."""
+
+    NEW = "nothing is decided"
+    HEAD_READY = "a stream's head waits for its first piece; an error can still take its place"
+    STREAMING = "the head is out: the status cannot change"
+    DONE = "the response is out"
 
 
 class Exchange:
-    """One request of a client, and the answer to it."""
+    """One request of a client, and the response to it. The connection's thread uses it."""
 
-    def __init__(self, connection: Connection, head: RequestHead, record: Record,
-                 idle: Callable[[bool], None], finish: Callable[[Record], None]) -> None:
+    def __init__(self, connection: Connection, head: RequestHead, client: Client, record: Record) -> None:
         self.connection = connection
         self.head = head
+        self.client = client
         self.record = record
-        self.idle = idle  # tells the server that the connection is, or is no longer, between two requests
-        self.finish = finish  # takes the record of a request that has ended
-        path, _, self.query = head.target.partition("?")
-        self.path = plain_path(path)
-        self.codex = is_codex(head.headers)
-        self.keep = keeps_connection(head.minor, head.headers)
-        self.started = False  # the answer's first byte is out
-        self.extra: dict[str, str] = {}  # fields for whatever answer comes
-        self.eager = False  # a prepared head is to go out without waiting for a piece
-        self._prepared: tuple[int, Mapping[str, str]] | None = None  # a stream's head
-        self._ended = False  # the stream's end is out
-        self._bare = head.method == "HEAD"  # the answer has a head only
+        self.path_as_sent, _, self.query = head.target.partition("?")
+        self.path = plain_path(self.path_as_sent)
+        self.client_headers = read_client_headers(head.headers)
+        self.user_agent_kind = "codex" if self.client_headers.codex else "other"
+        self.extra_headers: dict[str, str] = {}  # of whatever response comes
+        self.upgraded: Callable[..., None] | None = None  # WebSocketRelay.run, after a 101
+        self.state = State.NEW
+        self._stream_head: tuple[int, Mapping[str, str]] = (200, {})  # status and headers of a stream
+        self._chunked = False
+        self._bare = head.method == "HEAD"  # the response has no body
+        self._client_keeps = keeps_connection(head.minor, head.headers)
+        self._aborted = False  # the connection ends with this response
         self._length = body_length(head.headers)
         if self._length == -1 and not head.minor:
-            raise MalformedHttp("HTTP/1.0 knows no Transfer-Encoding")
+            raise MalformedHttp("HTTP/1.0 has no Transfer-Encoding")
         self._unread = bool(self._length)
-        self._held = 0  # bytes of the body that count against the budget
-        self._chunked = False
+        self._held_bytes = 0  # of the body, that count against the budget
+
+    @property
+    def started(self) -> bool:
+        """Tell whether the first byte of the response is out."""
+        return self.state in (State.STREAMING, State.DONE)
+
+    def persists(self) -> bool:
+        """Tell whether the connection can carry another request.
+
+        It cannot behind an unread body, which would be parsed as the next request.
+        """
+        return self._client_keeps and not self._unread and not self._aborted
+
+    def abort(self) -> None:
+        """End the connection with this response: it is malformed, cut, or nobody reads it."""
+        self._aborted = True
+
+    def identify(self, key: str) -> None:
+        """Take over the name of the client's key."""
+        self.client = self.client._replace(key=key)
+        self.record.key = key
 
     # -- the request's body
 
     def read_body(self, limit: int, budget: Budget) -> bytes:
-        """Read the whole body, decompressed.
+        """Read the whole body, decompressed, of at most `limit` bytes.
 
-        Raises BodyTooLarge, SlowRequest, Overloaded, and what `decompress` raises.
+        Raises BodyTooLarge, SlowRequest, Overloaded, ClientLeft, and what `decompress` raises.
         """
         length = self._length or 0
         if length > limit:
@@ -4768,311 +5245,644 @@ class Exchange:
             return b""
         if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = ChunkedBody() if length < 0 else LengthBody(length)
+        decoder = ChunkedBody() if length < 0 else LengthBody(length)
         pieces: list[bytes] = []
         until = time.monotonic() + BODY_STALL
-        while not body.done:
-            piece = body.feed(self._read_some(until))
+        while not decoder.done:
+            piece = decoder.feed(self._read_some(until))
             self._hold(budget, len(piece))
-            if self._held > limit:
+            if self._held_bytes > limit:
                 raise BodyTooLarge(f"the body is above the limit of {limit} bytes")
             pieces.append(piece)
             until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
         self._unread = False
-        self.connection.buffer = body.rest
-        whole, coding = b"".join(pieces), self.head.headers.get("content-encoding")
+        self.connection.buffer = decoder.rest
+        body, coding = b"".join(pieces), self.head.headers.get("content-encoding")
         if coding:
             with budget.expanding:
-                whole = decompress(whole, coding, limit)
-                self._hold(budget, len(whole) - self._held)
-        return whole
+                body = decompress(body, coding, limit)
+                self._hold(budget, len(body) - self._held_bytes)
+        return body
 
     def _hold(self, budget: Budget, size: int) -> None:
         """Take room for a part of the body. Raises Overloaded."""
         budget.take(size)
-        self._held += size
+        self._held_bytes += size
 
-    def let_go(self, budget: Budget) -> None:
+    def release_body(self, budget: Budget) -> None:
         """Give the body's room back, when it is no longer held."""
-        budget.give(self._held)
-        self._held = 0
+        budget.give(self._held_bytes)
+        self._held_bytes = 0
 
     def _read_some(self, until: float) -> bytes:
-        """Read what comes next of the body. Raises ClientLeft and SlowRequest."""
+        """Read the next bytes of the body. Raises ClientLeft and SlowRequest."""
         while True:
             try:
                 raw = self.connection.read()
             except OSError as exc:
-                raise ClientLeft("reset within its request") from exc
+                raise ClientLeft("client_closed") from exc
             if raw:
                 return raw
             if raw is not None:
-                raise ClientLeft("closed within its request")
+                raise ClientLeft("client_closed")
             if not self.connection.wait(until - time.monotonic()):
                 raise SlowRequest("the request's body came too slowly")
 
-    def end_of_request(self) -> None:
-        """Make sure that an unread body is never parsed as the next request: the connection ends."""
-        if self._unread:
-            self.keep = False
+    # -- a response in one piece
 
-    # -- the answer
+    def send_response(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Send a whole response."""
+        if status in (204, 304):
+            self._bare = True
+        else:
+            headers = {**headers, "content-length": str(len(body))}
+        self._send_whole(status, self._render_head(status, headers), body)
 
-    def send_response(self, status: int, fields: Mapping[str, str], body: bytes) -> None:
-        """Send a whole answer."""
-        self.end_of_request()
-        bare = self._bare or status in (204, 304)
-        length = {} if status in (204, 304) else {"content-length": str(len(body))}
-        self.send(self._head(status, {**fields, **length}) + (b"" if bare else body))
-        self.record.bytes += 0 if bare else len(body)
-
-    def send_json(self, status: int, value: Any, fields: Mapping[str, str] | None = None) -> None:
-        """Send a whole answer in JSON."""
-        headers = {**(fields or {}), "content-type": "application/json"}
+    def send_json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
+        """Send a whole response in JSON."""
+        headers = {**(headers or {}), "content-type": "application/json"}
         self.send_response(status, headers, json_bytes(value) + b"\n")
 
     def send_error(self, error: BridgeError) -> None:
         """Send an error in the OpenAI shape."""
         if isinstance(error, MalformedHttp):
-            self.keep = False
-        self.record.error_by, self.record.error_code = error.by, error.code
-        self.send_json(error.status, error.body(), {"x-qoo-bridge-error": error.by, **error.headers})
+            self.abort()
+        head, body = error_response(error, self._own_headers())
+        self._send_whole(error.status, head, body)
 
-    def prepare(self, status: int, fields: Mapping[str, str], at_once: bool = False) -> None:
-        """Have a stream's head ready, to be sent with its first piece: until then the status can change.
+    def _send_whole(self, status: int, head: bytes, body: bytes) -> None:
+        self.record.status = status
+        self.state = State.DONE
+        if self._bare:
+            self.send(head)
+        else:
+            self.send(head + body)
+            self.record.bytes += len(body)
 
-        `at_once`: it is not to wait for the first piece, but goes out with it where that is there already.
-        """
-        self._prepared = (status, fields)
-        self.eager = at_once
+    # -- a stream
 
-    def begin(self) -> None:
-        """Send the head of a stream that is not to wait for its first piece, if it is not out yet."""
-        if self.eager and not self.started:
-            self.send(self._stream_head())
+    def prepare_stream(self, status: int, headers: Mapping[str, str]) -> None:
+        """Have a stream's head ready. It is sent with the first piece or filler: until then errors can be."""
+        self._stream_head = (status, headers)
+        self.state = State.HEAD_READY
 
     def write(self, payload: bytes, last: bool = False) -> None:
-        """Send a piece of a prepared stream; with the last one its end."""
-        if self._bare:
-            self.end()
-        if not payload or self._bare:
+        """Send a piece of a prepared stream: before the first its head, behind the last its end."""
+        if self._bare or not payload:
             return
-        self.record.bytes += len(payload)
-        head = b""
-        if self.record.first_byte is None:
-            self.record.first_byte = time.monotonic() - self.record.started
-            head = b"" if self.started else self._stream_head()
+        self.record.add_piece(len(payload))
+        head = self._due_head()
         if self._chunked:
-            self._ended = last
-            payload = b"%x\r\n%b\r\n%b" % (len(payload), payload, LAST_CHUNK if last else b"")
-        self.send(head + payload if head else payload)
+            payload = b"%b%x\r\n%b\r\n%b" % (head, len(payload), payload, LAST_CHUNK if last else b"")
+        elif head:
+            payload = head + payload
+        if last:
+            self.state = State.DONE
+        self.send(payload)
 
     def write_silence(self, filler: bytes) -> None:
-        """Send what keeps a waiting client waiting, if it gets a stream."""
-        self.eager = self._prepared is not None
-        self.begin()
-        if self.started and not self._bare:
-            self.send(chunk(filler) if self._chunked else filler)
+        """Send what keeps a waiting client waiting, if it is to get a stream."""
+        if self._bare or self.state in (State.NEW, State.DONE):
+            return
+        head = self._due_head()
+        self.send(head + (chunk(filler) if self._chunked else filler))
 
-    def end(self) -> None:
+    def finish_stream(self) -> None:
         """Send the end of a stream, if it is not out yet."""
-        self.eager = True
-        self.begin()
-        if self._chunked and not self._ended and not self._bare:
-            self.send(LAST_CHUNK)
+        if self.state is State.DONE:
+            return
+        head = self._due_head()
+        self.state = State.DONE
+        self.send(head + (LAST_CHUNK if self._chunked and not self._bare else b""))
 
-    def start_websocket(self, accept: str, fields: Mapping[str, str]) -> None:
-        """Accept a client's WebSocket handshake."""
-        self.keep = True  # until here: the head below is no place for `connection: close`
-        self.send(self._head(101, {**fields, "connection": "Upgrade", "upgrade": "websocket",
-                                    "sec-websocket-accept": accept}))
-        self.keep = False
-
-    def _stream_head(self) -> bytes:
-        """Write the head of a stream: chunked to 1.1, ended by the connection's end to 1.0."""
-        self.end_of_request()
-        self._chunked = self.head.minor == 1
-        self.keep = self.keep and self._chunked
-        status, fields = self._prepared or (200, {})
-        return self._head(status, {**fields, **({"transfer-encoding": "chunked"} if self._chunked else {})})
-
-    def _head(self, status: int, fields: Mapping[str, str]) -> bytes:
+    def _due_head(self) -> bytes:
+        """Return a stream's head if it is not out: chunked for 1.1, ended by the connection's end for 1.0."""
+        if self.state is not State.HEAD_READY:
+            return b""
+        status, headers = self._stream_head
         self.record.status = status
-        self.started = True
-        reason = http.client.responses.get(status, "Unknown")
-        connection = {"connection": "keep-alive" if self.keep else "close"}
-        if self.keep and self.head.minor:
-            connection = {}  # 1.1's default
-        return render_head(f"HTTP/1.1 {status} {reason}", {
-            **fields, **self.extra, "x-qoo-bridge-id": self.record.id, **connection}.items())
+        self.state = State.STREAMING
+        if status in (204, 304):
+            self._bare = True
+        elif self.head.minor == 1:
+            self._chunked = True
+            headers = {**headers, "transfer-encoding": "chunked"}
+        else:
+            self.abort()
+        return self._render_head(status, headers)
+
+    def start_websocket(self, accept: str, headers: Mapping[str, str]) -> None:
+        """Accept a client's WebSocket handshake; nothing else can follow on this connection."""
+        self.state = State.DONE
+        headers = {**headers, "connection": "Upgrade", "upgrade": "websocket", "sec-websocket-accept": accept}
+        self.send(self._render_head(101, headers))
+        self.abort()
+
+    # -- bytes
+
+    def _own_headers(self) -> dict[str, str]:
+        """Return the headers that this bridge adds to every response."""
+        headers = {**self.extra_headers, "x-qoo-bridge-id": self.record.id}
+        if not self.persists():
+            headers["connection"] = "close"
+        elif not self.head.minor:
+            headers["connection"] = "keep-alive"
+        return headers
+
+    def _render_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        return render_head(status_line(status), {**self._own_headers(), **headers}.items())
 
     def send(self, payload: bytes) -> None:
         """Send bytes to the client. Raises ClientLeft."""
         try:
             self.connection.send(payload, WRITE_TIMEOUT)
         except OSError as exc:
-            raise ClientLeft("stopped reading" if isinstance(exc, TimeoutError) else "left") from exc
+            raise ClientLeft("client_stalled" if isinstance(exc, TimeoutError) else "client_closed") from exc
 
 
 class ResponsesOutput:
-    """Copy Responses events as they are, but for the terminal event's empty `output`, which is filled."""
+    """What a client of the Responses API is sent: upstream's events, the final one's `output` filled."""
 
-    def __init__(self, codex: bool,
-                 on_final: Callable[[dict[str, Any]], None] = lambda response: None) -> None:
-        self.fold = ResponseAssembler()
-        self._on_final = on_final  # called with the whole response, before the client can know of its end
+    def __init__(self, codex: bool = False, final_fields: Mapping[str, Any] | None = None) -> None:
+        self.assembler = ResponseAssembler()
+        self._final_fields = final_fields or {}  # of the final response, that upstream cannot know
         self.count = 0  # of events
-        self.done = False  # the terminal event was seen: nothing may follow it
-        self.silence = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
+        self.done = False  # the final event was seen: nothing may follow it
+        self.failure: BridgeError | None = None  # reported by upstream, to be raised
+        self.filler = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
         self._events = Events()
 
-    def feed(self, payload: bytes) -> bytes:
-        """Return what the client gets of upstream's next bytes: whole events only."""
-        whole = self._events.feed(payload)
-        if NOTABLE_EVENT.search(whole):
-            return self._look(whole)
-        self.count += whole.count(b"\ndata:") + whole.startswith(b"data:")
-        return whole
+    @property
+    def final_type(self) -> str:
+        """Return the last word of the final event's type (`completed`); "" before it."""
+        return event_type(self.assembler.final).rpartition(".")[2]
 
-    def _look(self, whole: bytes) -> bytes:
+    @property
+    def final_response(self) -> dict[str, Any]:
+        """Return the response of the final event; {} before it."""
+        return or_empty((self.assembler.final or {}).get("response"), dict)
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what the client gets of upstream's next bytes: complete events only."""
+        events = self._events.feed(payload)
+        if NOTABLE_EVENT.search(events):
+            return self._feed_notable(events)
+        self.count += events.count(b"\ndata:") + events.startswith(b"data:")
+        return events
+
+    def _feed_notable(self, events: bytes) -> bytes:
         """Take the events apart: at least one of them looks like one that matters."""
         pieces = []
-        for piece in split_events(whole):
+        for event in split_events(events):
             self.count += 1
-            pieces.append(self._see(piece) if NOTABLE_EVENT.search(piece) else piece)
+            pieces.append(self._replace(event) if NOTABLE_EVENT.search(event) else event)
             if self.done:
                 break
         return b"".join(pieces)
 
-    def _see(self, piece: bytes) -> bytes:
-        """Look into one event; return what the client gets in its place."""
-        if TERMINAL_MARK.search(piece) is None:
-            self.fold.keep(piece)  # parsed only if the terminal event's output is empty
-            return piece
-        parsed = event_json(piece) or {}
+    def _replace(self, event: bytes) -> bytes:
+        """Return what the client gets in an event's place."""
+        if TERMINAL_MARK.search(event) is None:
+            self.assembler.keep(event)  # parsed only if the final event's output is empty
+            return event
+        parsed = event_json(event) or {}
         if event_type(parsed) not in TERMINAL_EVENTS:
-            return piece
-        self.fold.add(parsed)
-        filled = self.fold.fill()
-        self._finish()
-        return render_event(self.fold.final or parsed) if filled else piece
+            return event
+        self.assembler.add(parsed)
+        if self._complete():
+            return render_event(self.assembler.final or parsed)
+        return event
 
-    def _finish(self) -> None:
-        """Note that the terminal event was seen."""
+    def _complete(self) -> bool:
+        """Complete the final event's response; tell whether that changed it."""
         self.done = True
-        response = (self.fold.final or {}).get("response")
-        if isinstance(response, dict):
-            self._on_final(response)
+        filled = self.assembler.fill()
+        return self.assembler.set_fields(self._final_fields) or filled
 
-    def cut(self, error: BridgeError) -> bytes:
-        """Return what a client is sent when upstream breaks off: nothing, its missing end says so."""
+    def render_error(self, error: BridgeError) -> bytes:
+        """Return the bytes to send when upstream fails. None here: the missing final event signals it."""
         return b""
 
 
 class ChatOutput(ResponsesOutput):
-    """Turn Responses events into Chat Completions chunks (or legacy completion chunks)."""
+    """What a streaming chat client is sent: Chat Completions chunks (or legacy completion chunks)."""
 
-    def __init__(self, stream: ChatStream, on_final: Callable[[dict[str, Any]], None]) -> None:
-        super().__init__(False, on_final)
-        self.stream = stream
+    def __init__(self, stream: ChatStream) -> None:
+        super().__init__()
+        self._stream = stream
 
     def feed(self, payload: bytes) -> bytes:
-        """Return the chunks of upstream's next bytes.
-
-        Raises what upstream reports as a failure: an HTTP error if nothing was sent yet, see `cut`.
-        """
+        """Return the chunks of upstream's next bytes; a failure among them is left in `failure`."""
         pieces = []
-        for piece in split_events(self._events.feed(payload)):
-            parsed = event_json(piece)
+        for event in split_events(self._events.feed(payload)):
             self.count += 1
-            if parsed is None or self.done:
+            parsed = event_json(event)
+            if parsed is None:
                 continue
-            self.fold.add(parsed)
-            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self.stream.feed(parsed)]
-            if self.stream.failed:
-                raise self.fold.failure()
-            if self.stream.done:
-                self.fold.fill()
-                self._finish()
-        if self.done:
-            pieces.append(b"data: [DONE]\n\n")
+            self.assembler.add(parsed)
+            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._stream.feed(parsed)]
+            if self._stream.failed:
+                self.failure = self.assembler.failure()
+                break
+            if self._stream.done:
+                self._complete()
+                pieces.append(b"data: [DONE]\n\n")
+                break
         return b"".join(pieces)
 
-    def cut(self, error: BridgeError) -> bytes:
+    def render_error(self, error: BridgeError) -> bytes:
         """Return the error object that SDKs raise from within a stream."""
         return b"data: %b\n\n" % json_bytes(error.body())
 
 
 class JsonOutput(ResponsesOutput):
-    """Collect the events for one JSON answer; the client gets nothing until then."""
+    """Collects the events for one JSON response; the client gets nothing until then."""
 
     def feed(self, payload: bytes) -> bytes:
         """Collect upstream's next bytes."""
-        for piece in split_events(self._events.feed(payload)):
+        for event in split_events(self._events.feed(payload)):
             self.count += 1
-            if not self.done and (b'"error"' in piece or NOTABLE_EVENT.search(piece)):
-                parsed = event_json(piece) or {}
-                self.fold.add(parsed)
+            if not self.done and (b'"error"' in event or NOTABLE_EVENT.search(event)):
+                parsed = event_json(event) or {}
+                self.assembler.add(parsed)
                 if event_type(parsed) in TERMINAL_EVENTS:
-                    self.fold.fill()
-                    self._finish()
+                    self._complete()
         return b""
 
 
-def relay(reply: Reply, exchange: Exchange, copy: ResponsesOutput, keepalive: float,
-          idle_timeout: float) -> None:
-    """Copy a reply to the client until its terminal event.
+def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: float,
+          idle_timeout: float) -> bytes:
+    """Copy a reply to the client up to its final event; return the piece with that event, not sent yet.
 
-    Raises ClientLeft, BadUpstream when upstream ends without the terminal event, UpstreamTimeout when it is
-    silent for `idle_timeout`. Upstream's connection is closed then.
+    So the caller can store the response before the client knows of its end. Silence of `keepalive` seconds is
+    filled. Raises ClientLeft, the failure that upstream reported, BadUpstream when upstream ends without the
+    final event, UpstreamTimeout when it is silent for `idle_timeout` seconds. Upstream's connection is closed
+    then.
     """
     last_read = last_write = time.monotonic()
-    timeout = HEAD_WAITS if exchange.eager else min(keepalive, idle_timeout)
+    timeout = min(keepalive, idle_timeout)
     try:
-        while not copy.done:
+        while True:
             payload = reply.read(timeout, exchange.connection)
-            now, timeout = time.monotonic(), min(keepalive, idle_timeout)
+            now = time.monotonic()
             if payload:
                 last_read = now
-                ready = copy.feed(payload)
-                exchange.record.events = copy.count  # for who looks on
+                ready = output.feed(payload)
+                exchange.record.events = output.count  # for /status
+                if output.done:
+                    return ready
                 if ready:
-                    exchange.write(ready, last=copy.done)
+                    exchange.write(ready)
                     last_write = now
+                if output.failure is not None:
+                    raise output.failure
             elif payload is not None:
-                raise copy.fold.failure()
+                raise output.assembler.failure()
             elif now - last_read >= idle_timeout:
                 raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
-            else:
-                exchange.begin()
             if now - last_write >= keepalive:  # silence, or an event that comes in drops
-                exchange.write_silence(copy.silence)
+                exchange.write_silence(output.filler)
                 last_write = now
-    except BaseException as exc:
+    except BaseException:
         reply.close()
-        if isinstance(exc, BridgeError) and exchange.started:
-            exchange.write(copy.cut(exc))
         raise
 
 
 # == 25 turns =================================================================
 # A model request upstream, until it is accepted.
 
-class Turn(NamedTuple):
-    """An opened turn: upstream's reply, and what of the request is still wanted."""
-
-    reply: Reply
-    streamed: bool  # the client wants a stream
-    asked: StoredInput | None  # for the store, where the client counts on one
-
-
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+
+
+class ResponsesApi:
+    """A request to the Responses API: upstream's own form, but for what the store remembers."""
+
+    def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
+        self._codex = exchange.client_headers.codex
+        self._owner = exchange.client.key
+        self._store = store
+        self._max_bytes = max_bytes
+        self._stored: StoredInput | None = None  # where the client counts on the store
+        self.streamed = False  # the client wants a stream
+
+    def to_upstream(self, body: dict[str, Any], size: int) -> dict[str, Any]:
+        """Return the request with all that it refers to; the same object when it refers to nothing.
+
+        `size` is the body's, in bytes. Raises InvalidRequest and BodyTooLarge.
+        """
+        self.streamed = body.get("stream") is True
+        self._stored = stored_input(body, self._codex, size)
+        return self._store.resolve(self._owner, body, self._max_bytes)
+
+    def output(self) -> ResponsesOutput:
+        """Return what turns upstream's events into what the client is sent."""
+        fields = {}
+        if self._stored is not None:
+            fields["previous_response_id"] = self._stored.previous or None  # upstream was not told
+        if self.streamed:
+            return ResponsesOutput(self._codex, fields)
+        return JsonOutput(final_fields=fields)
+
+    def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
+        """Return the one JSON object that answers a request without a stream."""
+        return response
+
+    def keep(self, response: dict[str, Any]) -> None:
+        """Store the response. Call before the client knows of its end."""
+        if self._stored is not None:
+            self._store.keep_response(self._owner, response, self._stored)
+
+
+class ChatApi:
+    """A request to Chat Completions: translated, and its events translated back."""
+
+    PREFIX = "chatcmpl-"
+
+    def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
+        self._owner = exchange.client.key
+        self._store = store
+        self._id = self.PREFIX + exchange.record.id
+        self._created = int(time.time())
+        self._model = ""
+        self._include_usage = self._legacy_functions = False
+        self.streamed = False  # the client wants a stream
+
+    def to_upstream(self, body: dict[str, Any], size: int) -> dict[str, Any]:
+        """Return the Responses request. Raises InvalidRequest."""
+        self.streamed = body.get("stream") is True
+        self._model = body["model"]
+        self._include_usage = wants_usage(body)
+        self._legacy_functions = "functions" in body
+        request = self._convert(body)
+        return {**request, "input": self._store.with_reasoning(self._owner, request["input"])}
+
+    def output(self) -> ResponsesOutput:
+        """Return what turns upstream's events into what the client is sent."""
+        if self.streamed:
+            return ChatOutput(self._stream())
+        return JsonOutput()
+
+    def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
+        """Return the one JSON object that answers a request without a stream."""
+        return chat_completion(response, self._id, self._created, self._model, self._legacy_functions)
+
+    def keep(self, response: dict[str, Any]) -> None:
+        """Store the reasoning of a response, which a chat client cannot send back."""
+        self._store.keep_reasoning(self._owner, response.get("output"))
+
+    def _convert(self, body: dict[str, Any]) -> dict[str, Any]:
+        return chat_request(body)
+
+    def _stream(self) -> ChatStream:
+        return ChatStream(self._id, self._created, self._model, self._include_usage, self._legacy_functions)
+
+
+class CompletionApi(ChatApi):
+    """A request to the legacy Completions API."""
+
+    PREFIX = "cmpl-"
+
+    def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
+        """Return the one JSON object that answers a request without a stream."""
+        return text_completion(response, self._id, self._created, self._model)
+
+    def _convert(self, body: dict[str, Any]) -> dict[str, Any]:
+        return completion_request(body)
+
+    def _stream(self) -> ChatStream:
+        return CompletionStream(self._id, self._created, self._model, self._include_usage)
+
+
+class Attempt:
+    """One model request on its way upstream, by either transport: what to send next, what was repaired."""
+
+    def __init__(self, request: dict[str, Any], raw: bytes | None, context: Context) -> None:
+        self.request = request  # in the Responses form, before the rules
+        self.context = context
+        self.rules: tuple[str, ...] = ()
+        self.repairs: tuple[str, ...] = ()
+        self.normalized = request
+        self._raw = raw  # the client's own bytes of the request; None where they are not the same
+
+    def next_payload(self, *left_out: str) -> bytes:
+        """Return the bytes to send now: the client's own if no rule changes the request.
+
+        Fields in `left_out` are not sent. Raises InvalidRequest.
+        """
+        self.normalized, self.rules = normalize(without(self.request, *left_out), self.context)
+        if self._raw is not None and self.normalized is self.request:
+            return self._raw
+        return encode(self.normalized)
+
+
+class Turns:
+    """Model requests: from the client's body to upstream's reply, and the reply back to the client."""
+
+    def __init__(self, config: Config, account: Account, catalog: Catalog, telemetry: Telemetry) -> None:
+        self.config = config
+        self.account = account
+        self.catalog = catalog
+        self.telemetry = telemetry
+        self.identity = Identity(config.originator, config.client_version)
+        self.budget = Budget(MAX_BODIES)
+        self.store = Store(STORE_SIZE)
+        self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
+        local = parse_target(config.upstream)[0].host in LOOPBACK  # no line that compression would relieve
+        self._compresses = config.compress == "on" or (config.compress == "auto" and not local)
+
+    def serve(self, make_api: Callable[..., ResponsesApi | ChatApi], exchange: Exchange) -> None:
+        """Answer a model request of either API, by a stream or by one JSON object."""
+        api = make_api(exchange, self.store, self.config.max_body)
+        attempt = self._read_attempt(api, exchange)
+        reply = self.send_until_accepted(attempt, exchange)
+        del attempt  # nothing of the request is held while it is answered, but what the store needs
+        exchange.release_body(self.budget)
+        headers, output = downstream_headers(reply.headers), api.output()
+        if api.streamed:
+            exchange.prepare_stream(200, {**headers, **STREAM_HEADERS})
+        with reply:
+            try:
+                last = relay(reply, exchange, output, self.config.keepalive, self.config.idle_timeout)
+            except BridgeError as exc:
+                if exchange.started:
+                    exchange.write(output.render_error(exc))
+                raise
+            finally:
+                exchange.record.events = output.count
+                exchange.record.observe_final(output.final_type, output.final_response)
+            api.keep(output.final_response)
+            if api.streamed:
+                exchange.write(last, last=True)
+                exchange.finish_stream()
+            else:
+                exchange.send_json(200, api.to_json(output.assembler.response()), headers)
+
+    def _read_attempt(self, api: ResponsesApi | ChatApi, exchange: Exchange) -> Attempt:
+        """Read a client's request. Raises InvalidRequest and what `Exchange.read_body` raises."""
+        raw = exchange.read_body(self.config.max_body, self.budget)
+        body = parse_json(raw)
+        check_request(body)
+        exchange.record.model = body["model"]
+        request = api.to_upstream(body, len(raw))
+        context = self.context(exchange, request)
+        exchange.record.slug = context.slug
+        return Attempt(request, raw if request is body else None, context)
+
+    def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
+        """Gather what the rules may know."""
+        headers, client, name = exchange.head.headers, exchange.client_headers, request["model"]
+        metadata = or_empty(request.get("client_metadata"), dict)
+        lite_header = LITE_HEADER in headers or LITE_METADATA in metadata
+        # A Codex knows the models of its own list, if it has asked for that.
+        models = None
+        if client.version:
+            models = self.catalog.cached(client.version)
+        if models is None:
+            needed = self.catalog.is_alias(name) or not lite_header
+            models = self.catalog.get(wait=CATALOG_WAIT if needed else 0)
+        slug, model = self.catalog.resolve(name, models)
+        session = client.session
+        if websocket and not session:
+            session = stable_id(exchange.record.id)
+        return Context(
+            slug=slug, model=model, codex=client.codex, websocket=websocket, session=session,
+            client=exchange.client.name, lite_header=lite_header, strict=self.config.continuity == "strict",
+            dropped=self._learned.get(slug, frozenset()))
+
+    def send_until_accepted(self, attempt: Attempt, exchange: Exchange) -> Reply:
+        """Send a request upstream, with each known repair of a refusal, until a stream answers.
+
+        Raises UpstreamRefusal and other BridgeErrors, and ClientLeft.
+        """
+        record = exchange.record
+        while True:
+            payload = attempt.next_payload()
+            record.rules = attempt.rules
+            headers, payload = self._pack(attempt, exchange, payload)
+            reply = self.account.open("POST", "/responses", headers, payload, exchange.connection)
+            self.observe_headers(reply)
+            if is_stream(reply):
+                self.account.open_ahead(reply)
+                return reply
+            error = self.read_refusal(reply, exchange)
+            if not self.repair(attempt, error):
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame: a cycle would keep the request's body
+            record.repairs, record.slug = attempt.repairs, attempt.context.slug
+            exchange.extra_headers["x-qoo-bridge-repaired"] = ", ".join(attempt.repairs)
+
+    def _pack(self, attempt: Attempt, exchange: Exchange, payload: bytes) -> tuple[dict[str, str], bytes]:
+        """Return the headers of a request upstream, and its body, compressed where that pays."""
+        request, context = attempt.normalized, attempt.context
+        session = context.session or str(request.get("prompt_cache_key"))
+        headers = upstream_headers(exchange.head.headers, exchange.client_headers, self.identity, session)
+        if context.is_lite:
+            headers[LITE_HEADER] = "true"
+        headers.update({"x-codex-routing-hint": routing_hint(request), "accept": "text/event-stream",
+                        "content-type": "application/json"})
+        if self._compresses and len(payload) >= COMPRESS_FROM:
+            packed = zstd_compress(payload)
+            if packed is not None:
+                headers["content-encoding"], payload = "zstd", packed
+        return headers, payload
+
+    def observe_headers(self, reply: Reply) -> None:
+        """Take from a reply's head what it says of the plan's limits and of the model list."""
+        self.telemetry.rate_limits(reply.headers, time.time())
+        self.catalog.observe_etag(reply.headers.get("x-models-etag", ""))
+
+    def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
+        """Turn a reply that is no stream into the error to raise."""
+        with reply:
+            body = reply.read_body(MAX_ERROR_BODY, ERROR_BODY_SECONDS, exchange.connection)
+        headers = reply.headers
+        coding = headers.get("content-encoding", "identity")
+        if coding != "identity":
+            body = f"in the content coding {coding[:40]!r}, which was not asked for".encode()
+        error = refusal(reply.status, headers.get("content-type", ""), body, headers.get("retry-after"))
+        resets_at = finite_number(error.error.get("resets_at"))
+        if reply.status == 429 and resets_at is not None:
+            error.headers.setdefault("retry-after", retry_after_seconds(resets_at - time.time()) or "1")
+        if reply.status == 401:
+            error.error["message"] = error.message = f"{error.message} ({self.account.hint})"
+        passed = downstream_headers(headers)
+        error.headers.update({name: value for name, value in passed.items()
+                              if name not in ("content-type", "etag", "retry-after")})
+        return error
+
+    def repair(self, attempt: Attempt, error: UpstreamRefusal) -> bool:
+        """Change a refused attempt so that it may be accepted; tell whether there is a known way."""
+        if error.status not in (400, 404, 422) or len(attempt.repairs) >= MAX_REPAIRS:
+            return False
+        matched = match_repair(f"{error.message} {error.code}")
+        if matched is None:
+            return False
+        repair, match = matched
+        context = attempt.context
+        repaired = repair.apply(context, match)
+        if repair.name == FORM_REPAIR and FORM_REPAIR not in attempt.repairs:
+            repaired = self._repair_form(attempt)
+        if repaired == context:
+            return False
+        if repaired.dropped != context.dropped:
+            self._learn(context.slug, repaired.dropped)
+        attempt.context = repaired
+        attempt.repairs = (*attempt.repairs, repair.name)
+        self.telemetry.count("repairs", repair=repair.name)
+        return True
+
+    def _repair_form(self, attempt: Attempt) -> Context:
+        """Fetch the model list anew; a repair only if it says something else of the model than before."""
+        self.catalog.refresh()
+        slug, model = self.catalog.resolve(attempt.request["model"], self.catalog.get())
+        return attempt.context._replace(slug=slug, model=model)
+
+    def _learn(self, slug: str, dropped: frozenset[str]) -> None:
+        """Remember what upstream refused for a model, for so many models as there can be."""
+        if len(self._learned) < 64 and len(dropped) <= 64:
+            self._learned[slug] = dropped
+
+    def pass_on(self, exchange: Exchange) -> None:
+        """Pass a side request on with this host's sign-in, and its reply back as it comes."""
+        method, path = SIDE_ROUTES[exchange.path]
+        body = b""
+        if method == "POST":
+            body = exchange.read_body(self.config.max_body, self.budget)
+        given, client = exchange.head.headers, exchange.client_headers
+        session = client.session or stable_id(exchange.client.address)
+        headers = {"accept": "application/json", **upstream_headers(given, client, self.identity, session)}
+        if method == "POST":
+            headers["content-type"] = given.get("content-type", "application/json")
+            body = self._without_alias(body)
+        if LITE_HEADER in given:
+            headers[LITE_HEADER] = given[LITE_HEADER]
+        reply = self.account.open(method, path, headers, body, exchange.connection)
+        if not 200 <= reply.status < 300:
+            raise self.read_refusal(reply, exchange)
+        exchange.release_body(self.budget)
+        with reply:
+            exchange.prepare_stream(reply.status, downstream_headers(reply.headers))
+            while piece := reply.read(self.config.idle_timeout, exchange.connection):
+                exchange.write(piece)
+            if piece is None:
+                raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
+            exchange.finish_stream()
+
+    def _without_alias(self, body: bytes) -> bytes:
+        """Put the model in the place of an alias; all else of a side request is passed on as it is."""
+        request = json_or_none(body)
+        if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
+            return body
+        slug, _ = self.catalog.resolve(request["model"], self.catalog.get(wait=CATALOG_WAIT))
+        return encode({**request, "model": slug})
 
 
 def is_stream(reply: Reply) -> bool:
     """Tell whether a reply is what was asked for: 200 and server-sent events, not compressed."""
-    kind = reply.headers.get("content-type", "text/event-stream")
-    return reply.status == 200 and "event-stream" in kind and \
+    content_type = reply.headers.get("content-type", "text/event-stream")
+    return reply.status == 200 and "event-stream" in content_type and \
         reply.headers.get("content-encoding", "identity") == "identity"
 
 
@@ -5082,94 +5892,107 @@ def is_stream(reply: Reply) -> bool:
 class InFlight:
     """One response.create that is being answered."""
 
-    def __init__(self, record: Record, frame: dict[str, Any], context: Context,
-                 asked: StoredInput | None) -> None:
+    def __init__(self, record: Record, attempt: Attempt, stored: StoredInput | None) -> None:
         self.record = record
-        self.frame: dict[str, Any] | None = frame  # the client's, for a repair; None once it is answered
-        self.context = context
-        self.asked = asked  # for the store, where the client counts on one
-        self.fold = ResponseAssembler()
-        self.place = contextlib.ExitStack()  # the key's place among its running requests
-        self.given: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
+        self.attempt: Attempt | None = attempt  # for a repair; None once its answer has begun
+        self.stored = stored  # for the store, where the client counts on one
+        self.assembler = ResponseAssembler()
+        self.slot = contextlib.ExitStack()  # the key's place among its running requests
+        self.chain_fields: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
 
 
 class WebSocketRelay:
-    """One WebSocket: the client on one side, the backend on the other; the connection's thread uses it."""
+    """One WebSocket: the client on one side, the backend on the other. The connection's thread uses it."""
 
     CHAINS = 64  # responses whose chain is known, the newest
-    PENDING = 32  # requests that run at once
+    IN_FLIGHT = 32  # requests that run at once
 
-    def __init__(self, bridge: Bridge, exchange: Exchange, reply: Reply) -> None:
-        self._bridge = bridge
+    def __init__(self, turns: Turns, key_queue: KeyQueue, exchange: Exchange, reply: Reply) -> None:
+        self._turns = turns
+        self._key_queue = key_queue
         self._exchange = exchange
         self._client, self._upstream = exchange.connection, reply.connection
-        self._finish = exchange.finish
-        self._pending: deque[InFlight] = deque()  # oldest first: answers come in the order of the requests
+        self._in_flight: deque[InFlight] = deque()  # oldest first: answers come in the order of the requests
         # response id -> what its chain was given of tools and instructions
         self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
-        self._from_client = FrameReader(masked=True, max_message=bridge.config.max_body)
+        self._from_client = FrameReader(masked=True, max_message=turns.config.max_body)
         self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
         self._open = True
-        self._left = "cut"  # how what is pending ends, when the connection does
+        self._end_of_rest = "cut"  # how what is in flight ends, when the connection does
+        self._set_idle: Callable[[bool], None] = lambda idle: None
+        self._log_request: Callable[[Record], None] = lambda record: None
 
-    def run(self) -> None:
-        """Pass frames on, both ways, until either side goes; then the other is closed."""
-        last_read = pinged = time.monotonic()
+    def run(self, set_idle: Callable[[bool], None], log_request: Callable[[Record], None]) -> None:
+        """Pass frames on, both ways, until either side goes; then the other is closed.
+
+        `set_idle` is told whether no request is running, `log_request` gets each finished record.
+        """
+        self._set_idle, self._log_request = set_idle, log_request
         try:
-            self._exchange.idle(True)
-            while self._open:
-                ours, theirs = self._wait(self._bridge.config.keepalive)
-                now = time.monotonic()
-                if theirs:
-                    last_read = now
-                    self._take(self._upstream, self._from_upstream, self._upstream_message)
-                elif now - last_read > self._bridge.config.idle_timeout:
-                    self._end(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
-                elif now - max(last_read, pinged) >= self._bridge.config.keepalive:
-                    pinged = now  # whatever the client does: its own frames tell nothing of upstream
-                    self._exchange.send(encode_frame(OP_PING, b""))
-                    self._to_upstream(OP_PING, b"")
-                if ours and self._open:
-                    self._take(self._client, self._from_client, self._client_message)
+            self._set_idle(True)
+            self._pass_frames(self._turns.config.keepalive, self._turns.config.idle_timeout)
         except ClientLeft as exc:
-            self._left = "client-left"
-            self._end(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
+            self._end_of_rest = str(exc)
+            self._close(CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, str(exc))
         except OSError as exc:
-            self._end_cut(describe_error(exc))
+            self._close_after_cut(describe_error(exc))
         finally:
-            while self._pending:
-                self._settle(self._left)
+            while self._in_flight:
+                self._settle(self._end_of_rest)
             linger(self._upstream)  # a close over unread frames would be a reset, and lose the close frame
             self._upstream.close()
 
+    def _pass_frames(self, keepalive: float, idle_timeout: float) -> None:
+        last_read = last_ping = time.monotonic()
+        while self._open:
+            client_ready, upstream_ready = self._wait(keepalive)
+            now = time.monotonic()
+            if upstream_ready:
+                last_read = now
+                self._read(self._upstream, self._from_upstream, self._upstream_message)
+            elif now - last_read > idle_timeout:
+                self._close(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
+            elif now - max(last_read, last_ping) >= keepalive:
+                last_ping = now  # whatever the client does: its own frames tell nothing of upstream
+                self._exchange.send(encode_frame(OP_PING, b""))
+                self._to_upstream(OP_PING, b"")
+            if client_ready and self._open:
+                self._read(self._client, self._from_client, self._client_message)
+
     def _wait(self, seconds: float) -> tuple[bool, bool]:
         """Wait for either side; tell whether the client's, whether upstream's bytes are there."""
-        ours, theirs = self._client.buffered(), self._upstream.buffered()
-        if ours or theirs:
-            return ours, theirs
-        theirs, ours = self._upstream.poll(seconds, self._client)
-        return ours, theirs
+        client_ready, upstream_ready = self._client.buffered(), self._upstream.buffered()
+        if not client_ready and not upstream_ready:
+            upstream_ready, client_ready = self._upstream.poll(seconds, self._client)
+        return client_ready, upstream_ready
 
-    def _take(self, connection: Connection, reader: FrameReader, handle: Callable[[Message], None]) -> None:
+    def _read(self, connection: Connection, reader: FrameReader, handle: Callable[[Message], None]) -> None:
         """Read what is there and handle the messages in it; a breach of the protocol ends the connection."""
-        at_client = connection is self._client
+        from_client = connection is self._client
         try:
             raw = connection.read()
-        except OSError:
+        except OSError as exc:
+            log.debug("a WebSocket broke: %s", describe_error(exc))
             raw = b""
         if raw is None:
             return
         if not raw:
-            self._left = "client-left" if at_client else "cut"
-            self._end_cut("")
+            self._end_of_rest = "client_closed" if from_client else "cut"
+            self._close_after_cut("")
             return
         for message in reader.feed(raw):
             if self._open:
                 handle(message)
         if reader.error is not None and self._open:
-            log.info("a WebSocket peer broke the protocol: %s", reader.error)
-            code, told = reader.error.code, CLOSE_GOING_AWAY if at_client else CLOSE_BAD_GATEWAY
-            self._end(code if at_client else told, told if at_client else code, str(reader.error))
+            self._close_after_breach(reader.error, from_client)
+
+    def _close_after_breach(self, error: FrameError, from_client: bool) -> None:
+        """Close both sides because one broke the protocol; the other one is told that it was not at fault."""
+        log.info("invalid WebSocket frame from %s: %s", "the client" if from_client else "upstream", error)
+        if from_client:
+            self._close(error.code, CLOSE_GOING_AWAY, str(error))
+        else:
+            self._close(CLOSE_BAD_GATEWAY, error.code, str(error))
 
     # -- client -> upstream
 
@@ -5179,180 +6002,250 @@ class WebSocketRelay:
         elif message.opcode == OP_PING:
             self._exchange.send(encode_frame(OP_PONG, message.payload))
         elif message.opcode == OP_CLOSE:
-            self._left = "client-left"
+            self._end_of_rest = "client_closed"
             code, reason = parse_close(message.payload)
-            self._end(code, code, reason)
+            self._close(code, code, reason)
         elif message.opcode == OP_BINARY:
-            self._end(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "text frames are wanted")
+            self._close(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "text frames are wanted")
 
     def _client_text(self, raw: bytes) -> None:
         """Pass a client's frame on; a response.create is normalized like a request."""
-        handshake = self._exchange.record
-        record = Record(next_id(), handshake.client, handshake.key, "WS", handshake.path, status=200,
-                        user_agent_kind=handshake.user_agent_kind, started=time.monotonic())
+        record = self._new_record()
         try:
             frame = parse_json(raw)
             if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
                 self._to_upstream(OP_TEXT, raw)
                 return
-            check_request(frame)
-            if len(self._pending) >= self.PENDING:
-                raise TooManyRequests("too many requests are running on this connection", retry_after=5)
-            context = self._bridge.context(self._exchange, frame, record, websocket=True)
-            asked = stored_input(frame, context, len(raw))
-            known = self._resolve(frame, record.key) if asked else frame
-            pending = InFlight(record, known, context, asked)
-            place = self._bridge.limits.turn(record.key, self._client, wait=not self._pending)
-            pending.place.enter_context(place)
+            in_flight = self._accept(frame, raw, record)
         except BridgeError as exc:
             self._refuse(record, exc)
             return
-        self._bridge.telemetry.begin(record)
-        self._exchange.idle(False)
-        self._pending.append(pending)
-        self._send_create(pending, raw if known is frame else None)
+        self._turns.telemetry.begin(record)
+        self._set_idle(False)
+        self._in_flight.append(in_flight)
+        self._send_create(in_flight)
 
-    def _resolve(self, frame: dict[str, Any], owner: str) -> dict[str, Any]:
-        """Replay what another connection was told: upstream knows its responses on their own one only."""
+    def _new_record(self) -> Record:
+        """Make the record of one response.create."""
+        client = self._exchange.client
+        record = Record("WS", self._exchange.path_as_sent)
+        record.client, record.key, record.status = client.address, client.key, 200
+        record.user_agent_kind = self._exchange.user_agent_kind
+        return record
+
+    def _accept(self, frame: Any, raw: bytes, record: Record) -> InFlight:
+        """Check a response.create and take a place for it. Raises BridgeError, ClientLeft."""
+        check_request(frame)
+        record.model = frame["model"]
+        if len(self._in_flight) >= self.IN_FLIGHT:
+            raise TooManyRequests("too many requests are running on this connection", retry_after=5)
+        context = self._turns.context(self._exchange, frame, websocket=True)
+        record.slug = context.slug
+        stored = stored_input(frame, context.codex, len(raw))
+        resolved = frame
+        if stored:
+            resolved = self._resolve(frame)
+        attempt = Attempt(resolved, raw if resolved is frame else None, context)
+        in_flight = InFlight(record, attempt, stored)
+        slot = self._key_queue.slot(self._exchange.client.key, self._client, wait=not self._in_flight)
+        in_flight.slot.enter_context(slot)
+        return in_flight
+
+    def _resolve(self, frame: dict[str, Any]) -> dict[str, Any]:
+        """Expand a previous_response_id of another connection: upstream knows an id on its own one only."""
         if str(frame.get("previous_response_id")) in self._chains:
             return frame
-        return self._bridge.store.resolve(owner, frame, self._bridge.config.max_body)
+        owner, limit = self._exchange.client.key, self._turns.config.max_body
+        return self._turns.store.resolve(owner, frame, limit)
 
-    def _send_create(self, pending: InFlight, raw: bytes | None) -> None:
-        """Normalize a response.create and send it: its own bytes if no rule fires."""
+    def _send_create(self, in_flight: InFlight) -> None:
+        """Normalize a response.create and send it: its own bytes if no rule changes it."""
+        attempt = in_flight.attempt
+        if attempt is None:
+            return
         try:
-            normalized, pending.record.rules = normalize(self._without_given(pending), pending.context)
-            unchanged = raw is not None and normalized is pending.frame
-            self._to_upstream(OP_TEXT, raw if unchanged and raw is not None else encode(normalized))
-        except (BridgeError, RecursionError) as exc:
-            self._pending.remove(pending)
-            pending.place.close()
-            deep = InvalidRequest("the request is nested too deeply")
-            self._refuse(pending.record, exc if isinstance(exc, BridgeError) else deep)
-            self._exchange.idle(not self._pending)
+            payload = attempt.next_payload(*self._known_to_chain(in_flight, attempt))
+            in_flight.record.rules = attempt.rules
+            self._to_upstream(OP_TEXT, payload)
+        except BridgeError as exc:
+            self._in_flight.remove(in_flight)
+            in_flight.slot.close()
+            self._refuse(in_flight.record, exc)
+            self._set_idle(not self._in_flight)
 
-    def _without_given(self, pending: InFlight) -> dict[str, Any]:
-        """Leave out the tools and instructions that a frame repeats, where the bridge makes its lite form.
+    def _known_to_chain(self, in_flight: InFlight, attempt: Attempt) -> set[str]:
+        """Return which of tools and instructions a frame only repeats, where the bridge makes its lite form.
 
         They belong to the connection's chain, which a `previous_response_id` continues (WIRE 6).
+        Raises InvalidRequest.
         """
-        frame = pending.frame or {}
-        if not (pending.context.model and pending.context.model.lite):
-            return frame
-        given = {key: json.dumps(frame[key], sort_keys=True) for key in ("tools", "instructions")
-                 if frame.get(key)}
+        frame, model = attempt.request, attempt.context.model
+        if model is None or not model.lite:
+            return set()
+        try:
+            given = {key: json.dumps(frame[key], sort_keys=True) for key in ("tools", "instructions")
+                     if frame.get(key)}
+        except RecursionError as exc:
+            raise InvalidRequest("the request is nested too deeply") from exc
         earlier = self._chains.get(str(frame.get("previous_response_id")), {})
-        pending.given = {**earlier, **given}
-        known = {key for key in given if earlier.get(key) == given[key]}
-        return without(frame, *known)
+        in_flight.chain_fields = {**earlier, **given}
+        return {key for key in given if earlier.get(key) == given[key]}
 
     def _refuse(self, record: Record, error: BridgeError) -> None:
         """Answer a frame that is not sent on with an `error` frame."""
-        record.status, record.end = error.status, "error"
-        record.error_by, record.error_code = error.by, error.code
-        record.total = time.monotonic() - record.started
+        record.status = error.status
+        record.fail(error)
+        record.finish()
         event = {"type": "error", "status": error.status, **error.body()}
         self._exchange.send(encode_frame(OP_TEXT, json_bytes(event)))
-        self._finish(record)
+        self._log_request(record)
 
     # -- upstream -> client
 
     def _upstream_message(self, message: Message) -> None:
         if message.opcode == OP_TEXT:
-            self._upstream_text(message)
+            self._upstream_text(message.payload)
         elif message.opcode == OP_PING:
             self._to_upstream(OP_PONG, message.payload)
         elif message.opcode == OP_CLOSE:
             code, reason = parse_close(message.payload)
-            self._end(code, code, reason)
+            self._close(code, code, reason)
         elif message.opcode == OP_BINARY:
-            self._exchange.send(message.frames)
+            self._exchange.send(encode_frame(OP_BINARY, message.payload))
 
-    def _upstream_text(self, message: Message) -> None:
+    def _upstream_text(self, payload: bytes) -> None:
         """Pass an event on as it came; look into those that matter."""
-        pending = self._pending[0] if self._pending else None
-        if pending is None:
-            self._exchange.send(message.frames)
+        if not self._in_flight:
+            self._exchange.send(encode_frame(OP_TEXT, payload))
             return
-        pending.record.events += 1
-        if not NOTABLE_FRAME.search(message.payload):
-            self._pass(pending, message.frames)
+        in_flight = self._in_flight[0]
+        in_flight.record.events += 1
+        if not NOTABLE_FRAME.search(payload):
+            self._pass(in_flight, payload)
             return
-        parsed = or_empty(json_or_none(message.payload), dict)
+        parsed = or_empty(json_or_none(payload), dict)
+        if event_type(parsed) != "error" or not self._repair(in_flight, parsed):
+            self._notable_event(in_flight, parsed, payload)
+
+    def _notable_event(self, in_flight: InFlight, parsed: dict[str, Any], payload: bytes) -> None:
+        """Pass on an event that adds to the response or ends it; its end is stored and logged."""
         kind = event_type(parsed)
-        if kind == "error" and pending.frame is not None and self._repair(pending, parsed):
-            return
-        pending.fold.add(parsed)
-        filled = kind in TERMINAL_EVENTS and pending.fold.fill()
-        if kind == "response.completed" and pending.asked is not None:
-            response = or_empty((pending.fold.final or {}).get("response"), dict)
-            self._bridge.store.keep_response(pending.record.key, response, pending.asked)
-        frames = encode_frame(OP_TEXT, json_bytes(pending.fold.final)) if filled else message.frames
-        self._pass(pending, frames)
+        in_flight.assembler.add(parsed)
+        if kind in TERMINAL_EVENTS and in_flight.assembler.fill():
+            payload = json_bytes(in_flight.assembler.final)
+        if kind == "response.completed" and in_flight.stored is not None:
+            response = or_empty((in_flight.assembler.final or {}).get("response"), dict)
+            self._turns.store.keep_response(self._exchange.client.key, response, in_flight.stored)
+        self._pass(in_flight, payload)
         if kind in TERMINAL_EVENTS or kind == "error":
             self._settle(kind.rpartition(".")[2], parsed)
 
-    def _pass(self, pending: InFlight, frames: bytes) -> None:
-        record = pending.record
-        if record.first_byte is None:
-            record.first_byte = time.monotonic() - record.started
-            pending.frame = None
-        record.bytes += len(frames)
-        self._exchange.send(frames)
+    def _pass(self, in_flight: InFlight, payload: bytes) -> None:
+        frame = encode_frame(OP_TEXT, payload)
+        in_flight.attempt = None
+        in_flight.record.add_piece(len(frame))
+        self._exchange.send(frame)
 
-    def _repair(self, pending: InFlight, event: dict[str, Any]) -> bool:
+    def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
         """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
         status, error = event.get("status"), or_empty(event.get("error"), dict) or event
         refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
-        context = self._bridge.find_repair(refused, pending.context, pending.record)
-        if context is None:
+        attempt = in_flight.attempt
+        if attempt is None or not self._turns.repair(attempt, refused):
             return False
-        pending.context = context
-        self._pending.rotate(-1)  # its answer comes after those that were asked for meanwhile
-        self._send_create(pending, None)
+        in_flight.record.repairs, in_flight.record.slug = attempt.repairs, attempt.context.slug
+        self._in_flight.rotate(-1)  # its answer comes after those that were asked for meanwhile
+        self._send_create(in_flight)
         return True
 
     def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
-        """Note that the oldest response.create has its answer."""
-        pending = self._pending.popleft()
-        pending.place.close()
-        record, event = pending.record, event or {}
-        record.end = end
-        record.total = time.monotonic() - record.started
+        """The oldest response.create has its answer, or gets none: log it and free its place."""
+        in_flight = self._in_flight.popleft()
+        in_flight.slot.close()
+        record, event = in_flight.record, event or {}
         response = event.get("response")
-        record.usage = token_counts(response)
-        inner = response if isinstance(response, dict) else event
+        inner = event
+        if isinstance(response, dict):
+            inner = response
+        if end == "cut":
+            record.fail(BadUpstream("upstream closed the connection mid-response"), end)
+        else:
+            record.observe_final(end, inner)
         if isinstance(inner.get("id"), str):
-            self._chains[inner["id"]] = pending.given
+            self._chains[inner["id"]] = in_flight.chain_fields
             if len(self._chains) > self.CHAINS:
                 self._chains.popitem(last=False)
-        if end in ("error", "failed"):
-            record.error_by = "upstream"
-            record.error_code = str(or_empty(inner.get("error"), dict).get("code") or "")
-            if type(event.get("status")) is int:
-                record.status = event["status"]
-        elif end == "cut":
-            record.error_by, record.error_code = "bridge", BadUpstream.code  # as over HTTP
-        self._finish(record)
-        if not self._pending:
-            self._exchange.idle(True)
+        if end in ("error", "failed") and type(event.get("status")) is int:
+            record.status = event["status"]
+        record.finish()
+        self._log_request(record)
+        if not self._in_flight:
+            self._set_idle(True)
 
     # -- both ways
 
     def _to_upstream(self, opcode: int, payload: bytes) -> None:
         self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
 
-    def _end_cut(self, reason: str) -> None:
+    def _close_after_cut(self, reason: str) -> None:
         """Close both sides because one has gone; 1001 is a clean end to many clients, which a cut is not."""
-        self._end(CLOSE_BAD_GATEWAY if self._pending else CLOSE_GOING_AWAY, CLOSE_GOING_AWAY, reason)
+        to_client = CLOSE_GOING_AWAY
+        if self._in_flight:
+            to_client = CLOSE_BAD_GATEWAY
+        self._close(to_client, CLOSE_GOING_AWAY, reason)
 
-    def _end(self, to_client: int, to_upstream: int, reason: str) -> None:
+    def _close(self, to_client: int, to_upstream: int, reason: str) -> None:
         """Close both sides with a close frame each; this answers a close frame too."""
         self._open = False
         with contextlib.suppress(OSError):
             self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
         with contextlib.suppress(ClientLeft):
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
+
+
+def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> None:
+    """Answer a WebSocket handshake, once the backend has accepted one too; `exchange.upgraded` passes frames.
+
+    Raises BridgeError; 426 makes a Codex go on over HTTP at once (WIRE 6).
+    """
+    headers = exchange.head.headers
+    if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
+        raise MethodNotAllowed("GET /responses is for WebSockets; POST is for requests", allow="POST")
+    if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
+        raise UpgradeRequired("only version 13 of the WebSocket protocol is spoken here")
+    if not valid_key(headers.get("sec-websocket-key", "")):
+        raise InvalidRequest("sec-websocket-key is not 16 bytes in base64")
+    reply = open_upstream_websocket(turns, exchange)
+    try:
+        turns.telemetry.discard(exchange.record)  # each response.create on it has its own record
+        accept = accept_key(headers["sec-websocket-key"])
+        exchange.start_websocket(accept, downstream_headers(reply.headers))
+    except BaseException:
+        reply.close()
+        raise
+    exchange.upgraded = WebSocketRelay(turns, key_queue, exchange, reply).run
+
+
+def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
+    """Do the WebSocket handshake with the backend. Raises its refusal, and UpgradeRequired if it has none."""
+    client = exchange.client_headers
+    key = base64.b64encode(os.urandom(16)).decode("ascii")
+    session = client.session or stable_id(exchange.record.id)
+    headers = upstream_headers(exchange.head.headers, client, turns.identity, session)
+    headers.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
+                    "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
+    reply = turns.account.open("GET", "/responses", headers, b"", exchange.connection)
+    turns.observe_headers(reply)
+    if reply.status in (404, 405, 501):
+        reply.close()
+        raise UpgradeRequired("upstream has no WebSocket; use POST")
+    if reply.status != 101:
+        raise turns.read_refusal(reply, exchange)
+    accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
+    if not accepted or "sec-websocket-extensions" in reply.headers:
+        reply.close()
+        raise BadUpstream("upstream sent an invalid WebSocket handshake")
+    return reply
 
 
 NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|"type" ?: ?"error"')
@@ -5660,7 +6553,9 @@ def client_config(kind: str, url: str, locked: bool, model: str) -> str:
     """
     auth = 'env_key = "QOO_BRIDGE_KEY"  # export it: the key you were given' if locked else \
         'experimental_bearer_token = "lan"'
-    key = "os.environ/QOO_BRIDGE_KEY" if kind == "litellm" else "$QOO_BRIDGE_KEY"
+    key = "$QOO_BRIDGE_KEY"
+    if kind == "litellm":
+        key = "os.environ/QOO_BRIDGE_KEY"
     return CLIENT_CONFIGS[kind].format(
         url=url, model=model, auth=auth, key=key if locked else "lan",
         header='-H "authorization: Bearer $QOO_BRIDGE_KEY" ' if locked else "")
@@ -5675,95 +6570,97 @@ def default_model(config: Config) -> str:
 # Which path is answered by what.
 
 class Bridge:
-    """The parts of one running bridge, put together; `respond` is the path of one request."""
+    """The parts of one running bridge, put together; `respond` answers one request."""
+
+    on_fault: Callable[[BaseException], None] | None = None  # tests collect what no handler may raise
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.telemetry = Telemetry()
         self.upstream = Upstream(config.connect_timeout, config.idle_timeout, self.telemetry.count)
-        self.credentials = Credentials(config.auth_file, config.issuer, self.upstream.fetch,
-                                       lambda: self.telemetry.count("refreshes"))
         self.identity = Identity(config.originator, config.client_version)
-        self.routing = Routing(config.upstream, self.upstream.fetch, self.identity.fields())
+        self.account = Account(config, self.upstream, self.identity.headers(),
+                               lambda: self.telemetry.count("refreshes"))
         self.catalog = Catalog(self._fetch_models, config.alias, config.client_version)
-        self.budget = Budget(MAX_BODIES)
-        self.store = Store(STORE_SIZE)
+        self.turns = Turns(config, self.account, self.catalog, self.telemetry)
         hosts = (socket.gethostname(), *config.allow_host)
         self.policy = Policy(config.allow, config.allow_origin, tuple(map(str.lower, hosts)))
         self.key_ring = KeyRing(config.api_key, config.api_key_file)
-        self.limits = KeyQueue(config.limit)
-        self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
-        near = Target.of(config.upstream)[0].host in LOOPBACK  # no line that compression would relieve
-        self._compresses = config.compress == "on" or (config.compress == "auto" and not near)
+        self.key_queue = KeyQueue(config.limit)
         self.routes = self._routes()
         self.routes_by_id = {"/models/": self.get_model, "/responses/": self.get_response}
 
-    def _routes(self) -> dict[str, dict[str, Callable[[Exchange], None]]]:
+    def _routes(self) -> dict[str, dict[str, Action]]:
         """Return the routes: path -> method -> what answers it. HEAD is GET, OPTIONS is answered for all."""
+        serve, accept = self.turns.serve, accept_websocket
         return {
-            "/responses": {"POST": self.post_responses, "GET": self.get_responses},
-            "/chat/completions": {"POST": functools.partial(
-                self._chat, chat_request, ChatStream, chat_completion, "chatcmpl-")},
-            "/completions": {"POST": functools.partial(
-                self._chat, completion_request, CompletionStream, text_completion, "cmpl-")},
+            "/responses": {"POST": functools.partial(serve, ResponsesApi),
+                           "GET": functools.partial(accept, self.turns, self.key_queue)},
+            "/chat/completions": {"POST": functools.partial(serve, ChatApi)},
+            "/completions": {"POST": functools.partial(serve, CompletionApi)},
             "/models": {"GET": self.get_models},
             "/healthz": {"GET": self.get_health},
             "/status": {"GET": self.get_status},
             "/metrics": {"GET": self.get_metrics},
             "/": {"GET": self.get_page},
-            **{f"/client-config/{kind}": {"GET": self.get_client_config} for kind in CLIENT_CONFIGS},
-            **{path: {method: self.pass_on} for path, (method, _) in SIDE_ROUTES.items()},
+            **{f"/client-config/{client}": {"GET": self.get_client_config} for client in CLIENT_CONFIGS},
+            **{path: {method: self.turns.pass_on} for path, (method, _) in SIDE_ROUTES.items()},
         }
 
-    # -- the path of one request
+    # -- one request
 
     def respond(self, exchange: Exchange) -> None:
-        """Answer one request; every failure becomes an answer, if one can still be given."""
+        """Answer one request; every failure becomes a response, if one can still be given."""
         record = exchange.record
         try:
             action = self._route(exchange)
-            with self.limits.turn(record.key if exchange.head.method == "POST" else "", exchange.connection):
+            key = ""
+            if exchange.head.method == "POST":
+                key = exchange.client.key
+            with self.key_queue.slot(key, exchange.connection):
                 action(exchange)
-            record.end = record.end or "completed"
         except ClientLeft as exc:
-            record.end, exchange.keep = f"client-{exc}".replace(" ", "-"), False
+            record.end = str(exc)
+            exchange.abort()
         except BridgeError as exc:
             self._fail(exchange, exc)
-        except Exception as exc:  # whatever it is, the client gets an answer and the server lives
-            log.exception("a request met a fault in the bridge")
-            self._fail(exchange, BridgeError(f"the bridge met a fault of its own: {type(exc).__name__}"))
+        except Exception as exc:  # whatever it is, the client gets a response and the server lives
+            log.exception("unhandled exception in request %s", record.id)
+            where = f"see request {record.id} in bridge.log"
+            self._fail(exchange, BridgeError(f"internal error ({type(exc).__name__}), {where}"))
             if self.on_fault is not None:
                 self.on_fault(exc)
         finally:
-            exchange.let_go(self.budget)
-
-    on_fault: Callable[[BaseException], None] | None = None  # tests collect what no handler may raise
+            exchange.release_body(self.turns.budget)
+            record.finish()
 
     def _fail(self, exchange: Exchange, error: BridgeError) -> None:
         """Answer with an error; a stream that has begun is left without its end, so that the cut is seen."""
-        record = exchange.record
-        record.end = "error"
         if exchange.started:
-            record.end, exchange.keep = "cut", False
-            record.error_by, record.error_code = error.by, error.code
+            exchange.record.fail(error, "cut")
+            exchange.abort()
             return
+        exchange.record.fail(error)
         try:
             exchange.send_error(error)
         except ClientLeft:
-            exchange.keep = False
+            exchange.abort()
 
-    def _route(self, exchange: Exchange) -> Callable[[Exchange], None]:
-        """Check who asks for what. Raises Forbidden, InvalidKey, NotFound, MethodNotAllowed."""
+    def _route(self, exchange: Exchange) -> Action:
+        """Check who sends a request, and return what answers it.
+
+        Raises Forbidden, InvalidKey, NotFound, MethodNotAllowed.
+        """
         headers, method = exchange.head.headers, exchange.head.method
         preflight = method == "OPTIONS" and "access-control-request-method" in headers
         check_browser(method, headers, self.policy)
-        exchange.extra.update(cors_headers(headers, self.policy, preflight))
+        exchange.extra_headers.update(cors_headers(headers, self.policy, preflight))
         path = exchange.path
         methods = self._methods(path)
         if self.key_ring.locked and not preflight and path not in PUBLIC:
-            exchange.record.key = check_key(headers, self.key_ring.keys())
+            exchange.identify(check_key(headers, self.key_ring.keys()))
         if methods is None:
-            raise NotFound(f"there is nothing at {exchange.record.path!r}")
+            raise NotFound(f"no such endpoint: {exchange.path_as_sent!r}")
         if method == "OPTIONS":
             return self.options
         action = methods.get("GET" if method == "HEAD" else method)
@@ -5772,7 +6669,7 @@ class Bridge:
                                    allow=allowed_methods(methods))
         return action
 
-    def _methods(self, path: str) -> dict[str, Callable[[Exchange], None]] | None:
+    def _methods(self, path: str) -> dict[str, Action] | None:
         """Return what answers a path, by method; None when nothing does."""
         for prefix, action in self.routes_by_id.items():
             if path.startswith(prefix) and "/" not in path[len(prefix):]:
@@ -5784,287 +6681,35 @@ class Bridge:
         methods = self._methods(exchange.path) or {}
         exchange.send_response(204, {"allow": allowed_methods(methods)}, b"")
 
-    # -- /responses
-
-    def post_responses(self, exchange: Exchange) -> None:
-        """Answer a Responses request: as a stream, or folded into one JSON object."""
-        owner = exchange.record.key
-        limit = self.config.max_body
-        turn = self.open_turn(exchange, lambda request: self.store.resolve(owner, request, limit))
-
-        def keep(response: dict[str, Any]) -> None:
-            if turn.asked is not None:
-                response["previous_response_id"] = turn.asked.previous or None  # upstream was not told
-                self.store.keep_response(owner, response, turn.asked)
-
-        copy = ResponsesOutput(exchange.codex, keep) if turn.streamed else JsonOutput(False, keep)
-        self._answer(turn, exchange, copy, lambda response: response, at_once=True)
+    # -- responses and models
 
     def get_response(self, exchange: Exchange) -> None:
-        """Answer a response that is still in the store."""
+        """Answer with a response that is still in the store."""
         name = exchange.path[len("/responses/"):]
-        response = self.store.get(exchange.record.key, "response", name)
+        response = self.turns.store.get(exchange.client.key, "response", name)
         if response is None:
             raise NotFound(f"there is no response {name!r} (any more): the last ones are kept in memory only")
         exchange.send_json(200, response)
 
-    # -- /chat/completions, /completions
-
-    def _chat(self, convert: Callable[[Any], Any], stream: type[ChatStream], complete: Callable[..., Any],
-              prefix: str, exchange: Exchange) -> None:
-        """Answer a request of another API: converted, sent as a turn, its events folded into that shape."""
-        asked: dict[str, Any] = {}
-        owner = exchange.record.key
-
-        def to_responses(request: dict[str, Any]) -> dict[str, Any]:
-            asked.update({key: request[key] for key in ("stream_options", "functions") if key in request})
-            converted = convert(request)
-            return {**converted, "input": self.store.with_reasoning(owner, converted["input"])}
-
-        turn = self.open_turn(exchange, to_responses)
-        name, created, model = prefix + exchange.record.id, int(time.time()), exchange.record.model
-        legacy = {"legacy_functions": True} if "functions" in asked and stream is ChatStream else {}
-
-        def keep(response: dict[str, Any]) -> None:
-            self.store.keep_reasoning(owner, response.get("output"))
-
-        copy: ResponsesOutput = JsonOutput(False, keep)
-        if turn.streamed:
-            copy = ChatOutput(stream(name, created, model, include_usage=wants_usage(asked), **legacy), keep)
-        self._answer(turn, exchange, copy,
-                     lambda response: complete(response, name, created, model, **legacy))
-
-    def _answer(self, turn: Turn, exchange: Exchange, copy: ResponsesOutput,
-                complete: Callable[[dict[str, Any]], dict[str, Any]], at_once: bool = False) -> None:
-        """Answer a turn with its stream, or with the one object that `complete` makes of its response."""
-        record, reply = exchange.record, turn.reply
-        fields = downstream_headers(reply.headers)
-        if turn.streamed:
-            exchange.prepare(200, {**fields, **STREAM_HEADERS}, at_once)
-        with reply:
-            try:
-                relay(reply, exchange, copy, self.config.keepalive, self.config.idle_timeout)
-            finally:
-                self.observe_headers(reply)
-                record.events = copy.count
-                final = copy.fold.final or {}
-                response = or_empty(final.get("response"), dict)
-                record.usage = token_counts(response)
-                record.end = event_type(final).rpartition(".")[2]
-                if record.end == "failed":
-                    record.error_by = "upstream"
-                    record.error_code = str(or_empty(response.get("error"), dict).get("code") or "")
-            if turn.streamed:
-                exchange.end()
-            else:
-                exchange.send_json(200, complete(copy.fold.response()), fields)
-
-    def open_turn(self, exchange: Exchange, prepare: Callable[[dict[str, Any]], dict[str, Any]]) -> Turn:
-        """Read a request, have it prepared, and open its turn upstream.
-
-        Nothing of the request is held when this returns, but what a client that counts on the store may name.
-        """
-        raw = exchange.read_body(self.config.max_body, self.budget)
-        request = parse_json(raw)
-        check_request(request)
-        exchange.record.model = request["model"]  # also of a request that is refused below
-        prepared = prepare(request)
-        context = self.context(exchange, prepared, exchange.record)
-        asked = None if "messages" in request else stored_input(request, context, len(raw))
-        reply = self.send_turn(exchange, prepared, raw if prepared is request else None, context)
-        exchange.let_go(self.budget)
-        return Turn(reply, request.get("stream") is True, asked)
-
-    def context(self, exchange: Exchange, request: Mapping[str, Any], record: Record,
-                websocket: bool = False) -> Context:
-        """Gather what the rules may know; note the model in the record."""
-        headers, name = exchange.head.headers, request["model"]
-        session = client_session(headers) or (stable_id(exchange.record.id) if websocket else "")
-        metadata = or_empty(request.get("client_metadata"), dict)
-        lite_header = LITE_HEADER in headers or LITE_METADATA in metadata
-        needed = self.catalog.is_alias(name) or not lite_header
-        own = codex_version(headers)  # a Codex knows the models of its own list, if it has asked for that
-        listing = (self.catalog.known(own) if own else None) or \
-            self.catalog.listing(wait=CATALOG_WAIT if needed else 0)
-        slug, model = self.catalog.resolve(name, listing)
-        record.model, record.slug = name, slug
-        return Context(
-            slug=slug, model=model, codex=exchange.codex, websocket=websocket, session=session,
-            client=record.key or record.client,
-            lite_header=lite_header, strict=self.config.continuity == "strict",
-            dropped=self._learned.get(slug, frozenset()))
-
-    def send_turn(self, exchange: Exchange, request: dict[str, Any], raw: bytes | None,
-                  context: Context) -> Reply:
-        """Send a turn upstream until it is taken: one refresh after a 401, and known repairs of refusals.
-
-        `raw` is the client's own bytes of the request, which go upstream when no rule fires.
-
-        Raises UpstreamRefusal and other BridgeErrors.
-        """
-        record = exchange.record
-        while True:
-            normalized, record.rules = normalize(request, context)
-            payload = raw if raw is not None and normalized is request else encode(normalized)
-            reply = self._send(exchange, normalized, payload, context)
-            if is_stream(reply):
-                self.upstream.open_ahead(self.config.upstream)
-                return reply
-            self.observe_headers(reply)
-            error = self.read_refusal(reply, exchange)
-            repaired = self.find_repair(error, context, record)
-            if repaired is None:
-                try:
-                    raise error
-                finally:
-                    del error  # its traceback holds this frame: a cycle would keep the request's body
-            context = repaired
-            exchange.extra["x-qoo-bridge-repaired"] = ", ".join(record.repairs)
-
-    def _send(self, exchange: Exchange, request: Mapping[str, Any], payload: bytes,
-              context: Context) -> Reply:
-        """Send a normalized turn."""
-        session = context.session or str(request.get("prompt_cache_key"))
-        fields = upstream_headers(exchange.head.headers, self.identity, session)
-        if context.model.lite if context.model else context.lite_header:
-            fields[LITE_HEADER] = "true"
-        fields.update({"x-codex-routing-hint": routing_hint(request), "accept": "text/event-stream",
-                       "content-type": "application/json"})
-        if len(payload) >= COMPRESS_FROM and self._compresses:
-            packed = zstd_compress(payload)
-            if packed is not None:
-                fields["content-encoding"], payload = "zstd", packed
-        return self.signed("POST", "/responses", fields, payload, exchange.connection)
-
-    def observe_headers(self, reply: Reply) -> None:
-        """Note what a reply's head says of the plan's limits and of the model list."""
-        self.telemetry.rate_limits(reply.headers, time.time())
-        self.catalog.observe_etag(reply.headers.get("x-models-etag", ""))
-
-    def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
-        """Read a reply that is no stream, as the error that it is."""
-        with reply:
-            body = reply.read_all(MAX_ERROR_BODY, self.config.connect_timeout, exchange.connection)
-        headers = reply.headers
-        coding = headers.get("content-encoding", "identity")
-        if coding != "identity":
-            body = f"in the content coding {coding[:40]!r}, which was not asked for".encode()
-        error = refusal(reply.status, headers.get("content-type", ""), body, headers.get("retry-after"))
-        resets_at = finite_number(error.error.get("resets_at"))
-        if reply.status == 429 and resets_at is not None:
-            error.headers.setdefault("retry-after", retry_after_seconds(resets_at - time.time()) or "1")
-        if reply.status == 401:
-            hint = sign_in_hint(self.config.auth_file)
-            error.error["message"] = error.message = f"{error.message} ({hint})"
-        handed_on = downstream_headers(headers)
-        error.headers.update({name: value for name, value in handed_on.items()
-                              if name not in ("content-type", "etag", "retry-after")})
-        return error
-
-    def find_repair(self, error: UpstreamRefusal, context: Context, record: Record) -> Context | None:
-        """Return the context under which a refused request may be taken; None when there is none."""
-        told = f"{error.message} {error.code}"
-        found = match_repair(told) if error.status in (400, 404, 422) else None
-        if found is None or len(record.repairs) >= MAX_REPAIRS:
-            return None
-        repair, match = found
-        repaired = repair.apply(context, match)
-        if repair.name == FORM_REPAIR and FORM_REPAIR not in record.repairs:
-            repaired = self._repair_form(context, record)
-        if repaired == context:
-            return None
-        if repaired.dropped != context.dropped:
-            self._learn(context.slug, repaired.dropped)
-        record.repairs = (*record.repairs, repair.name)
-        self.telemetry.count("repairs", repair=repair.name)
-        return repaired
-
-    def _repair_form(self, context: Context, record: Record) -> Context:
-        """Fetch the model list anew; a repair only if it says something else of the model than before."""
-        self.catalog.fetch_now()
-        slug, model = self.catalog.resolve(record.model, self.catalog.listing())
-        record.slug = slug
-        return context._replace(slug=slug, model=model)
-
-    def _learn(self, slug: str, dropped: frozenset[str]) -> None:
-        """Remember what upstream refused for a model, for so many models as there can be."""
-        if len(self._learned) < 64 and len(dropped) <= 64:
-            self._learned[slug] = dropped
-
-    # -- GET /responses with Upgrade
-
-    def get_responses(self, exchange: Exchange) -> None:
-        """Answer a WebSocket handshake, once the backend has accepted one too; then pass frames on."""
-        headers = exchange.head.headers
-        if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
-            raise MethodNotAllowed("GET /responses is for WebSockets; POST is for requests", allow="POST")
-        if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
-            raise UpgradeRequired("only version 13 of the WebSocket protocol is spoken here")
-        if not valid_key(headers.get("sec-websocket-key", "")):
-            raise InvalidRequest("sec-websocket-key is not 16 bytes in base64")
-        with self._open_websocket(exchange) as reply:
-            accept = accept_key(headers["sec-websocket-key"])
-            self.telemetry.forget(exchange.record)  # each response.create on it has its own record
-            exchange.start_websocket(accept, downstream_headers(reply.headers))
-            WebSocketRelay(self, exchange, reply).run()
-
-    def _open_websocket(self, exchange: Exchange) -> Reply:
-        """Do the handshake with the backend. Raises its refusal; 426 makes Codex go on over HTTP at once."""
-        headers = exchange.head.headers
-        key = base64.b64encode(os.urandom(16)).decode("ascii")
-        session = client_session(headers) or stable_id(exchange.record.id)
-        fields = upstream_headers(headers, self.identity, session)
-        fields.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
-                       "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
-        reply = self.signed("GET", "/responses", fields, b"", exchange.connection)
-        self.observe_headers(reply)
-        if reply.status in (404, 405, 501):  # no WebSocket: 426 makes Codex use HTTP at once (WIRE 6)
-            reply.close()
-            raise UpgradeRequired("upstream speaks no WebSocket; use POST")
-        if reply.status != 101:
-            raise self.read_refusal(reply, exchange)
-        accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
-        if not accepted or "sec-websocket-extensions" in reply.headers:
-            reply.close()
-            raise BadUpstream("upstream's WebSocket handshake is not an answer to ours")
-        return reply
-
-    # -- models, health
-
     def _fetch_models(self, version: str, etag: str) -> BufferedReply:
         """Ask upstream for the model list, as a Codex of that version would."""
-        known = {"if-none-match": etag} if etag else {}
-        return self.call("GET", f"/models?client_version={urllib.parse.quote(version, safe='')}",
-                         {**known, "version": version})
-
-    def call(self, method: str, path: str, fields: Mapping[str, str], body: bytes = b"") -> BufferedReply:
-        """Make one small call with this host's sign-in, the answer read whole."""
-        fields = {"accept": "application/json", **self.identity.fields(), **fields}
-        return self.signed(method, path, fields, body, timeout=10).whole(MAX_REPLY, 10)
-
-    def signed(self, method: str, path: str, fields: Mapping[str, str], body: bytes,
-               client: Connection | None = None, timeout: float = 0) -> Reply:
-        """Send a request with this host's sign-in, and once more with a newer one after a 401."""
-        sign_in = self.credentials.bearer()
-        for last in (False, True):
-            base, routed = self.routing.of(sign_in)
-            whole = {**fields, **routed, **sign_in.fields()}
-            reply = self.upstream.open(method, side_url(base, path), whole, body, client, timeout)
-            if reply.status != 401 or last:
-                break
-            reply.finish()
-            sign_in = self.credentials.after_401(sign_in)
-        return reply
+        known = {}
+        if etag:
+            known = {"if-none-match": etag}
+        path = f"/models?client_version={urllib.parse.quote(version, safe='')}"
+        return self.account.get(path, {**known, "version": version})
 
     def get_models(self, exchange: Exchange) -> None:
-        """Answer the model list: the Codex shape with `client_version`, else the OpenAI shape."""
+        """Answer with the model list: the Codex shape with `client_version`, else the OpenAI shape."""
         query = urllib.parse.parse_qs(exchange.query)
         version = query.get("client_version", [""])[0]
         if version and not re.fullmatch(r"[0-9A-Za-z.-]{1,40}", version):
             raise InvalidRequest("client_version is not a version", "client_version")
-        listing = self.catalog.wanted(version)
-        value = self.catalog.codex_list(listing) if version else {
-            "object": "list", "data": self.catalog.openai_list(listing)}
+        models = self.catalog.require(version)
+        if version:
+            value = self.catalog.codex_list(models)
+        else:
+            value = {"object": "list", "data": self.catalog.openai_list(models)}
         body = json_bytes(value)
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         if exchange.head.headers.get("if-none-match") == etag:
@@ -6072,117 +6717,92 @@ class Bridge:
         else:
             exchange.send_response(200, {"content-type": "application/json", "etag": etag}, body)
 
-    def get_health(self, exchange: Exchange) -> None:
-        """Say that the bridge lives; nothing else, because no key is asked for here."""
-        exchange.send_json(200, {"status": "ok", "version": __version__})
-
     def get_model(self, exchange: Exchange) -> None:
-        """Answer one model or alias in the OpenAI shape."""
+        """Answer with one model or alias in the OpenAI shape."""
         name = exchange.path[len("/models/"):]
-        for model in self.catalog.openai_list(self.catalog.wanted()):
+        for model in self.catalog.openai_list(self.catalog.require()):
             if model["id"] == urllib.parse.unquote(name):
                 return exchange.send_json(200, model)
         raise NotFound(f"there is no model {name!r}")
 
+    # -- about the bridge
+
+    def get_health(self, exchange: Exchange) -> None:
+        """Say that the bridge lives; nothing else, because no key is asked for here."""
+        exchange.send_json(200, {"status": "ok", "version": __version__})
+
     def get_client_config(self, exchange: Exchange) -> None:
-        """Answer what to paste on another machine, as text."""
-        kind = exchange.path.rpartition("/")[2]
-        text = self._client_config(kind, exchange)
+        """Answer with what to paste on another machine, as text."""
+        text = self._client_config(exchange.path.rpartition("/")[2], exchange)
         exchange.send_response(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
 
-    def _client_config(self, kind: str, exchange: Exchange) -> str:
+    def _client_config(self, client: str, exchange: Exchange) -> str:
         """Write a client's block; the address under which it reached us is the one that works for it."""
-        address = exchange.connection.sock.getsockname()
-        own = f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
-        host = exchange.head.headers.get("host") or own  # HTTP/1.0 names none
-        url = f"{'https' if self.config.tls_cert else 'http'}://{host}/v1"
-        return client_config(kind, url, self.key_ring.locked, default_model(self.config))
+        host, port = exchange.connection.sock.getsockname()[:2]
+        own = exchange.head.headers.get("host") or authority(host, port)  # HTTP/1.0 names none
+        scheme = "http"
+        if self.config.tls_cert:
+            scheme = "https"
+        return client_config(client, f"{scheme}://{own}/v1", self.key_ring.locked, default_model(self.config))
 
     def status(self) -> dict[str, Any]:
         """Return everything that the status page shows; nothing secret is in it."""
         now = time.time()
         snapshot = self.telemetry.snapshot(now)
         try:
-            held = self.credentials.current()
-            left = int(held.expires - now) if held.expires else None
-            snapshot["sign_in"] = {"state": "ok", "plan": held.plan, "expires_in": left}
+            sign_in = self.account.sign_in()
+            left = None
+            if sign_in.expires:
+                left = int(sign_in.expires - now)
+            snapshot["sign_in"] = {"state": "ok", "plan": sign_in.plan, "expires_in": left}
         except NotSignedIn as exc:
             snapshot["sign_in"] = {"state": "not signed in", "message": exc.message}
-        listing = self.catalog.listing()
+        models = self.catalog.get()
         snapshot["catalog"] = {
-            "models": [entry["slug"] for entry in visible_models(listing)] if listing else [],
-            "aliases": self.catalog.aliases(listing), "refused_aliases": self.catalog.refused,
+            "models": [entry["slug"] for entry in visible_models(models)] if models else [],
+            "aliases": self.catalog.aliases(models), "refused_aliases": self.catalog.refused,
         }
         return snapshot
 
     def get_status(self, exchange: Exchange) -> None:
-        """Answer the status for programs, and for the page."""
+        """Answer with the status, for programs and for the page."""
         status = {**self.status(), "client_config": self._client_config("codex", exchange)}
         exchange.send_json(200, status, {"cache-control": "no-store"})
 
     def get_metrics(self, exchange: Exchange) -> None:
-        """Answer the counters in Prometheus' text format."""
+        """Answer with the counters in Prometheus' text format."""
         text = metrics_text(self.telemetry.snapshot(time.time())).encode("utf-8")
         exchange.send_response(200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, text)
 
     def get_page(self, exchange: Exchange) -> None:
-        """Answer the status page."""
+        """Answer with the status page."""
         exchange.send_response(200, {
             "content-type": "text/html; charset=utf-8", "content-security-policy": page_csp(),
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
             "cache-control": "no-store",
         }, PAGE.encode())
 
-    def pass_on(self, exchange: Exchange) -> None:
-        """Pass a side request on with this host's sign-in, and its answer back as it comes."""
-        method, path = SIDE_ROUTES[exchange.path]
-        body = exchange.read_body(self.config.max_body, self.budget) if method == "POST" else b""
-        headers = exchange.head.headers
-        session = client_session(headers) or stable_id(exchange.record.client)
-        fields = upstream_headers(headers, self.identity, session)
-        if method == "POST":
-            fields["content-type"] = headers.get("content-type", "application/json")
-            body = self._without_alias(body)
-        if LITE_HEADER in headers:
-            fields[LITE_HEADER] = headers[LITE_HEADER]
-        reply = self.signed(method, path, {"accept": "application/json", **fields}, body, exchange.connection)
-        if not 200 <= reply.status < 300:
-            raise self.read_refusal(reply, exchange)
-        exchange.let_go(self.budget)
-        with reply:
-            exchange.prepare(reply.status, downstream_headers(reply.headers))
-            while piece := reply.read(self.config.idle_timeout, exchange.connection):
-                exchange.write(piece)
-            if piece is None:
-                raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
-            exchange.end()
-
-    def _without_alias(self, body: bytes) -> bytes:
-        """Put the model in the place of an alias; all else of a side request is passed on as it is."""
-        request = json_or_none(body)
-        if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
-            return body
-        slug, _ = self.catalog.resolve(request["model"], self.catalog.listing(wait=CATALOG_WAIT))
-        return encode({**request, "model": slug})
-
     # -- beside the requests
 
     def reread(self) -> None:
-        """Have the key file and the sign-in read anew at their next use, whatever their dates say."""
-        self.key_ring.seen = self.credentials.seen = "to be read anew"
+        """Read the key file and the sign-in at their next use, whatever their dates say."""
+        self.key_ring.reread()
+        self.account.reread()
 
     def warm_up(self, stop: threading.Event) -> None:
         """Wait for a sign-in; then open a connection, ask for routing and model list, all ahead of need."""
         while True:
             try:
-                sign_in = self.credentials.current()
+                self.account.warm_up()
             except NotSignedIn:
                 if stop.wait(1):
                     return
-                continue
-            self.upstream.open_ahead(self.routing.of(sign_in)[0])
-            self.catalog.fetch_soon()
-            return
+            else:
+                self.catalog.refresh_soon()
+                return
+
+
+Action = Callable[[Exchange], None]
 
 
 def allowed_methods(methods: Iterable[str]) -> str:
@@ -6195,15 +6815,13 @@ def allowed_methods(methods: Iterable[str]) -> str:
 # Threads, a bound on them, and an end that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
-    """One client connection, in a thread of its own: exchange after exchange until either side ends it."""
+    """One client connection, in a thread of its own: request after request until either side ends it."""
 
     server: Server
     client_address: tuple[Any, ...]
-    _unnoted: Record | None = None  # the last request, of which the log does not know yet
 
     def handle(self) -> None:
         """Serve the connection."""
-        address = str(self.client_address[0])
         self.accepted = self.request
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -6211,16 +6829,15 @@ class Handler(socketserver.BaseRequestHandler):
             return
         connection = Connection(self.request)
         try:
-            while self._one_exchange(connection, address) and not self.server.stopping.is_set():
+            while self._serve_request(connection) and not self.server.stopping.is_set():
                 pass
-        except (ClientLeft, OSError, EOFError):
-            pass  # between requests there is nobody to tell
+        except (ClientLeft, OSError, EOFError) as exc:
+            log.debug("a connection ended: %s", exc)  # no request is active: nothing to answer
         finally:
-            self._note()
             connection.close()
 
     def _handshake(self, context: ssl.SSLContext) -> bool:
-        """Do the TLS handshake, here in the connection's own thread; False when there is none to be had."""
+        """Do the TLS handshake, here in the connection's own thread; tell whether it succeeded."""
         self.request.settimeout(HEAD_TIMEOUT)
         try:
             self.request = context.wrap_socket(self.request, server_side=True)
@@ -6229,49 +6846,33 @@ class Handler(socketserver.BaseRequestHandler):
             return False
         return True
 
-    def _one_exchange(self, connection: Connection, address: str) -> bool:
+    def _serve_request(self, connection: Connection) -> bool:
         """Read and answer one request; tell whether the connection goes on."""
-        self._idle(True)
-        # A request that follows at once goes before the last one's log line, not behind it.
-        hurried = connection.wait(0.001)
-        if not hurried:
-            self._note()
-            if not connection.wait(IDLE_CLIENT):
-                return False
-        self._idle(False)
-        record = Record(next_id(), address, "", "-", "-", started=time.monotonic())
+        self._set_idle(True)
+        if not connection.wait(IDLE_CLIENT):
+            return False
+        self._set_idle(False)
+        record = Record()
+        record.client = str(self.client_address[0])
         try:
             exchange = self._read_request(connection, record)
         except MalformedHttp as exc:
-            head = RequestHead("GET", "-", 1, {})
-            refused = Exchange(connection, head, record, self._idle, self.server.note)
-            refused.send_error(exc)
-            record.end = "error"
-            self.server.note(record)
-            linger(connection)
+            self._refuse(connection, record, exc)
             return False
         if exchange is None:
             return False
         self.server.bridge.telemetry.begin(record)
         self.server.bridge.respond(exchange)
-        record.total = time.monotonic() - record.started
-        if record.status == 101:
+        if exchange.upgraded is not None:
+            exchange.upgraded(self._set_idle, self.server.log_request)
             linger(connection)
             return False
-        self._note()
-        self._unnoted = record
-        if not exchange.keep and not record.end.startswith("client"):
+        self.server.log_request(record)
+        if exchange.persists():
+            return True
+        if exchange.state is not State.NEW:
             linger(connection)
-        return exchange.keep
-
-    def _note(self) -> None:
-        """Note the last request, if that is still to be done."""
-        if self._unnoted is not None:
-            record, self._unnoted = self._unnoted, None
-            self.server.note(record)
-
-    def _idle(self, waiting: bool) -> None:
-        self.server.idle(self, waiting)
+        return False
 
     def _read_request(self, connection: Connection, record: Record) -> Exchange | None:
         """Read a request's head; None when the client has ended the connection. Raises MalformedHttp."""
@@ -6283,9 +6884,23 @@ class Handler(socketserver.BaseRequestHandler):
             return None
         parsed = parse_request(head)
         record.method, record.path = parsed.method, parsed.target.partition("?")[0]
-        exchange = Exchange(connection, parsed, record, self._idle, self.server.note)
-        record.user_agent_kind = "codex" if exchange.codex else "other"
+        exchange = Exchange(connection, parsed, Client(str(self.client_address[0])), record)
+        record.user_agent_kind = exchange.user_agent_kind
         return exchange
+
+    def _refuse(self, connection: Connection, record: Record, error: MalformedHttp) -> None:
+        """Answer what is no request, and end the connection."""
+        head, body = error_response(error, {"x-qoo-bridge-id": record.id, "connection": "close"})
+        record.status = error.status
+        record.fail(error)
+        with contextlib.suppress(OSError):
+            connection.send(head + body, WRITE_TIMEOUT)
+        record.finish()
+        self.server.log_request(record)
+        linger(connection)
+
+    def _set_idle(self, idle: bool) -> None:
+        self.server.set_idle(self, idle)
 
 
 def server_tls(config: Config) -> ssl.SSLContext | None:
@@ -6368,10 +6983,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _turn_away(self, request: Any, error: BridgeError) -> bool:
         """Answer with an error without reading anything, and without waiting."""
-        body = json_bytes(error.body())
-        head = render_head(f"HTTP/1.1 {error.status} {http.client.responses[error.status]}", [
-            ("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close"),
-            ("x-qoo-bridge-error", "bridge"), *error.headers.items()])
+        head, body = error_response(error, {"connection": "close"})
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
@@ -6386,10 +6998,10 @@ class Server(http.server.ThreadingHTTPServer):
             del self._open[handler.accepted]  # it no longer counts, though its thread has yet to end
             shut_down(request)
 
-    def idle(self, handler: Handler, waiting: bool) -> None:
-        """Note that a connection is, or is no longer, between two requests."""
+    def set_idle(self, handler: Handler, idle: bool) -> None:
+        """Say whether a connection is between two requests."""
         with self._lock:
-            if not waiting:
+            if not idle:
                 self._waiting.pop(handler, None)
             elif self.stopping.is_set():
                 shut_down(handler.request)
@@ -6406,16 +7018,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.close_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a fault that no answer could be made of."""
-        log.exception("a connection's thread met a fault")
+        """Log an exception that could not become a response."""
+        log.exception("unhandled exception in connection thread")
         fault = sys.exc_info()[1]
         if self.bridge.on_fault is not None and fault is not None:
             self.bridge.on_fault(fault)
 
-    def note(self, record: Record) -> None:
-        """Note a finished request: one log line, the counters."""
+    def log_request(self, record: Record) -> None:
+        """Count a finished request, and write its log line."""
         self.bridge.telemetry.finish(record, time.time())
-        level = logging.DEBUG if is_quiet(record.path) and record.status < 400 else logging.INFO
+        level = logging.INFO
+        if record.quiet:
+            level = logging.DEBUG
         if log.isEnabledFor(level):
             log.log(level, "%s", log_line(record))
 
@@ -6447,19 +7061,23 @@ class Server(http.server.ThreadingHTTPServer):
 
 def base_url(config: Config, port: int) -> str:
     """Return the address that clients use."""
-    host = lan_address() if config.host in ("0.0.0.0", "::", "") else config.host
-    return f"{'https' if config.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    host = config.host
+    if config.host in ("0.0.0.0", "::", ""):
+        host = lan_address()
+    return f"{'https' if config.tls_cert else 'http'}://{authority(host, port)}/v1"
 
 
 def greeting(server: Server, config: Config) -> str:
     """Say, in one line, where clients connect, whose plan they use, and who may."""
     try:
-        plan = server.bridge.credentials.current().plan
+        plan = server.bridge.account.sign_in().plan
         account = f"signed in to ChatGPT{f' ({plan})' if plan else ''}"
     except NotSignedIn:
         account = f"not signed in yet: {sign_in_hint(config.auth_file)}"
-    door = "a key is asked for" if server.bridge.key_ring.locked else "open to the LAN: no key is set"
-    return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {door}"
+    access = "open to the LAN: no key is set"
+    if server.bridge.key_ring.locked:
+        access = "a key is asked for"
+    return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {access}"
 
 
 def warn_of_access(server: Server, config: Config) -> None:
@@ -6540,8 +7158,7 @@ def login(config: Config, words: argparse.Namespace) -> int:
     """Sign this host in to ChatGPT by a code typed in any browser, and write auth.json."""
     fetch = Upstream(config.connect_timeout, config.idle_timeout).fetch
     try:
-        tokens = device_tokens(fetch, config.issuer)
-        sign_in = save_sign_in(config.auth_file, tokens)
+        sign_in = device_sign_in(fetch, config.issuer, config.auth_file, lambda text: print(text, flush=True))
     except KeyboardInterrupt:
         print("\nstopped; nothing was changed")
         return 130
@@ -6551,8 +7168,7 @@ def login(config: Config, words: argparse.Namespace) -> int:
     except OSError as exc:
         print(f"not signed in: {config.auth_file} cannot be written: {describe_error(exc)}", file=sys.stderr)
         return 1
-    email = or_empty(jwt_claims(tokens["id_token"]).get("email"), str)
-    account = _printable(email) or f"account {sign_in.account or 'without an id'}"
+    account = _printable(sign_in.email) or f"account {sign_in.account or 'without an id'}"
     plan = _printable(sign_in.plan) or "unknown"
     print(f"Signed in as {account}, plan {plan}; written to {config.auth_file}")
     return 0
@@ -6574,32 +7190,23 @@ def own_url(config: Config) -> str:
     return base_url(config._replace(host=every.get(config.host, config.host)), config.port)
 
 
-def request_own_bridge(config: Config, path: str, key: str = "") -> BufferedReply:
-    """Ask the bridge that runs on this host: through no proxy, and whatever name its certificate has.
-
-    Raises OSError and http.client.HTTPException.
-    """
+def get_from_own_bridge(config: Config, path: str, key: str = "") -> BufferedReply:
+    """Send a GET to the bridge that runs on this host. Raises BadUpstream and UpstreamTimeout."""
     parts = urllib.parse.urlsplit(own_url(config))
-    host, port = parts.hostname or "", parts.port or config.port
-    connection = http.client.HTTPConnection(host, port, timeout=10)
-    if config.tls_cert:
-        context = ssl.create_default_context()
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
-    with contextlib.closing(connection):
-        connection.request("GET", path, headers={"authorization": f"Bearer {key}"} if key else {})
-        reply = connection.getresponse()
-        headers = {name.lower(): value for name, value in reply.getheaders()}
-        return BufferedReply(reply.status, headers, reply.read(MAX_REPLY))
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    upstream = Upstream(10, 10, own_bridge=True)
+    try:
+        return upstream.fetch("GET", f"{parts.scheme}://{parts.netloc}{path}", headers)
+    except BadUpstream as exc:
+        raise BadUpstream(f"no bridge answers on {own_url(config)}: {exc.message}") from exc.__cause__
+    finally:
+        upstream.close()
 
 
 def own_models(config: Config, key: str) -> list[str]:
     """Return the models and aliases that the running bridge offers. Raises BridgeError."""
-    try:
-        answer = request_own_bridge(config, "/v1/models", key)
-    except (OSError, http.client.HTTPException) as exc:
-        raise BadUpstream(f"no bridge answers on {own_url(config)}: {describe_error(exc)}") from exc
-    names = [str(model.get("id")) for model in dicts_in(answer.json_or_raise().get("data"))]
+    reply = get_from_own_bridge(config, "/v1/models", key)
+    names = [str(model.get("id")) for model in dicts_in(reply.json_or_raise().get("data"))]
     if not names:
         raise BadUpstream(f"{own_url(config)} has no models")
     return names
@@ -6672,9 +7279,9 @@ class Doctor:
                 unmet.add(check.name)
             yield check, finding if finding.state == "failed" else finding._replace(todo="")
 
-    def ask(self, path: str) -> dict[str, Any]:
-        """Ask upstream with this host's sign-in. Raises BridgeError."""
-        return self.bridge.call("GET", path, {}).json_or_raise()
+    def get(self, path: str) -> dict[str, Any]:
+        """Get JSON from upstream with this host's sign-in. Raises BridgeError."""
+        return self.bridge.account.get(path).json_or_raise()
 
 
 def check_python(doctor: Doctor) -> Finding:
@@ -6687,13 +7294,12 @@ def check_file(doctor: Doctor) -> Finding:
     """Check that auth.json is there, can be read, is whole, and is a ChatGPT plan's."""
     path = doctor.config.auth_file
     try:
-        doctor.bridge.credentials.current()
+        doctor.bridge.account.sign_in()
     except NotSignedIn as exc:
-        settings = os.path.join(os.path.dirname(path), "config.toml")
-        with contextlib.suppress(OSError, ValueError), open(settings, encoding="utf-8") as file:
-            if re.search(r'^\s*cli_auth_credentials_store\s*=\s*"(keyring|auto)"', file.read(), re.MULTILINE):
-                return Finding("failed", f"there is no {path}: Codex keeps the sign-in in the system keyring",
-                               f'cli_auth_credentials_store = "file" in {settings}, then `codex login`')
+        settings = keyring_setting(path)
+        if settings:
+            return Finding("failed", f"there is no {path}: Codex keeps the sign-in in the system keyring",
+                           f'cli_auth_credentials_store = "file" in {settings}, then `codex login`')
         return Finding("failed", exc.message.replace(f"; {doctor.login}", ""), doctor.login)
     return Finding("ok", f"{path} is whole")
 
@@ -6703,36 +7309,32 @@ def check_private(doctor: Doctor) -> Finding:
     path = doctor.config.auth_file
     if os.name != "posix":
         return Finding("none", "not checked on this system")
-    mode = os.stat(path).st_mode & 0o777
+    mode = auth_file_mode(path)
     return Finding("failed" if mode & 0o077 else "ok", f"mode {mode:04o}", f"chmod 600 {path}")
 
 
 def check_token(doctor: Doctor) -> Finding:
     """Check how long the access token is still good; a bridge refreshes it."""
-    held = doctor.bridge.credentials.current()
-    left = held.expires - time.time()
-    plan = f"plan {_printable(held.plan) or 'unknown'}"
-    if not held.expires:
+    sign_in = doctor.bridge.account.sign_in()
+    left = sign_in.expires - time.time()
+    plan = f"plan {_printable(sign_in.plan) or 'unknown'}"
+    if not sign_in.expires:
         return Finding("none", f"{plan}; its expiry cannot be read")
     if left > 0:
-        return Finding("ok", f"{plan}; good for {format_duration(left)}, until {local_time(held.expires)}")
-    if held.refresh_token:
+        return Finding("ok", f"{plan}; good for {format_duration(left)}, until {local_time(sign_in.expires)}")
+    if sign_in.renewable:
         return Finding("ok", f"{plan}; expired {format_duration(-left)} ago, to be refreshed")
     return Finding("failed", f"{plan}; expired {format_duration(-left)} ago", doctor.login)
 
 
 def check_name(doctor: Doctor) -> Finding:
     """Check that upstream's name is resolved; a proxy does that itself."""
-    target, _ = Target.of(doctor.config.upstream)
+    target, _ = parse_target(doctor.config.upstream)
     proxy = find_proxy(target)
     host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
-    try:
-        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as exc:
-        raise BadUpstream(f"the name {host} leads nowhere: {describe_error(exc)}") from exc
-    found = sorted({str(entry[4][0]) for entry in entries})
-    return Finding("ok", f"{'the proxy ' if proxy else ''}{host} is {', '.join(found[:2])}"
-                   + (f" and {len(found) - 2} more" if len(found) > 2 else ""))
+    addresses = resolve_host(host, port)
+    return Finding("ok", f"{'the proxy ' if proxy else ''}{host} is {', '.join(addresses[:2])}"
+                   + (f" and {len(addresses) - 2} more" if len(addresses) > 2 else ""))
 
 
 def check_tls(doctor: Doctor) -> Finding:
@@ -6740,24 +7342,16 @@ def check_tls(doctor: Doctor) -> Finding:
     config = doctor.config
     url = f"{config.upstream}/models?client_version={config.client_version}"
     try:
-        reply = doctor.bridge.upstream.open("GET", url, doctor.bridge.identity.fields(), timeout=10)
+        reply = doctor.bridge.upstream.request("GET", url, doctor.bridge.identity.headers(), timeout=10)
     except BadUpstream as exc:
         if not isinstance(exc.__cause__, ssl.SSLCertVerificationError):
             raise
         return Finding("failed", exc.message, "if a proxy opens TLS here: SSL_CERT_FILE=<its CA, a PEM file>")
-    sock = reply.connection.sock
-    secure = isinstance(sock, ssl.SSLSocket)
-    text = f"{sock.version()}; the certificate is issued by {issuer_of(sock)}" if secure else "plain http"
-    doctor.anonymous_reply = reply.whole(MAX_ERROR_BODY, 10)
-    return Finding("ok" if secure else "none", text)
-
-
-def issuer_of(sock: ssl.SSLSocket) -> str:
-    """Return who issued the other side's certificate."""
-    certificate: Any = sock.getpeercert() or {}
-    names = dict(pair for group in certificate.get("issuer", ()) for pair in group)
-    kinds = ("organizationName", "commonName")
-    return _printable(", ".join(names[kind] for kind in kinds if kind in names)) or "nobody"
+    tls = reply.tls()
+    doctor.anonymous_reply = reply.read_all(MAX_ERROR_BODY, 10)
+    if tls is None:
+        return Finding("none", "plain http")
+    return Finding("ok", f"{tls[0]}; the certificate is issued by {_printable(tls[1]) or 'nobody'}")
 
 
 def check_cloudflare(doctor: Doctor) -> Finding:
@@ -6766,31 +7360,29 @@ def check_cloudflare(doctor: Doctor) -> Finding:
     if error.code == "upstream_web_page" or error.status >= 500:
         return Finding("failed", error.message, "try without VPN or proxy, or later")
     status = doctor.anonymous_reply.status
-    return Finding("ok", f"no page in between ({status} to a stranger, as it should be)")
+    return Finding("ok", f"reachable, no block page (HTTP {status} without sign-in, as expected)")
 
 
 def check_routing(doctor: Doctor) -> Finding:
     """Check where the account's requests go."""
-    held = doctor.bridge.credentials.current()
-    for account in dicts_in(doctor.ask("/backend-api/wham/accounts/check").get("accounts")):
-        if account.get("id") == held.account:
-            origin, override = (_printable(account.get(key) or "not named") for key in (
-                "workspace_backend_origin", "account_routing_override"))
-            return Finding("ok", f"{origin}, {override}")
-    return Finding("failed", "upstream does not know the account of this sign-in", doctor.login)
+    try:
+        upstream, override = doctor.bridge.account.ask_routing()
+    except NotSignedIn as exc:
+        return Finding("failed", exc.message, doctor.login)
+    return Finding("ok", f"requests go to {upstream}, {override or 'no constraint'}")
 
 
 def check_models(doctor: Doctor) -> Finding:
     """Check the model list, and what the aliases mean."""
     catalog = doctor.bridge.catalog
-    listing = catalog.wanted()
-    aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(listing).items())
-    return Finding("ok", _printable(f"{len(visible_models(listing))} models; {aliases}"))
+    models = catalog.require()
+    aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(models).items())
+    return Finding("ok", _printable(f"{len(visible_models(models))} models; {aliases}"))
 
 
 def check_usage(doctor: Doctor) -> Finding:
     """Show the plan's windows as bars."""
-    limits = or_empty(doctor.ask("/backend-api/wham/usage").get("rate_limit"), dict)
+    limits = or_empty(doctor.get("/backend-api/wham/usage").get("rate_limit"), dict)
     windows = dicts_in([limits.get(name) for name in ("primary_window", "secondary_window")])
     lines = [usage_line(window) for window in windows]
     if limits.get("limit_reached") is True:
@@ -6830,36 +7422,33 @@ def check_port(doctor: Doctor) -> Finding:
     """Check that the port is free, or a bridge's already."""
     config = doctor.config
     try:
-        answer = request_own_bridge(config, "/healthz")
-        if answer.status == 200 and answer.json().get("status") == "ok":
-            version = _printable(answer.json().get("version"))
+        reply = get_from_own_bridge(config, "/healthz")
+        if reply.status == 200 and reply.json().get("status") == "ok":
+            version = _printable(reply.json().get("version"))
             return Finding("ok", f"a bridge runs on {config.port}, version {version}")
-    except http.client.HTTPException:
-        pass  # something listens, and it is not a bridge
-    except OSError:
-        with socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET) as sock:
-            if os.name != "nt":  # there it would let two programs share the port
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((config.host, config.port))
-        return Finding("ok", f"{config.port} is free")
-    return Finding("failed", f"what answers on {config.port} is no bridge", "end it, or take another --port")
+    except BadUpstream as exc:
+        if isinstance(exc.__cause__, OSError):  # nothing listens there
+            check_can_listen(config.host, config.port)
+            return Finding("ok", f"{config.port} is free")
+    return Finding("failed", f"port {config.port} is used by another program",
+                   "end it, or take another --port")
 
 
 def check_access(doctor: Doctor) -> Finding:
     """Check the files of the keys and of the certificate."""
     config = doctor.config
+    path = config.api_key_file
     try:
         server_tls(config)
-        if not config.api_key_file:
+        if not path:
             return Finding("none", f"{len(config.api_key)} keys" if config.api_key else "open: no key is set")
-        with open(config.api_key_file, encoding="utf-8") as file:
-            keys, mode = read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
-    except (UsageError, OSError, ValueError) as exc:
-        where = "" if isinstance(exc, UsageError) else f"{config.api_key_file}: "  # that one says it itself
-        return Finding("failed", where + describe_error(exc), "name the right file")
-    others = os.name == "posix" and mode & 0o077
-    path = config.api_key_file
-    return Finding("failed" if others else "ok", f"{len(keys)} keys in {path}, mode {mode:04o}",
+        keys, mode = load_key_file(path)
+    except UsageError as exc:  # it names the option
+        return Finding("failed", describe_error(exc), "name the right file")
+    except (OSError, ValueError) as exc:
+        return Finding("failed", f"{path}: {describe_error(exc)}", "name the right file")
+    readable = os.name == "posix" and mode & 0o077
+    return Finding("failed" if readable else "ok", f"{len(keys)} keys in {path}, mode {mode:04o}",
                    f"chmod 600 {path}")
 
 
@@ -6915,16 +7504,17 @@ def live_turn(url: str, payload: bytes) -> Finding:
     """Send a request, and say when its first event, its first word and its end came."""
     started = time.monotonic()
     seen: dict[str, float] = {}
-    reply = Upstream(10, 60).open("POST", url, {"content-type": "application/json"}, payload, timeout=60)
+    upstream = Upstream(10, 60)
+    reply = upstream.request("POST", url, {"content-type": "application/json"}, payload, timeout=60)
     if reply.status != 200:
-        raise reply.whole(MAX_ERROR_BODY, 10).refusal()
-    events, fold = Events(), ResponseAssembler()
+        raise reply.read_all(MAX_ERROR_BODY, 10).refusal()
+    events, assembler = Events(), ResponseAssembler()
     for piece in iter(lambda: reply.read(60) or b"", b""):
         for event in split_events(events.feed(piece)):
             parsed = event_json(event) or {}
             seen.setdefault(event_type(parsed), time.monotonic() - started)
-            fold.add(parsed)
-    response, total = fold.response(), time.monotonic() - started
+            assembler.add(parsed)
+    response, total = assembler.response(), time.monotonic() - started
     tokens = token_counts(response)
     word = seen.get("response.output_text.delta", total)
     return Finding("ok", f"{_printable(response.get('model'))}: first event {min(seen.values()):.2f} s, "
@@ -6968,14 +7558,18 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     healthy = all(row["state"] != "failed" for row in rows)
     if words.json:
         print(json.dumps({"version": __version__, "ok": healthy, "checks": rows}, indent=2))
-    return 0 if healthy else 1
+    if healthy:
+        return 0
+    return 1
 
 
 def print_finding(name: str, finding: Finding) -> None:
     """Print a check's row within 80 columns; what to do comes below a failure."""
     import textwrap  # late: only this command wants it
 
-    todo = f"\n→ {finding.todo}" if finding.todo else ""
+    todo = ""
+    if finding.todo:
+        todo = f"\n→ {finding.todo}"
     lines = [part for line in (finding.text + todo).split("\n")
              for part in textwrap.wrap(line, 65, break_long_words=False, break_on_hyphens=False)]
     row = f"{MARKS[finding.state]} {name:<12} " + f"\n{'':15}".join(lines)
@@ -7053,7 +7647,9 @@ def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
     told = len(str(request.get("instructions") or "")) + sum(  # Codex sends them as developer messages
         len(demo_text(item)) for item in items if item.get("role") == "developer")
     asked = next((demo_text(item) for item in reversed(items) if item.get("role") == "user"), "")
-    done = f" Your machine ran `{DEMO_COMMAND}`." if ran else ""
+    done = ""
+    if ran:
+        done = f" Your machine ran `{DEMO_COMMAND}`."
     text = (f"Hello! This is the demo of qoo-bridge, no model.{done} You sent {request.get('model')} "
             f"{len(items)} items, {len(tools)} tools and {told} characters of instructions. "
             f"Your last text was: {' '.join(asked.split())[:300]}")
@@ -7114,7 +7710,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer a turn, a word at a time."""
         length = self.headers.get("content-length", "")
-        body = self.rfile.read(int(length)) if re.fullmatch(r"[0-9]{1,12}", length) else b""
+        body = b""
+        if re.fullmatch(r"[0-9]{1,12}", length):
+            body = self.rfile.read(int(length))
         try:
             request = parse_json(decompress(body, self.headers.get("content-encoding", ""), MAX_EVENT))
         except BridgeError as exc:
@@ -7136,9 +7734,13 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                 for message in reader.feed(received):
                     if message.opcode == OP_CLOSE:
                         return
-                    frame = json_or_none(message.payload) if message.opcode == OP_TEXT else None
+                    frame = None
+                    if message.opcode == OP_TEXT:
+                        frame = json_or_none(message.payload)
                     if isinstance(frame, dict):
-                        earlier = conversation if frame.get("previous_response_id") else {}
+                        earlier = {}
+                        if frame.get("previous_response_id"):
+                            earlier = conversation
                         items = [*earlier.get("input", []), *(frame.get("input") or [])]
                         conversation = {**earlier, "generate": True, **frame, "input": items}
                         self._tell(conversation, lambda event: encode_frame(OP_TEXT, json_bytes(event)))
@@ -7207,8 +7809,6 @@ COMMANDS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Make the command line's parser from OPTIONS and COMMANDS."""
-    import argparse  # late, see plain_options
-
     commands = "\n".join(f"  {command.name:<16} {command.help}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
         prog="qoo_bridge.py", formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -7223,36 +7823,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="doctor: print JSON")
     parser.add_argument("--version", action="version", version=f"qoo-bridge {__version__}")
     for option in OPTIONS:
-        default = f" (default: {option.default})" if option.default and option.name != "allow" else ""
+        default = ""
+        if option.default and option.name != "allow":
+            default = f" (default: {option.default})"
         parser.add_argument(option.flag, dest=option.name, action="append", metavar=option.metavar,
                             help=(option.help + default + (" +" if option.many else "")).replace("%", "%%"))
     return parser
 
 
-def plain_options(argv: list[str]) -> dict[str, list[str] | None] | None:
-    """Read a command line of `--option VALUE` alone, as a service has it; None for any other.
-
-    argparse reads the others; to import and fill it is a tenth of the time until the bridge is ready.
-    """
-    names = {option.flag: option.name for option in OPTIONS}
-    values: dict[str, list[str] | None] = {}
-    if len(argv) % 2:
-        return None
-    for flag, value in zip(argv[::2], argv[1::2]):
-        if flag not in names or value.startswith("--"):
-            return None
-        values[names[flag]] = [*(values.get(names[flag]) or []), value]
-    return values
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        options = plain_options(argv)
-        if options is not None:
-            return serve(load_config(options, os.environ))
-        words = build_parser().parse_intermixed_args(argv)
+        words = build_parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
         command = next(command for command in COMMANDS if command.name == words.command)
         status = command.run(load_config(vars(words), os.environ), words)
         print(end="", flush=True)  # here, where a reader that has left is no fault
@@ -7263,7 +7845,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `doctor | head`: what is still to be flushed has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 1
 
 

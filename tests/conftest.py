@@ -21,10 +21,12 @@ pytest.register_assert_rewrite("help")
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import kernel
 import wire
 
 import qoo_bridge as q
 
+sys.addaudithook(kernel.watch)  # for the whole run: a hook cannot be taken away
 PARSER = q.build_parser()
 POLL = 0.001  # seconds; each test waits so long for its bridge to end
 
@@ -43,6 +45,31 @@ def pytest_collection_finish() -> None:
     """Keep the tests themselves out of each garbage collection: they stay to the end."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # collections took a twentieth of the time on 3.9
+
+
+class LeakSearch(logging.Handler):
+    """Search each line of the log for tokens."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Search one line, its traceback too."""
+        wire.search(self.format(record).encode("utf-8", "backslashreplace"), "the log")
+
+
+q.log.addHandler(LeakSearch())
+q.log.setLevel(logging.DEBUG)  # what only debug lines say is searched, too
+
+
+@pytest.fixture(autouse=True)
+def trust(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test in which a room used a power that it has not, or a token reached a client or the log."""
+    wire.ISSUED.clear()
+    yield
+    violations, leaks = list(kernel.violations), list(wire.LEAKS)
+    kernel.violations.clear()
+    wire.LEAKS.clear()
+    if request.module.__name__ == "test_wire":
+        leaks = []  # there the client asks the sign-in server itself
+    assert violations + leaks == []
 
 
 class RunningBridge:
@@ -116,6 +143,7 @@ class Process:
         self.wait()
         assert self.process.stderr is not None
         self.process.stderr.close()
+        wire.search("".join(self.lines).encode(), "the log of a process")
 
 
 Start = Callable[..., RunningBridge]
@@ -325,8 +353,8 @@ class Closed(q.Upstream):
 
     all: ClassVar[list[Closed]] = []
 
-    def __init__(self, *words: Any) -> None:
-        super().__init__(*words)
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
         self.all.append(self)
 
 
@@ -346,7 +374,9 @@ def command(
 
     def run(*words: object) -> tuple[int, str, str]:
         status = q.main(list(map(str, words)))
-        return (status, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        wire.search((out + err).encode("utf-8", "backslashreplace"), "what a command printed")
+        return status, out, err
 
     yield run
     while Closed.all:

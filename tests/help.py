@@ -234,7 +234,11 @@ def record(**fields: Any) -> Record:
         "end": "completed",
         "total": 2.0,
     }
-    return Record(**{**ordinary, **fields})
+    made = Record()
+    for name, value in {**ordinary, **fields}.items():
+        assert hasattr(made, name)
+        setattr(made, name, value)
+    return made
 
 
 def finished(*records: Record, now: float = NOW) -> Telemetry:

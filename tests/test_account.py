@@ -23,7 +23,7 @@ CHECK = "/backend-api/wham/accounts/check"
 
 def test_what_holds_a_token_hides_it_in_its_repr(start: Start, backend: wire.Backend) -> None:
     bridge = start("--api-key", f"laptop={API_KEY}")
-    held = bridge.bridge.credentials.bearer()
+    held = bridge.bridge.account._credentials.bearer()
     shown = repr(bridge.config) + repr(held) + repr(bridge.bridge.key_ring.keys()) + str(held)
     assert [each for each in (API_KEY, *backend.tokens.values()) if each in shown] == []
 
@@ -53,13 +53,13 @@ def route(
             raise answer
         return answer
 
-    sign_in = q.SignIn("token", "", "acc", "pro", False, 0.0)
+    tokens = q.Tokens("token", "", False, q.SignIn("acc", "pro", "", 0.0, False))
     routing = q.Routing(upstream, fetch, {})
-    assert routing.of(sign_in) == (upstream, {})  # a request does not wait for the answer
+    assert routing.route(tokens) == (upstream, {})  # a request does not wait for the answer
     for thread in threading.enumerate():
         if thread.name == "routing":
             thread.join(5)
-    base, fields = routing.of(sign_in)
+    base, fields = routing.route(tokens)
     return base, fields, urls
 
 

@@ -23,7 +23,7 @@ import qoo_bridge as q
 def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "MAX_BODIES", 100_000)
     bridge = start()
-    body, taken, take = BODY + b" " * 60_000, threading.Event(), bridge.bridge.budget.take
+    body, taken, take = BODY + b" " * 60_000, threading.Event(), bridge.bridge.turns.budget.take
     total = []
 
     def count(size: int) -> None:
@@ -32,7 +32,7 @@ def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch
         if sum(total) >= 60_000:
             taken.set()
 
-    monkeypatch.setattr(bridge.bridge.budget, "take", count)
+    monkeypatch.setattr(bridge.bridge.turns.budget, "take", count)
     with wire.Client(bridge.address) as first:
         first.send(head(POST, HOST, JSON_TYPE, f"Content-Length: {len(body)}") + body[:60_000])
         assert taken.wait(5)
@@ -167,7 +167,7 @@ LIMITED = ("--api-key", f"laptop={API_KEY}", "--api-key", "other=sk-other-012345
 
 def waiting(bridge: RunningBridge, count: int) -> bool:
     """Wait until so many requests of the limited key wait their turn."""
-    return until(lambda: len(bridge.bridge.limits._queues.get("laptop", ())) == count)
+    return until(lambda: len(bridge.bridge.key_queue._queues.get("laptop", ())) == count)
 
 
 @pytest.fixture

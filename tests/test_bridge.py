@@ -335,8 +335,7 @@ def test_backend_is_sent_what_codex_itself_sends_it(
     override = direct.headers.get("x-openai-account-routing-override", "NO_CONSTRAINT")
     backend.routing = (backend.origin, override)
     bridge = start("--compress", "on")
-    sign_in = bridge.bridge.credentials.bearer()
-    bridge.bridge.routing._ask(sign_in)  # as at every start, but waited for
+    bridge.bridge.account.ask_routing()  # as at every start, but waited for
     raw = json.dumps(given.body).encode()
     reply = wire.post(bridge.address, "/v1/responses", raw, given.headers)
     assert (reply.status, reply.header("x-qoo-bridge-repaired"), backend.refusals) == (200, None, [])

@@ -365,7 +365,7 @@ def test_version_whose_list_was_let_go_gets_it_again() -> None:
     catalog = q.Catalog(lambda version, etag: answer(version), {}, "0")
     versions = [str(number) for number in range(q.Catalog.VERSIONS + 2)]
     for version in (*versions, "1"):
-        listing = catalog.listing(version, wait=0.5)
+        listing = catalog.get(version, wait=0.5)
         assert listing is not None
         assert list(listing.entries) == [version]
 
@@ -377,7 +377,7 @@ def test_versions_that_are_remembered_are_bounded(good: bool) -> None:
 
     catalog = q.Catalog(fetch, {}, "0")
     for number in range(40):
-        catalog.listing(str(number), wait=5)
+        catalog.get(str(number), wait=5)
     kept = [len(known) for known in vars(catalog).values() if isinstance(known, dict)]
     assert max(kept) <= q.Catalog.VERSIONS + 1
 

@@ -667,7 +667,7 @@ def test_client_that_leaves_after_the_terminal_event_is_no_error(
     assert ask(bridge).ended == "last-chunk"
 
 
-@pytest.mark.parametrize("step", ["end", "send_json"])
+@pytest.mark.parametrize("step", ["finish_stream", "send_json"])
 def test_reply_is_closed_when_the_client_left_in_between(
     step: str,
     bridge: RunningBridge,
@@ -676,41 +676,27 @@ def test_reply_is_closed_when_the_client_left_in_between(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def leave(*_: Any) -> None:
-        raise q.ClientLeft("left")
+        raise q.ClientLeft("client_closed")
 
     monkeypatch.setattr(q.Exchange, step, leave)
     backend.on("/responses", wire.turn(*EVENTS))
-    assert not left_open(bridge, log_lines, monkeypatch, stream=step == "end")
+    assert not left_open(bridge, backend, log_lines, stream=step == "finish_stream")
 
 
 def test_reply_is_closed_when_its_fold_is_an_error(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
 ) -> None:
     backend.on("/responses", wire.turn(FIRST, wire.failed("server_error", "no")))
-    assert not left_open(bridge, log_lines, monkeypatch, stream=False)
+    assert not left_open(bridge, backend, log_lines, stream=False)
 
 
 def left_open(
-    bridge: RunningBridge, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch, stream: bool = True
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, stream: bool = True
 ) -> bool:
     """Ask for a turn; tell whether its upstream connection is neither closed nor back in the pool."""
-    replies: list[q.Reply] = []
-    plain_send_turn = q.Bridge.send_turn
-
-    def send_turn(*given: Any) -> q.Reply:
-        replies.append(plain_send_turn(*given))
-        return replies[-1]
-
-    monkeypatch.setattr(q.Bridge, "send_turn", send_turn)
     with asking(bridge, stream=stream):
         log_lines.ended()
-    peer = replies[0].connection
-    forgotten = peer.sock.fileno() >= 0 and not any(
-        held is peer for _, _, held in bridge.bridge.upstream._idle
-    )
-    if forgotten:
-        peer.close()
-    return forgotten
+    return not until(lambda: backend.open_connections == bridge.bridge.upstream.kept())
 
 
 def test_client_that_breaks_off_in_its_request_is_no_fault(

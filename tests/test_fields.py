@@ -35,19 +35,24 @@ US = q.Identity("qoo_bridge", "0.169.0")
 OURS = {"version": "0.169.0", "originator": "qoo_bridge", "user-agent": q.USER_AGENT}
 
 
+def upstream(headers: dict[str, str], session: str, identity: q.Identity = US) -> dict[str, str]:
+    """Choose the headers that go upstream."""
+    return q.upstream_headers(headers, q.read_client_headers(headers), identity, session)
+
+
 def test_a_codex_keeps_its_own_fields_and_no_others() -> None:
-    assert q.upstream_headers({**STAYS, **CODEX_FIELDS}, q.Identity("x", "1.0.0"), "key") == {
+    assert upstream({**STAYS, **CODEX_FIELDS}, "key", q.Identity("x", "1.0.0")) == {
         "version": "0.169.0", **CODEX_FIELDS}
 
 
 def test_another_client_is_named_as_the_bridge() -> None:
     headers = {**STAYS, "user-agent": "OpenAI/Python 1.0", "originator": "forged", "version": "9.9.9",
               "x-openai-subagent": "forged", "x-codex-beta-features": "forged"}
-    assert q.upstream_headers(headers, US, "key") == {**OURS, "session-id": "key"}
+    assert upstream(headers, "key") == {**OURS, "session-id": "key"}
 
 
 def test_requests_of_the_bridge_itself_are_named_as_the_bridge() -> None:
-    assert US.fields() == OURS
+    assert US.headers() == OURS
 
 
 @pytest.mark.parametrize(("headers", "session", "expected"), [
@@ -68,20 +73,20 @@ def test_requests_of_the_bridge_itself_are_named_as_the_bridge() -> None:
 ])
 def test_upstream_fields(headers: dict[str, str], session: str, expected: dict[str, str]) -> None:
     before = dict(headers)
-    assert q.upstream_headers(headers, US, session) == expected
+    assert upstream(headers, session) == expected
     assert headers == before
 
 
 @pytest.mark.parametrize("session", ["", "a b", "a\r\nb: c", "\xe9", "\u2028", "s" * 129])
 def test_session_that_is_no_field_value_is_hashed(session: str) -> None:
-    assert q.upstream_headers({}, US, session)["session-id"] == q.stable_id(session)
+    assert upstream({}, session)["session-id"] == q.stable_id(session)
 
 
 @pytest.mark.parametrize(("name", "default"), [
     ("session-id", "key"), ("version", "0.169.0"), ("originator", "qoo_bridge"),
 ])
 def test_an_empty_field_is_none(name: str, default: str) -> None:
-    assert q.upstream_headers({"user-agent": AGENT, name: ""}, US, "key")[name] == default
+    assert upstream({"user-agent": AGENT, name: ""}, "key")[name] == default
 
 
 @pytest.mark.parametrize(("agent", "version"), [
@@ -93,8 +98,8 @@ def test_an_empty_field_is_none(name: str, default: str) -> None:
     ("x codex/1.2.3", ""), ("codex exec/1.2.3", ""), ("codex/1.2.3-" + "x" * 40, "1.2.3-" + "x" * 20),
 ])
 def test_codex_version(agent: str, version: str) -> None:
-    assert q.codex_version({"user-agent": agent}) == version
-    assert q.is_codex({"user-agent": agent}) is bool(version)
+    assert q.read_client_headers({"user-agent": agent}).version == version
+    assert q.read_client_headers({"user-agent": agent}).codex is bool(version)
 
 
 @pytest.mark.parametrize(("headers", "codex"), [
@@ -104,7 +109,7 @@ def test_codex_version(agent: str, version: str) -> None:
     ({"x-codex-beta-features": "x"}, False), ({"session-id": "s"}, False),
 ])
 def test_is_codex(headers: dict[str, str], codex: bool) -> None:
-    assert q.is_codex(headers) is codex
+    assert q.read_client_headers(headers).codex is codex
 
 
 @pytest.mark.parametrize(("headers", "session"), [
@@ -113,7 +118,7 @@ def test_is_codex(headers: dict[str, str], codex: bool) -> None:
     ({"session-id": "", "conversation_id": "c"}, "c"), ({"thread-id": "t"}, ""), ({}, ""),
 ])
 def test_client_session(headers: dict[str, str], session: str) -> None:
-    assert q.client_session(headers) == session
+    assert q.read_client_headers(headers).session == session
 
 
 @pytest.mark.parametrize(("request_", "hint"), [

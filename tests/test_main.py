@@ -28,24 +28,6 @@ def test_a_reader_that_leaves_is_no_fault(launch: Launch) -> None:
     assert outcome(process)[0] in (0, 1)  # 0: it was quicker
 
 
-@pytest.mark.parametrize("words", [
-    [], ["--port", "4051"], ["--alias", "a=b", "--port", "1", "--alias", "c=d"], ["--host", ""],
-])
-def test_a_plain_command_line_is_read_as_argparse_reads_it(words: list[str]) -> None:
-    options = q.plain_options(words)
-    assert options is not None
-    whole = vars(q.build_parser().parse_intermixed_args(words))
-    assert whole["command"] == "serve"
-    assert q.load_config(options, {}) == q.load_config(whole, {})
-
-
-@pytest.mark.parametrize("words", [
-    ["serve"], ["--help"], ["--port"], ["--port", "--host"], ["--port=1", "x"], ["--none", "x"],
-])
-def test_any_other_command_line_is_left_to_argparse(words: list[str]) -> None:
-    assert q.plain_options(words) is None
-
-
 @pytest.mark.parametrize("words", [("frobnicate",), ("serve", "--frobnicate"), ("serve", "--port")])
 def test_unknown_words_are_a_usage_error(command: Command, words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit, match="2"):

@@ -290,4 +290,4 @@ def test_what_lies_below_a_response_is_not_served(bridge: RunningBridge) -> None
     name = respond(bridge, False, input="one")["id"]
     reply = wire.get(bridge.address, f"/v1/responses/{name}/input_items")
     assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
-    assert "there is nothing at" in reply.json["error"]["message"]
+    assert "no such endpoint" in reply.json["error"]["message"]

@@ -218,6 +218,7 @@ def test_many_requests_leave_nothing_behind(
     start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(q, "STORE_SIZE", 20_000)  # bytes: full before the soak begins
+    monkeypatch.setattr(q.log, "propagate", False)  # pytest keeps each line
     bridge = start()
 
     def threads() -> int:
@@ -390,14 +391,14 @@ def test_connection_that_turns_idle_during_the_stop_ends(
 ) -> None:
     draining, entered = Watched(), threading.Event()
     monkeypatch.setattr(bridge.server, "_lock", draining)
-    plain_idle = q.Server.idle
+    plain_set_idle = q.Server.set_idle
 
-    def idle(server: q.Server, handler: q.Handler, waiting: bool) -> None:
+    def set_idle(server: q.Server, handler: q.Handler, waiting: bool) -> None:
         entered.set()
         assert draining.waited_for.wait(5)
-        plain_idle(server, handler, waiting)
+        plain_set_idle(server, handler, waiting)
 
-    monkeypatch.setattr(q.Server, "idle", idle)
+    monkeypatch.setattr(q.Server, "set_idle", set_idle)
     with wire.Client(bridge.address):
         assert entered.wait(5)
         assert bridge.server.drain(0.5)

@@ -140,46 +140,46 @@ def test_bad_file_says_what_to_do_and_recovers(
     path.write_bytes(content)
     for _ in range(2):
         with pytest.raises(q.NotSignedIn) as caught:
-            credentials.current()
+            credentials.current_tokens()
         assert str(path) in caught.value.message
         assert "codex login" in caught.value.message
         assert "sk-secret" not in caught.value.message
     assert path.read_bytes() == content
     wire.write_auth(path, issuer)
-    assert credentials.current().access_token == issuer.access_token
+    assert credentials.current_tokens().access_token == issuer.access_token
 
 
 def test_missing_file_says_what_to_do_and_recovers(tmp_path: Path, issuer: Issuer) -> None:
     path = tmp_path / "auth.json"
     credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
     with pytest.raises(q.NotSignedIn, match="codex login"):
-        credentials.current()
+        credentials.current_tokens()
     wire.write_auth(path, issuer)
-    assert credentials.current().access_token == issuer.access_token
+    assert credentials.current_tokens().access_token == issuer.access_token
 
 
 def test_folder_in_place_of_the_file_is_a_clear_error(tmp_path: Path, issuer: Issuer) -> None:
     with pytest.raises(q.NotSignedIn, match="cannot be read"):
-        q.Credentials(str(tmp_path), issuer.token_issuer, issuer.fetch).current()
+        q.Credentials(str(tmp_path), issuer.token_issuer, issuer.fetch).current_tokens()
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"tokens":'])
 def test_file_being_written_is_read_again(
     torn: bytes, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
-    credentials.current()
+    credentials.current_tokens()
     path.write_bytes(torn)
     issuer.rotate()
     clock.on_sleep = lambda: wire.write_auth(path, issuer)
-    assert credentials.current().access_token == issuer.access_token
+    assert credentials.current_tokens().access_token == issuer.access_token
 
 
 def test_file_is_read_once_while_it_stays(
     credentials: q.Credentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = credentials.current()
-    monkeypatch.setattr(q, "read_sign_in", lambda *_: pytest.fail("read again"))
-    assert credentials.current() is first
+    first = credentials.current_tokens()
+    monkeypatch.setattr(q, "read_tokens", lambda *_: pytest.fail("read again"))
+    assert credentials.current_tokens() is first
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_file_is_read_once_while_it_stays(
 )
 def test_account_is_the_files_else_the_claims(tokens: dict[str, Any], claim: Any, account: str) -> None:
     id_token = wire.jwt({q.AUTH_CLAIM: {"chatgpt_account_id": claim}})
-    sign_in = q.read_sign_in({"tokens": {"access_token": "a", "id_token": id_token, **tokens}}, "f")
-    assert sign_in.account == account
-    assert sign_in.fields().get("chatgpt-account-id", "") == account
+    read = q.read_tokens({"tokens": {"access_token": "a", "id_token": id_token, **tokens}}, "f")
+    assert read.sign_in.account == account
+    assert read.headers().get("chatgpt-account-id", "") == account
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_account_is_the_files_else_the_claims(tokens: dict[str, Any], claim: Any
 )
 def test_fedramp_account_is_marked(claim: Any, value: str | None) -> None:
     id_token = wire.jwt({q.AUTH_CLAIM: {"chatgpt_account_is_fedramp": claim}})
-    sign_in = q.read_sign_in({"tokens": {"access_token": "a", "id_token": id_token}}, "f")
-    assert sign_in.fields().get("x-openai-fedramp") == value
+    tokens = q.read_tokens({"tokens": {"access_token": "a", "id_token": id_token}}, "f")
+    assert tokens.headers().get("x-openai-fedramp") == value
 
 
 @pytest.mark.parametrize(
@@ -229,10 +229,10 @@ def test_fedramp_account_is_marked(claim: Any, value: str | None) -> None:
     ],
 )
 def test_unreadable_id_token_does_not_matter(id_token: Any) -> None:
-    sign_in = q.read_sign_in(
+    tokens = q.read_tokens(
         {"tokens": {"access_token": "a", "id_token": id_token, "account_id": "acc"}}, "f"
     )
-    assert (sign_in.account, sign_in.plan, sign_in.fedramp) == ("acc", "", False)
+    assert (tokens.sign_in.account, tokens.sign_in.plan, tokens.fedramp) == ("acc", "", False)
 
 
 @pytest.mark.parametrize(
@@ -254,15 +254,16 @@ def test_unreadable_id_token_does_not_matter(id_token: Any) -> None:
     ],
 )
 def test_expiry_of_any_type_is_read(exp: Any) -> None:
-    sign_in = q.read_sign_in({"tokens": {"access_token": wire.jwt({"exp": exp})}}, "f")
-    assert isinstance(sign_in.expires, float)
-    assert sign_in.expires == sign_in.expires
+    tokens = q.read_tokens({"tokens": {"access_token": wire.jwt({"exp": exp})}}, "f")
+    expires = tokens.sign_in.expires
+    assert isinstance(expires, float)
+    assert expires == expires
 
 
 def test_repr_hides_the_tokens(credentials: q.Credentials, issuer: Issuer) -> None:
-    sign_in = credentials.current()
-    shown = f"{sign_in!r} {sign_in} {[sign_in]}"
-    assert sign_in.account in shown
+    tokens = credentials.current_tokens()
+    shown = f"{tokens!r} {tokens} {[tokens]}"
+    assert tokens.sign_in.account in shown
     assert not any(token in shown for token in issuer.tokens.values())
 
 
@@ -273,8 +274,8 @@ def test_mode_decides_not_the_api_key(
     mode: str | None, api_key: str | None, path: Path, issuer: Issuer
 ) -> None:
     wire.write_auth(path, issuer, auth_mode=mode, OPENAI_API_KEY=api_key)
-    sign_in = q.Credentials(str(path), issuer.token_issuer, issuer.fetch).current()
-    assert sign_in.access_token == issuer.access_token
+    tokens = q.Credentials(str(path), issuer.token_issuer, issuer.fetch).current_tokens()
+    assert tokens.access_token == issuer.access_token
 
 
 # -- refresh ------------------------------------------------------------------
@@ -290,7 +291,7 @@ def expire_in(issuer: Issuer, path: Path, seconds: float, **overrides: Any) -> N
 
 def test_refresh_keeps_what_it_does_not_know(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
     before = stored(path)
-    sign_in = credentials.after_401(credentials.current())
+    tokens = credentials.after_401(credentials.current_tokens())
     after = stored(path)
     assert issuer.asked == [
         {
@@ -300,7 +301,7 @@ def test_refresh_keeps_what_it_does_not_know(path: Path, credentials: q.Credenti
             "refresh_token": before["tokens"]["refresh_token"],
         }
     ]
-    assert sign_in.access_token == issuer.access_token
+    assert tokens.access_token == issuer.access_token
     assert after["tokens"] == {**before["tokens"], **issuer.tokens}
     assert {**after, "tokens": 0, "last_refresh": 0} == {**before, "tokens": 0, "last_refresh": 0}
     assert abs(q.unix_time(after["last_refresh"]) - time.time()) < 60
@@ -323,14 +324,14 @@ def test_only_returned_tokens_are_replaced(
     before = stored(path)["tokens"]
     new = {name: issuer.rotate()[name] for name in returned}
     issuer.answers = [json_answer(200, {**new, "token_type": "Bearer"})]
-    credentials.after_401(credentials.current())
+    credentials.after_401(credentials.current_tokens())
     assert stored(path)["tokens"] == {**before, **new}
 
 
 @posix
 def test_written_file_is_private(path: Path, credentials: q.Credentials) -> None:
     path.chmod(0o644)
-    credentials.after_401(credentials.current())
+    credentials.after_401(credentials.current_tokens())
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -340,7 +341,7 @@ def test_link_stays_a_link(path: Path, tmp_path: Path, issuer: Issuer) -> None:
     link = tmp_path / "home" / "auth.json"
     link.symlink_to(path)
     credentials = q.Credentials(str(link), issuer.token_issuer, issuer.fetch)
-    credentials.after_401(credentials.current())
+    credentials.after_401(credentials.current_tokens())
     assert link.is_symlink()
     assert stored(path)["tokens"]["access_token"] == issuer.access_token
     assert (tmp_path / "home" / "auth.lock").exists()  # beside the link: that folder is CODEX_HOME
@@ -354,9 +355,9 @@ def test_refresh_ahead_of_expiry(
     seconds: float, refreshes: int, path: Path, credentials: q.Credentials, issuer: Issuer
 ) -> None:
     expire_in(issuer, path, seconds)
-    sign_in = credentials.bearer()
+    tokens = credentials.bearer()
     assert [each["refresh_reason"] for each in issuer.asked] == ["proactive_expiry"] * refreshes
-    assert sign_in.access_token == issuer.access_token
+    assert tokens.access_token == issuer.access_token
 
 
 @pytest.mark.parametrize(("days", "refreshes"), [(7, 0), (9, 1)])
@@ -422,10 +423,10 @@ def test_file_that_could_not_be_opened_is_tried_again(
 
     monkeypatch.setattr(q, "open", refuse, raising=False)
     with pytest.raises(q.NotSignedIn, match="Too many open files"):
-        credentials.current()
+        credentials.current_tokens()
     monkeypatch.delattr(q, "open")
     clock.skew += q.REFRESH_PAUSE
-    assert credentials.current().access_token
+    assert credentials.current_tokens().access_token
 
 
 def test_refresh_ahead_that_fails_is_not_tried_by_each_request(
@@ -446,7 +447,7 @@ def test_refresh_ahead_that_fails_is_not_tried_by_each_request(
 def test_passing_failure_is_asked_again_after_a_second(
     answer: q.BufferedReply | q.BridgeError, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
-    held = credentials.current()
+    held = credentials.current_tokens()
     issuer.answers = [answer]
     for _ in range(3):
         with pytest.raises((q.BadUpstream, q.UpstreamTimeout)):
@@ -461,7 +462,7 @@ def test_passing_failure_is_asked_again_after_a_second(
 def test_dead_refresh_token_is_asked_about_once(
     answer: q.BufferedReply, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
-    held = credentials.current()
+    held = credentials.current_tokens()
     before = path.read_bytes()
     issuer.answers = [answer]
     for _ in range(3):
@@ -495,10 +496,10 @@ def test_missing_refresh_token_is_not_asked_about(path: Path, issuer: Issuer) ->
 
 
 def test_threads_that_met_a_401_together_cost_one_refresh(credentials: q.Credentials, issuer: Issuer) -> None:
-    held = credentials.current()
+    held = credentials.current_tokens()
     together = threading.Barrier(12)
 
-    def meet(_: int) -> q.SignIn:
+    def meet(_: int) -> q.Tokens:
         together.wait(5)
         return credentials.after_401(held)
 
@@ -532,7 +533,7 @@ def test_refresh_ahead_holds_nobody_up(path: Path, credentials: q.Credentials, i
 
 
 def test_file_that_changed_saves_the_refresh(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
-    held = credentials.current()
+    held = credentials.current_tokens()
     issuer.rotate()
     wire.write_auth(path, issuer)
     assert credentials.after_401(held).access_token == issuer.access_token
@@ -569,7 +570,7 @@ def lock_held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
 def test_refresh_waits_for_a_codex_that_refreshes(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
-    held = credentials.current()
+    held = credentials.current_tokens()
     with lock_held_elsewhere(path) as release:
 
         def codex_is_done() -> None:
@@ -589,7 +590,7 @@ def test_lock_that_stays_taken_does_not_stop_the_refresh(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
     with lock_held_elsewhere(path):
-        found = credentials.after_401(credentials.current())
+        found = credentials.after_401(credentials.current_tokens())
     assert found.access_token == issuer.access_token
     assert clock.skew == pytest.approx(q.LOCK_SECONDS, abs=0.1)
 
@@ -611,7 +612,7 @@ def test_lock_is_held_while_the_server_is_asked(
                 free.append(False)
 
     issuer.meanwhile = try_lock
-    credentials.after_401(credentials.current())
+    credentials.after_401(credentials.current_tokens())
     try_lock()
     assert free == [False, True]
 
@@ -619,7 +620,7 @@ def test_lock_is_held_while_the_server_is_asked(
 def test_newer_file_is_not_overwritten(path: Path, credentials: q.Credentials, issuer: Issuer) -> None:
     other = Issuer()
     issuer.meanwhile = lambda: wire.write_auth(path, other)
-    found = credentials.after_401(credentials.current())
+    found = credentials.after_401(credentials.current_tokens())
     assert found.access_token == other.access_token
     assert stored(path)["tokens"]["refresh_token"] == other.refresh_token
 
@@ -627,7 +628,7 @@ def test_newer_file_is_not_overwritten(path: Path, credentials: q.Credentials, i
 def test_file_that_changed_beside_its_tokens_keeps_the_change(
     path: Path, credentials: q.Credentials, issuer: Issuer
 ) -> None:
-    held = credentials.current()
+    held = credentials.current_tokens()
     issuer.meanwhile = lambda: path.write_text(json.dumps({**stored(path), "added": 1}))
     found = credentials.after_401(held)
     assert stored(path)["added"] == 1
@@ -639,7 +640,7 @@ def test_sign_out_during_a_refresh_stands(
 ) -> None:
     issuer.meanwhile = path.unlink
     with pytest.raises(q.NotSignedIn):
-        credentials.after_401(credentials.current())
+        credentials.after_401(credentials.current_tokens())
     assert not path.exists()
 
 
@@ -649,7 +650,7 @@ def test_other_sign_in_during_a_refresh_stands(
     other = {"auth_mode": "apikey", "OPENAI_API_KEY": "sk-of-the-user"}
     issuer.meanwhile = lambda: path.write_text(json.dumps(other))
     with contextlib.suppress(q.NotSignedIn):
-        credentials.after_401(credentials.current())
+        credentials.after_401(credentials.current_tokens())
     assert stored(path) == other
 
 
@@ -667,7 +668,7 @@ def test_new_tokens_survive_a_failed_write(
 
     with monkeypatch.context() as patched:
         patched.setattr(q, "write_private", read_only)
-        found = credentials.after_401(credentials.current())
+        found = credentials.after_401(credentials.current_tokens())
     assert found.access_token == issuer.access_token
     assert path.read_bytes() == before
     assert credentials.bearer() == found

@@ -38,7 +38,7 @@ def test_reader_that_stops_is_cut_and_costs_little(
         client.read_head()
         assert stopped.wait(5)
         assert sent[0] < 64 << 20  # what the system's buffers take, and not what upstream would send
-        assert "stopped" in log_lines.ended()[0]
+        assert "end=client_stalled" in log_lines.ended()[0]
 
 
 def test_slow_reader_gets_everything(

@@ -13,7 +13,7 @@ import pytest
 from help import NOW, finished, record
 
 import qoo_bridge
-from qoo_bridge import Record, Telemetry, log_line, metrics_text, parse_rate_limits
+from qoo_bridge import Telemetry, log_line, metrics_text, parse_rate_limits
 
 HOSTILE_TEXTS = [
     'a" b="c',
@@ -76,7 +76,8 @@ def test_log_line_says_everything_in_order() -> None:
 
 
 def test_log_line_of_an_empty_record() -> None:
-    line = log_line(Record("", "", "", "", ""))
+    line = log_line(record(id="", client="", method="", path="", model="", slug="", status=0, total=0.0,
+                           end=""))
     assert line == (
         "- - - - -->- rules=- repairs=- status=0 first_byte=- total=0ms events=0 bytes=0 tokens=- end=-"
     )

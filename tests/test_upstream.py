@@ -154,16 +154,17 @@ def test_closing_the_pool_closes_its_connections(upstream: Counted, backend: wir
 def test_connection_is_opened_ahead(upstream: Counted, backend: wire.Backend) -> None:
     backend.always("/x", OK)
     url = f"{backend.upstream}/x"
-    upstream.open_ahead(url)
+    target, _ = q.parse_target(url)
+    upstream.open_ahead(target)
     settle("open-ahead")
     assert backend.connections == 1
     for _ in range(2):  # one is at hand: the second call opens none
-        upstream.open_ahead(url)
+        upstream.open_ahead(target)
         settle("open-ahead")
-    first = upstream.open("GET", url, {})  # takes it, and so the next can be opened
-    upstream.open_ahead(url)
+    first = upstream.request("GET", url, {})  # takes it, and so the next can be opened
+    upstream.open_ahead(target)
     settle("open-ahead")
-    second = upstream.open("GET", url, {})
+    second = upstream.request("GET", url, {})
     assert connections(backend) == [1, 2]
     assert backend.connections == 2
     for reply in (first, second):
@@ -178,7 +179,7 @@ def settle(name: str) -> None:
 
 
 def test_failing_to_open_ahead_is_silent(upstream: Counted) -> None:
-    upstream.open_ahead(f"http://127.0.0.1:{unused_port()}/")
+    upstream.open_ahead(q.Target("http", "127.0.0.1", unused_port()))
     settle("open-ahead")
 
 
@@ -328,7 +329,7 @@ def test_small_body_that_hangs_times_out(upstream: Counted, backend: wire.Backen
 def test_body_of_megabytes_arrives(upstream: Counted, backend: wire.Backend) -> None:
     backend.on("/x", OK)
     body = bytes(range(256)) * 16384
-    reply = upstream.open("POST", f"{backend.upstream}/x", {}, body)
+    reply = upstream.request("POST", f"{backend.upstream}/x", {}, body)
     assert backend.requests[0].body == body
     reply.close()
 
@@ -347,7 +348,7 @@ def test_answer_to_a_body_that_nobody_reads_is_seen(upstream: Counted) -> None:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    reply = upstream.open("POST", f"http://127.0.0.1:{server.getsockname()[1]}/", {}, b"x" * 4_000_000)
+    reply = upstream.request("POST", f"http://127.0.0.1:{server.getsockname()[1]}/", {}, b"x" * 4_000_000)
     assert reply.status == 413
     reply.close()
     thread.join(5)
@@ -646,7 +647,7 @@ def refused(reply: wire.RawReply, status: int, by: str) -> str:
 @pytest.mark.parametrize(
     ("reply", "status", "by", "says"),
     [
-        (CLOSED, 502, "bridge", "closed the connection without an answer"),
+        (CLOSED, 502, "bridge", "closed the connection without a response"),
         (RESET, 502, "bridge", "localhost"),
         (wire.reply_raw(b"HTTP/1.1 200 O"), 502, "bridge", "within the head"),
         (wire.reply_raw(raw_reply(*LONG)), 502, "bridge", "fields"),

@@ -101,6 +101,11 @@ from .http1 import read_body as read_body
 from .http1 import read_chunk as read_chunk
 from .http1 import read_fields as read_fields
 from .http1 import read_request as read_request
+from .leaks import ISSUED as ISSUED
+from .leaks import LEAKS as LEAKS
+from .leaks import ClientReader as ClientReader
+from .leaks import issue as issue
+from .leaks import search as search
 from .listener import ABSOLUTE as ABSOLUTE
 from .listener import BASE as BASE
 from .listener import GRACE as GRACE

@@ -36,8 +36,9 @@ from .http1 import (
     read_chunk,
     read_fields,
 )
+from .leaks import ClientReader
 from .listener import Listener
-from .reader import Address, PeerLeft, ProtocolError, Reader, half_close, reset
+from .reader import Address, PeerLeft, ProtocolError, half_close, reset
 
 
 @dataclasses.dataclass
@@ -77,7 +78,7 @@ class Client:
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if tls is not None:
             self.sock = tls.wrap_socket(self.sock, server_hostname="localhost")
-        self.reader = Reader(self.sock)
+        self.reader = ClientReader(self.sock)
         self.reply: RawReply | None = None
         self._method = "GET"
         self._left: int | None = 0  # bytes of the body still due; -1 chunked, None up to the close

@@ -14,6 +14,7 @@ from typing import Any
 from .events import COUNTER, Event
 from .exchange import Exchange
 from .http1 import Request, dump
+from .leaks import issue
 from .refusals import detail, fault, parse_json
 
 CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"
@@ -80,6 +81,8 @@ class SignIn:
             "access_token": jwt(access),
             "refresh_token": f"rt_wire_{number}",
         }
+        for name, token in self.tokens.items():
+            issue(name, token)
         self._accepted[self.access_token] = expires
         return dict(self.tokens)
 
