@@ -814,7 +814,8 @@ class ChunkedBody:
         while True:
             match = self.HEAD.match(raw, at)
             if match is None:
-                self._wait_for(raw[at:], self.HEAD_PART)
+                if at < len(raw):
+                    self._wait_for(raw[at:], self.HEAD_PART)
                 return len(raw)
             start, size = match.end(), int(match[1], 16)
             behind = start + size
@@ -885,7 +886,9 @@ def render_head(first: str, fields: Iterable[tuple[str, str]]) -> bytes:
 
 def keeps_connection(minor: int, headers: Mapping[str, str]) -> bool:
     """Tell whether the sender of a head keeps its connection open."""
-    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
+    if "connection" not in headers:
+        return minor == 1
+    tokens = [token.strip() for token in headers["connection"].lower().split(",")]
     return "close" not in tokens and (minor == 1 or "keep-alive" in tokens)
 
 
@@ -1333,7 +1336,7 @@ class Connection:
                 size += len(pieces[-1])
         return b"".join(pieces)
 
-    def buffered(self) -> bool:
+    def has_buffered(self) -> bool:
         """Tell whether bytes are at hand that the system does not know of."""
         return bool(self.buffer) or (self._tls and self.sock.pending() > 0)
 
@@ -1347,18 +1350,39 @@ class Connection:
         While waiting for upstream, `client` is watched: what it sends is read ahead, and when it leaves,
         ClientLeft is raised. A client's FIN counts as leaving.
         """
-        if self.buffered():
+        if self.buffer or (self._tls and self.sock.pending() > 0):
             return True
         until = time.monotonic() + seconds
         while True:
-            mine, its = self.poll(max(0.0, seconds), client)
-            if mine:
+            own, other = self.poll(max(0.0, seconds), client)
+            if own:
                 return True
-            if its and client is not None:
+            if other and client is not None:
                 client.read_ahead()
             seconds = until - time.monotonic()
-            if seconds <= 0 and not its:
+            if seconds <= 0 and not other:
                 return False
+
+    def receive(self, seconds: float, client: Connection | None = None) -> bytes | None:
+        """Wait as `wait` does, and read: None when there is nothing within `seconds`, b"" for the end.
+
+        Raises ClientLeft, and OSError when the connection is broken.
+        """
+        while self.wait(seconds, client):
+            raw = self.read()
+            if raw is not None:  # else it was a part of a TLS record, or a session ticket
+                return raw
+        return None
+
+    def is_still_open(self) -> bool:
+        """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
+
+        A TLS session ticket makes the socket readable without being either: reading tells.
+        """
+        try:
+            return not self.wait(0) or self.read() is None
+        except OSError:
+            return False
 
     def poll(self, seconds: float, client: Connection | None) -> tuple[bool, bool]:
         """Wait for either socket; tell which of the two can be read."""
@@ -1507,10 +1531,6 @@ def check_can_listen(host: str, port: int) -> None:
         sock.bind((host, port))
 
 
-# == 8 upstream ===============================================================
-# The only opener of connections: pool, TLS, proxy, retry on a stale one. Exceptions of socket, ssl and
-# http.client become the errors of part A here. http.client connects; reading is room http's.
-
 class Reply:
     """Upstream's answer: its head, and its body piece by piece."""
 
@@ -1531,19 +1551,15 @@ class Reply:
         Raises ClientLeft, and BadUpstream when the body is cut or malformed.
         """
         while not self.body.done:
-            if not self.connection.wait(seconds, client):
-                return None
             try:
-                raw = self.connection.read()
-                if raw is None:
-                    continue  # a part of a TLS record, or a session ticket
-                payload = self.body.feed(raw)
+                raw = self.connection.receive(seconds, client)
+                payload = self.body.feed(raw) if raw else b""
             except (OSError, MalformedHttp) as exc:
                 self.close()
                 reason = describe_error(exc)
                 raise BadUpstream(f"upstream closed the connection mid-response: {reason}") from exc
-            if payload:
-                return payload
+            if raw is None or payload:
+                return raw and payload
             if not raw:
                 self.close()
                 if not isinstance(self.body, CloseBody):
@@ -1591,6 +1607,7 @@ class Reply:
                     break
         if self.body.done and self._reusable and not self.body.rest and not self._closed:
             self._closed = True
+            self.connection.unwatch()
             self._release(self.target, self.connection)
         else:
             self.close()
@@ -1611,6 +1628,10 @@ class Reply:
             self._closed = True
             self.connection.close()
 
+
+# == 8 upstream ===============================================================
+# The only opener of connections: pool, TLS, proxy, retry on a stale one. Exceptions of socket, ssl and
+# http.client become the errors of part A here. http.client connects; reading is room http's.
 
 class Upstream:
     """Opens connections to upstream, keeps and reuses them.
@@ -1706,14 +1727,13 @@ class Upstream:
                 if not places:
                     return None
                 since, _, connection = self._idle.pop(places[-1])
-            if since > oldest and is_still_open(connection):
+            if since > oldest and connection.is_still_open():
                 self._count("upstream_reused")
                 return connection
             connection.close()
 
     def _release(self, target: Target, connection: Connection) -> None:
         """Keep a connection for the next request; the oldest goes when there are too many."""
-        connection.unwatch()
         oldest = time.monotonic() - POOL_IDLE
         with self._lock:
             self._idle.append((time.monotonic(), target, connection))
@@ -1786,17 +1806,6 @@ class Upstream:
         if isinstance(exc, TimeoutError):
             return UpstreamTimeout(f"{host} did not answer within {outgoing.timeout:g} s")
         return BadUpstream(f"{host} failed before it responded: {describe_error(exc)}")
-
-
-def is_still_open(connection: Connection) -> bool:
-    """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
-
-    A TLS session ticket makes the socket readable without being either: reading tells.
-    """
-    try:
-        return not connection.wait(0) or connection.read() is None
-    except OSError:
-        return False
 
 
 # == 9 sign-in ================================================================
@@ -2482,8 +2491,10 @@ DROPPED_ITEM = object()  # stands for an item that goes
 
 
 def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """Change each object in the input; REMOVED takes it out. The same request comes back when all stay."""
-    items = or_empty(request.get("input"), list)
+    """Change each object in the input; DROPPED_ITEM takes it out. The same request comes back if all stay."""
+    items = request.get("input")
+    if not isinstance(items, list):
+        return request
     changed = [change(item) if isinstance(item, dict) else item for item in items]
     if not any(map(operator.is_not, changed, items)):
         return request
@@ -2583,36 +2594,41 @@ def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop what points at nothing under store=false, and then the ids that could demand it.
+    """Drop items that point at nothing under store=false, and then the ids that could demand those items.
 
-    A reasoning item with its ciphertext is whole and stays: the ciphertext is bound to the id (WIRE 4).
+    A reasoning item with its ciphertext is complete and stays: the ciphertext is bound to the id (WIRE 4).
     """
-    def dangling(item: dict[str, Any]) -> bool:
-        if item.get("type") == "reasoning":
-            return context.strict or not item.get("encrypted_content")
-        return item.get("type") == "item_reference"
-
     def change(item: dict[str, Any]) -> Any:
-        if dangling(item):
+        if points_at_nothing(item, context.strict):
             return DROPPED_ITEM
-        kind = or_empty(item.get("type"), str)
-        # A message's or a call's id can demand the reasoning item before it.
-        if context.strict or kind == "message" or kind.endswith(("_call", "_output")):
+        item_type = or_empty(item.get("type"), str)
+        # The id of a message or a call can demand the reasoning item before it.
+        if context.strict or item_type == "message" or item_type.endswith(("_call", "_output")):
             return without(item, "id")
         return item
 
-    wanted = context.strict or any(map(dangling, dicts_in(request.get("input"))))
-    if wanted:
+    items = or_empty(request.get("input"), list)
+    if context.strict or any(points_at_nothing(item, context.strict) for item in items):
         return map_items(request, change)
     return request
+
+
+def points_at_nothing(item: Any, strict: bool) -> bool:
+    """Tell whether an item refers to something that was never stored; `strict` suspects all reasoning."""
+    if not isinstance(item, dict):
+        return False
+    if item.get("type") == "reasoning":
+        return strict or not item.get("encrypted_content")
+    return item.get("type") == "item_reference"
 
 
 def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Drop item ids that are too long or have another type's prefix; never rewrite one."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
-        name, prefix = item.get("id"), ID_PREFIXES.get(or_empty(item.get("type"), str), "")
-        good = isinstance(name, str) and 0 < len(name) <= MAX_ID and name.startswith(prefix)
-        if good:
+        if "id" not in item:
+            return item
+        item_id, prefix = item["id"], ID_PREFIXES.get(or_empty(item.get("type"), str), "")
+        if isinstance(item_id, str) and 0 < len(item_id) <= MAX_ID and item_id.startswith(prefix):
             return item
         return without(item, "id")
     return map_items(request, change)
@@ -2630,9 +2646,13 @@ def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def conversation_hash(request: dict[str, Any], client: str) -> str:
-    """Return an id of what stays in a conversation: who, model, instructions, first user message."""
-    items = dicts_in(request.get("input"))
-    first = next((item.get("content") for item in items if item.get("role") == "user"), None)
+    """Return an id of what stays in a conversation: client, model, instructions, first user message."""
+    first: Any = None
+    items = request.get("input")
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict) and item.get("role") == "user":
+            first = item.get("content")
+            break
     if isinstance(first, str):
         first = [{"type": "input_text", "text": first}]  # the same text, however it is written
     return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
@@ -2728,17 +2748,16 @@ def is_same_tool(tool: Any, other: Any) -> bool:
 
 def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
-    items = request.get("input", [])
-    metadata = or_empty(request.get("client_metadata"), dict)
-    marked = LITE_METADATA in metadata
-    if not (context.lite_header or marked or any(map(is_additional_tools, items))):
+    items, metadata = request.get("input", []), request.get("client_metadata")
+    marked = isinstance(metadata, dict) and LITE_METADATA in metadata
+    if not context.lite_header and not marked and not any(map(is_additional_tools, items)):
         return request
     form = dict(request)
     carrier, items = gather_tools(items, or_empty(request.get("tools"), list))
     if carrier is not None and isinstance(carrier.get("tools"), list):
         form["tools"], form["input"] = carrier["tools"], items
     if marked:
-        form["client_metadata"] = without(metadata, LITE_METADATA)
+        form["client_metadata"] = without(request["client_metadata"], LITE_METADATA)
     plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
     return plain
 
@@ -3740,9 +3759,8 @@ def event_json(event: bytes) -> dict[str, Any] | None:
 
 def event_type(parsed: Mapping[str, Any] | None) -> str:
     """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
-    if parsed:
-        return or_empty(parsed.get("type"), str)
-    return ""
+    value = parsed.get("type") if parsed else None
+    return value if isinstance(value, str) else ""
 
 
 def render_event(parsed: Mapping[str, Any]) -> bytes:
@@ -3836,11 +3854,124 @@ class ResponseAssembler:
 
 def token_counts(response: Any) -> dict[str, int]:
     """Return a response's token counts: input, cached, output, reasoning."""
-    usage = or_empty(or_empty(response, dict).get("usage"), dict)
-    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens"),
-             "cached": or_empty(usage.get("input_tokens_details"), dict).get("cached_tokens"),
-             "reasoning": or_empty(usage.get("output_tokens_details"), dict).get("reasoning_tokens")}
+    usage = response.get("usage") if isinstance(response, dict) else None
+    if not isinstance(usage, dict):
+        return {}
+    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens")}
+    for name, details in (("cached", "input_tokens_details"), ("reasoning", "output_tokens_details")):
+        if isinstance(usage.get(details), dict):
+            found[name] = usage[details].get(f"{name}_tokens")
     return {name: count for name, count in found.items() if type(count) is int}
+
+
+class ResponsesOutput:
+    """What a client of the Responses API is sent: upstream's events, the final one's `output` filled."""
+
+    def __init__(self, codex: bool = False, final_fields: Mapping[str, Any] | None = None) -> None:
+        self.assembler = ResponseAssembler()
+        self._final_fields = final_fields or {}  # of the final response, that upstream cannot know
+        self.count = 0  # of events
+        self.done = False  # the final event was seen: nothing may follow it
+        self.failure: BridgeError | None = None  # reported by upstream, to be raised
+        self.filler = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
+        self._events = Events()
+
+    def final(self) -> tuple[str, dict[str, Any]]:
+        """Return the final event's last word (`completed`) and its response; "" and {} before it."""
+        event = self.assembler.final
+        if event is None:
+            return "", {}
+        response = event.get("response")
+        return event_type(event).rpartition(".")[2], response if isinstance(response, dict) else {}
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return what the client gets of upstream's next bytes: complete events only."""
+        events = self._events.feed(payload)
+        if NOTABLE_EVENT.search(events):
+            return self._feed_notable(events)
+        self.count += events.count(b"\ndata:") + events.startswith(b"data:")
+        return events
+
+    def _feed_notable(self, events: bytes) -> bytes:
+        """Take the events apart: at least one of them looks like one that matters."""
+        pieces = []
+        for event in split_events(events):
+            self.count += 1
+            pieces.append(self._replace(event) if NOTABLE_EVENT.search(event) else event)
+            if self.done:
+                break
+        return b"".join(pieces)
+
+    def _replace(self, event: bytes) -> bytes:
+        """Return what the client gets in an event's place."""
+        if TERMINAL_MARK.search(event) is None:
+            self.assembler.keep(event)  # parsed only if the final event's output is empty
+            return event
+        parsed = event_json(event) or {}
+        if event_type(parsed) not in TERMINAL_EVENTS:
+            return event
+        self.assembler.add(parsed)
+        if self._complete():
+            return render_event(self.assembler.final or parsed)
+        return event
+
+    def _complete(self) -> bool:
+        """Complete the final event's response; tell whether that changed it."""
+        self.done = True
+        filled = self.assembler.fill()
+        if self._final_fields:
+            filled = self.assembler.set_fields(self._final_fields) or filled
+        return filled
+
+    def render_error(self, error: BridgeError) -> bytes:
+        """Return the bytes to send when upstream fails. None here: the missing final event signals it."""
+        return b""
+
+
+class ChatOutput(ResponsesOutput):
+    """What a streaming chat client is sent: Chat Completions chunks (or legacy completion chunks)."""
+
+    def __init__(self, stream: ChatStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def feed(self, payload: bytes) -> bytes:
+        """Return the chunks of upstream's next bytes; a failure among them is left in `failure`."""
+        pieces = []
+        for event in split_events(self._events.feed(payload)):
+            self.count += 1
+            parsed = event_json(event)
+            if parsed is None:
+                continue
+            self.assembler.add(parsed)
+            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._stream.feed(parsed)]
+            if self._stream.failed:
+                self.failure = self.assembler.failure()
+                break
+            if self._stream.done:
+                self._complete()
+                pieces.append(b"data: [DONE]\n\n")
+                break
+        return b"".join(pieces)
+
+    def render_error(self, error: BridgeError) -> bytes:
+        """Return the error object that SDKs raise from within a stream."""
+        return b"data: %b\n\n" % json_bytes(error.body())
+
+
+class JsonOutput(ResponsesOutput):
+    """Collects the events for one JSON response; the client gets nothing until then."""
+
+    def feed(self, payload: bytes) -> bytes:
+        """Collect upstream's next bytes."""
+        for event in split_events(self._events.feed(payload)):
+            self.count += 1
+            if not self.done and (b'"error"' in event or NOTABLE_EVENT.search(event)):
+                parsed = event_json(event) or {}
+                self.assembler.add(parsed)
+                if event_type(parsed) in TERMINAL_EVENTS:
+                    self._complete()
+        return b""
 
 
 # == 17 frames ================================================================
@@ -4124,10 +4255,14 @@ def check_browser(method: str, headers: Mapping[str, str], policy: Policy) -> No
         raise Forbidden("web pages may not call this bridge; --allow-origin names those that may")
     if not host_allowed(headers.get("host", "localhost"), policy.hosts):
         raise Forbidden(f"this bridge is not reached as {headers.get('host')!r}; --allow-host adds a name")
-    by_browser = origin is not None or any(name.startswith("sec-fetch-") for name in headers)
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if method == "POST" and by_browser and kind != "application/json":
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if method == "POST" and content_type != "application/json" and is_from_browser(headers):
         raise Forbidden("a browser's POST must be application/json")
+
+
+def is_from_browser(headers: Mapping[str, str]) -> bool:
+    """Tell whether a web page sent a request."""
+    return "origin" in headers or any(name.startswith("sec-fetch-") for name in headers)
 
 
 def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
@@ -4188,6 +4323,7 @@ class ModelList(NamedTuple):
 
     raw: dict[str, Any]
     entries: dict[str, dict[str, Any]]  # by slug
+    models: dict[str, Model]  # the same, as the rules need them
     etag: str
     created: int  # Unix time at which this bridge first had a list
 
@@ -4200,7 +4336,8 @@ def parse_model_list(reply: BufferedReply, created: int) -> ModelList:
         raise BadUpstream("unexpected format of upstream's model list")
     entries = {entry["slug"]: entry for entry in dicts_in(models)
                if HEADER_WORD.fullmatch(or_empty(entry.get("slug"), str))}
-    return ModelList(raw, entries, reply.headers.get("etag", ""), created)
+    known = {slug: read_model(entry) for slug, entry in entries.items()}
+    return ModelList(raw, entries, known, reply.headers.get("etag", ""), created)
 
 
 def model_priority(entry: Mapping[str, Any]) -> float:
@@ -4303,7 +4440,7 @@ class Catalog:
     def observe_etag(self, etag: str) -> None:
         """Fetch anew when a response names another list than ours (`x-models-etag`)."""
         models = self._lists.get(self.version)
-        if etag and models and models.etag and etag not in (models.etag, self._seen_etag):
+        if models and models.etag and etag not in (models.etag, self._seen_etag):
             self._seen_etag = etag  # asked for once: the list's own ETag may be written in another way
             self.refresh_soon()
 
@@ -4360,6 +4497,17 @@ class Catalog:
         """Tell whether a model's name is an alias."""
         return isinstance(name, str) and name in self._aliases
 
+    def lookup(self, name: str, client_version: str, needed: bool) -> tuple[str, Model | None]:
+        """Return as `resolve` does, from the list that fits a client best; wait for one where it is `needed`.
+
+        A Codex knows the models of its own version's list, if it has asked for that.
+        """
+        models = self.cached(client_version) if client_version else None
+        if models is None:
+            needed = needed or self.is_alias(name)
+            models = self.get(wait=CATALOG_WAIT if needed else 0)
+        return self.resolve(name, models)
+
     def resolve(self, name: str, models: ModelList | None) -> tuple[str, Model | None]:
         """Return the slug that a model's name means, and what the catalogue knows of it.
 
@@ -4370,8 +4518,7 @@ class Catalog:
             return slug, None
         if name in self._aliases:
             slug = alias_target(models, slug)
-        entry = models.entries.get(slug)
-        return slug, read_model(entry) if entry else None
+        return slug, models.models.get(slug)
 
     def aliases(self, models: ModelList | None) -> dict[str, str]:
         """Return each alias and the slug that it means now."""
@@ -4431,9 +4578,9 @@ class Record:
     No dataclass: that module's imports would cost a tenth of the start.
     """
 
-    def __init__(self, method: str = "-", path: str = "-") -> None:
+    def __init__(self, client: str = "", method: str = "-", path: str = "-") -> None:
         self.id = next_id()
-        self.client = ""  # its address
+        self.client = client  # its address
         self.key = ""  # the key's name
         self.method = method
         self.path = path
@@ -4453,28 +4600,26 @@ class Record:
         self.error_by = ""  # "", "bridge" or "upstream"
         self.error_code = ""
 
-    def add_piece(self, size: int) -> None:
-        """Count bytes of the response's body; the first ones mark its time to the first byte."""
-        if self.first_byte is None:
-            self.first_byte = time.monotonic() - self.started
-        self.bytes += size
+    def mark_first_byte(self) -> None:
+        """Say that the first byte of the response's body goes out now."""
+        self.first_byte = time.monotonic() - self.started
 
     def fail(self, error: BridgeError, end: str = "error") -> None:
         """Say which error the request ended with."""
         self.end, self.error_by, self.error_code = end, error.by, error.code
 
-    def observe_final(self, end: str, response: Any) -> None:
+    def observe_final(self, end: str, response: Mapping[str, Any]) -> None:
         """Take usage and failure from a final event's response; `end` is the last word of its type."""
         self.end = end
         self.usage = token_counts(response)
         if end in ("failed", "error"):
             self.error_by = "upstream"
-            self.error_code = str(or_empty(or_empty(response, dict).get("error"), dict).get("code") or "")
+            self.error_code = str(or_empty(response.get("error"), dict).get("code") or "")
 
-    def finish(self, end: str = "completed") -> None:
-        """Say that the request is over; `end` counts where nothing else was said."""
-        self.end = self.end or end
-        self.total = time.monotonic() - self.started
+    def finish(self) -> None:
+        """Say that the request is over, if that was not said."""
+        self.end = self.end or "completed"
+        self.total = self.total or time.monotonic() - self.started
 
     @property
     def error(self) -> tuple[str, str]:
@@ -4489,26 +4634,19 @@ class Record:
         return self.error_by or "upstream", code
 
     @property
-    def quiet(self) -> bool:
-        """Tell whether this is a request about the bridge itself that went well: of interest to nobody."""
-        return is_quiet(self.path) and self.status < 400
-
-    @property
     def tokens(self) -> dict[str, int]:
         """Return what of the usage is a count."""
-        counts = ((kind, self.usage.get(kind)) for kind in TOKEN_KINDS)
-        return {kind: n for kind, n in counts if type(n) is int and 0 <= n < TOKEN_LIMIT}
-
-
-def _clipped(text: object) -> str:
-    if isinstance(text, str):
-        return text[:TEXT_CHARS]
-    return f"({type(text).__name__})"
+        counts = {}
+        for kind in TOKEN_KINDS:
+            n = self.usage.get(kind)
+            if type(n) is int and 0 <= n < TOKEN_LIMIT:
+                counts[kind] = n
+        return counts
 
 
 def _printable(text: object) -> str:
     """Replace what JSON in UTF-8 or a line of /metrics cannot carry: lone surrogates, control characters."""
-    text = _clipped(text)
+    text = text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
@@ -4519,7 +4657,10 @@ def _printable(text: object) -> str:
 
 def _word(*texts: object) -> str:
     """Write a value of the log line: ASCII, no spaces, several joined by commas, none as a dash."""
-    words = [_clipped(text).encode("unicode_escape").decode("ascii").replace(" ", "\\x20") for text in texts]
+    words = []
+    for text in texts:
+        word = text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
+        words.append(word.encode("unicode_escape").decode("ascii").replace(" ", "\\x20"))
     return ",".join(words) or "-"
 
 
@@ -4546,7 +4687,9 @@ def _row(record: Record) -> dict[str, Any]:
     del row["started"]  # means nothing outside of this process
     row["error_by"], row["error_code"] = record.error
     for name in TEXTS:
-        row[name] = _printable(row[name])
+        text = row[name]
+        if not isinstance(text, str) or len(text) > TEXT_CHARS or not text.isprintable():
+            row[name] = _printable(text)
     for name in ("rules", "repairs"):
         row[name] = [_printable(value) for value in row[name]]
     row["usage"] = record.tokens
@@ -4607,16 +4750,21 @@ class Telemetry:
             with self._lock:
                 self._open[record.id] = record
 
-    def finish(self, record: Record, now: float) -> None:
-        """Count a request that has ended at the unix time `now`. The record is not kept."""
+    def finish(self, record: Record, now: float) -> bool:
+        """Count a request that has ended at the Unix time `now`; tell whether it is of interest.
+
+        The record is not kept.
+        """
+        record.finish()
         row = {**_row(record), "time": now}
-        if is_quiet(row["path"]) and not row["error_by"]:
-            return
-        with self._lock:
-            self._open.pop(record.id, None)
-            self._recent.append(row)
-            self._add_minute(row)
-            self._add_totals(row)
+        quiet = is_quiet(row["path"])
+        if not quiet or row["error_by"]:
+            with self._lock:
+                self._open.pop(record.id, None)
+                self._recent.append(row)
+                self._add_minute(row)
+                self._add_totals(row)
+        return not quiet or record.status >= 400
 
     def discard(self, record: Record) -> None:
         """Take back `begin`, for what turned out to be no request."""
@@ -4625,9 +4773,10 @@ class Telemetry:
 
     def count(self, name: str, n: int = 1, **labels: str) -> None:
         """Add to the counter that /metrics calls qoo_bridge_{name}_total."""
-        printable = sorted((label, _printable(value)) for label, value in labels.items())
         with self._lock:
-            self._add(name, n, *((label, self._known(label, value)) for label, value in printable))
+            named = [(label, self._known(label, _printable(labels[label]))) for label in sorted(labels)]
+            key = name, tuple(named)
+            self._counters[key] = self._counters.get(key, 0) + n
 
     def rate_limits(self, headers: Mapping[str, str], now: float) -> None:
         """Take over the plan's limits where a reply tells them."""
@@ -4679,9 +4828,6 @@ class Telemetry:
             return value
         return "other"
 
-    def _add(self, name: str, n: int, *labels: tuple[str, str]) -> None:
-        self._counters[name, labels] = self._counters.get((name, labels), 0) + n
-
     def _observe(self, name: str, path: str, seconds: float) -> None:
         counts = self._durations.setdefault((name, path), [0] * (len(BUCKETS) + 2))
         counts[bisect_left(BUCKETS, seconds)] += 1
@@ -4705,15 +4851,20 @@ class Telemetry:
         client = ("client", self._known("client", row["key"] or row["client"], admit))
         model = ("model", self._known("model", row["slug"] or row["model"], admit))
         path = self._known("path", row["path"], admit)
-        self._add("requests", 1, client, model)
-        self._add("failed_requests", int(bool(row["error_by"])), client, model)
-        self._add("events", row["events"], client, model)
-        self._add("sent_bytes", row["bytes"], client, model)
+        failed = int(bool(row["error_by"]))
+        sums: dict[tuple[str, Labels], int] = {
+            ("requests", (client, model)): 1, ("failed_requests", (client, model)): failed,
+            ("events", (client, model)): row["events"], ("sent_bytes", (client, model)): row["bytes"],
+        }
         for kind, n in row["usage"].items():
-            self._add("tokens", n, client, ("kind", kind), model)
-        self._add("responses", 1, ("end", self._known("end", row["end"])), ("status", str(row["status"])))
-        if row["error_by"]:
-            self._add("errors", 1, ("by", row["error_by"]), ("code", self._known("code", row["error_code"])))
+            sums["tokens", (client, ("kind", kind), model)] = n
+        end = ("end", self._known("end", row["end"]))
+        sums["responses", (end, ("status", str(row["status"])))] = 1
+        if failed:
+            code = ("code", self._known("code", row["error_code"]))
+            sums["errors", (("by", row["error_by"]), code)] = 1
+        for key, n in sums.items():
+            self._counters[key] = self._counters.get(key, 0) + n
         self._observe("request_seconds", path, row["total"])
         if row["first_byte"] is not None:
             self._observe("first_byte_seconds", path, row["first_byte"])
@@ -4937,7 +5088,7 @@ class Store:
         placed: dict[str, int] = {}  # by item id, its size: each is put in place once
 
         def dereference(item: dict[str, Any]) -> Any:
-            if item.get("type") != "item_reference":
+            if not is_reference(item):
                 return item
             size, known = self.sized(owner, "item", item.get("id"))
             if known is None:
@@ -4947,7 +5098,9 @@ class Store:
             placed[item["id"]] = size
             return known
 
-        resolved = map_items(request, dereference)
+        resolved, items = request, request.get("input")
+        if isinstance(items, list) and any(is_reference(item) for item in items):
+            resolved = map_items(request, dereference)
         if total + sum(placed.values()) > limit:
             raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
         return resolved
@@ -4987,6 +5140,11 @@ class StoredInput(NamedTuple):
     previous: str  # the response that it continues; "" for none
     items: list[Any]
     size: int  # of the request, in bytes
+
+
+def is_reference(item: Any) -> bool:
+    """Tell whether an item only names another one."""
+    return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
 def stored_input(request: dict[str, Any], codex: bool, size: int) -> StoredInput | None:
@@ -5103,13 +5261,16 @@ class KeyQueue:
         self._running: dict[str, int] = {}
         self._queues: dict[str, deque[threading.Event]] = {}
 
-    @contextlib.contextmanager
-    def slot(self, name: str, client: Connection, wait: bool = True) -> Iterator[None]:
+    def slot(self, name: str, client: Connection,
+             wait: bool = True) -> contextlib.AbstractContextManager[None]:
         """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
         if name not in self._limits:
-            yield
-            return
-        self._enter(name, client, self.QUEUE if wait else 0)
+            return contextlib.nullcontext()
+        return self._hold(name, client, self.QUEUE if wait else 0)
+
+    @contextlib.contextmanager
+    def _hold(self, name: str, client: Connection, longest: int) -> Iterator[None]:
+        self._enter(name, client, longest)
         try:
             yield
         finally:
@@ -5201,6 +5362,7 @@ class Exchange:
         self.state = State.NEW
         self._stream_head: tuple[int, Mapping[str, str]] = (200, {})  # status and headers of a stream
         self._chunked = False
+        self._first = True  # no piece of a stream is out
         self._bare = head.method == "HEAD"  # the response has no body
         self._client_keeps = keeps_connection(head.minor, head.headers)
         self._aborted = False  # the connection ends with this response
@@ -5271,8 +5433,9 @@ class Exchange:
 
     def release_body(self, budget: Budget) -> None:
         """Give the body's room back, when it is no longer held."""
-        budget.give(self._held_bytes)
-        self._held_bytes = 0
+        if self._held_bytes:
+            budget.give(self._held_bytes)
+            self._held_bytes = 0
 
     def _read_some(self, until: float) -> bytes:
         """Read the next bytes of the body. Raises ClientLeft and SlowRequest."""
@@ -5330,8 +5493,13 @@ class Exchange:
         """Send a piece of a prepared stream: before the first its head, behind the last its end."""
         if self._bare or not payload:
             return
-        self.record.add_piece(len(payload))
-        head = self._due_head()
+        self.record.bytes += len(payload)
+        head = b""
+        if self.state is State.HEAD_READY:
+            head = self._begin_stream()
+        if self._first:
+            self._first = False
+            self.record.mark_first_byte()
         if self._chunked:
             payload = b"%b%x\r\n%b\r\n%b" % (head, len(payload), payload, LAST_CHUNK if last else b"")
         elif head:
@@ -5344,21 +5512,20 @@ class Exchange:
         """Send what keeps a waiting client waiting, if it is to get a stream."""
         if self._bare or self.state in (State.NEW, State.DONE):
             return
-        head = self._due_head()
+        head = self._begin_stream() if self.state is State.HEAD_READY else b""
         self.send(head + (chunk(filler) if self._chunked else filler))
 
-    def finish_stream(self) -> None:
-        """Send the end of a stream, if it is not out yet."""
-        if self.state is State.DONE:
+    def finish_stream(self, last: bytes = b"") -> None:
+        """Send the last piece of a stream, and its end."""
+        if last and not self._bare:
+            self.write(last, last=True)
             return
-        head = self._due_head()
+        head = self._begin_stream() if self.state is State.HEAD_READY else b""
         self.state = State.DONE
         self.send(head + (LAST_CHUNK if self._chunked and not self._bare else b""))
 
-    def _due_head(self) -> bytes:
-        """Return a stream's head if it is not out: chunked for 1.1, ended by the connection's end for 1.0."""
-        if self.state is not State.HEAD_READY:
-            return b""
+    def _begin_stream(self) -> bytes:
+        """Return the head of a stream: chunked for 1.1, ended by the connection's end for 1.0."""
         status, headers = self._stream_head
         self.record.status = status
         self.state = State.STREAMING
@@ -5398,116 +5565,6 @@ class Exchange:
             self.connection.send(payload, WRITE_TIMEOUT)
         except OSError as exc:
             raise ClientLeft("client_stalled" if isinstance(exc, TimeoutError) else "client_closed") from exc
-
-
-class ResponsesOutput:
-    """What a client of the Responses API is sent: upstream's events, the final one's `output` filled."""
-
-    def __init__(self, codex: bool = False, final_fields: Mapping[str, Any] | None = None) -> None:
-        self.assembler = ResponseAssembler()
-        self._final_fields = final_fields or {}  # of the final response, that upstream cannot know
-        self.count = 0  # of events
-        self.done = False  # the final event was seen: nothing may follow it
-        self.failure: BridgeError | None = None  # reported by upstream, to be raised
-        self.filler = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
-        self._events = Events()
-
-    @property
-    def final_type(self) -> str:
-        """Return the last word of the final event's type (`completed`); "" before it."""
-        return event_type(self.assembler.final).rpartition(".")[2]
-
-    @property
-    def final_response(self) -> dict[str, Any]:
-        """Return the response of the final event; {} before it."""
-        return or_empty((self.assembler.final or {}).get("response"), dict)
-
-    def feed(self, payload: bytes) -> bytes:
-        """Return what the client gets of upstream's next bytes: complete events only."""
-        events = self._events.feed(payload)
-        if NOTABLE_EVENT.search(events):
-            return self._feed_notable(events)
-        self.count += events.count(b"\ndata:") + events.startswith(b"data:")
-        return events
-
-    def _feed_notable(self, events: bytes) -> bytes:
-        """Take the events apart: at least one of them looks like one that matters."""
-        pieces = []
-        for event in split_events(events):
-            self.count += 1
-            pieces.append(self._replace(event) if NOTABLE_EVENT.search(event) else event)
-            if self.done:
-                break
-        return b"".join(pieces)
-
-    def _replace(self, event: bytes) -> bytes:
-        """Return what the client gets in an event's place."""
-        if TERMINAL_MARK.search(event) is None:
-            self.assembler.keep(event)  # parsed only if the final event's output is empty
-            return event
-        parsed = event_json(event) or {}
-        if event_type(parsed) not in TERMINAL_EVENTS:
-            return event
-        self.assembler.add(parsed)
-        if self._complete():
-            return render_event(self.assembler.final or parsed)
-        return event
-
-    def _complete(self) -> bool:
-        """Complete the final event's response; tell whether that changed it."""
-        self.done = True
-        filled = self.assembler.fill()
-        return self.assembler.set_fields(self._final_fields) or filled
-
-    def render_error(self, error: BridgeError) -> bytes:
-        """Return the bytes to send when upstream fails. None here: the missing final event signals it."""
-        return b""
-
-
-class ChatOutput(ResponsesOutput):
-    """What a streaming chat client is sent: Chat Completions chunks (or legacy completion chunks)."""
-
-    def __init__(self, stream: ChatStream) -> None:
-        super().__init__()
-        self._stream = stream
-
-    def feed(self, payload: bytes) -> bytes:
-        """Return the chunks of upstream's next bytes; a failure among them is left in `failure`."""
-        pieces = []
-        for event in split_events(self._events.feed(payload)):
-            self.count += 1
-            parsed = event_json(event)
-            if parsed is None:
-                continue
-            self.assembler.add(parsed)
-            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._stream.feed(parsed)]
-            if self._stream.failed:
-                self.failure = self.assembler.failure()
-                break
-            if self._stream.done:
-                self._complete()
-                pieces.append(b"data: [DONE]\n\n")
-                break
-        return b"".join(pieces)
-
-    def render_error(self, error: BridgeError) -> bytes:
-        """Return the error object that SDKs raise from within a stream."""
-        return b"data: %b\n\n" % json_bytes(error.body())
-
-
-class JsonOutput(ResponsesOutput):
-    """Collects the events for one JSON response; the client gets nothing until then."""
-
-    def feed(self, payload: bytes) -> bytes:
-        """Collect upstream's next bytes."""
-        for event in split_events(self._events.feed(payload)):
-            self.count += 1
-            if not self.done and (b'"error"' in event or NOTABLE_EVENT.search(event)):
-                parsed = event_json(event) or {}
-                self.assembler.add(parsed)
-                if event_type(parsed) in TERMINAL_EVENTS:
-                    self._complete()
-        return b""
 
 
 def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: float,
@@ -5669,7 +5726,8 @@ class Attempt:
 
         Fields in `left_out` are not sent. Raises InvalidRequest.
         """
-        self.normalized, self.rules = normalize(without(self.request, *left_out), self.context)
+        request = without(self.request, *left_out) if left_out else self.request
+        self.normalized, self.rules = normalize(request, self.context)
         if self._raw is not None and self.normalized is self.request:
             return self._raw
         return encode(self.normalized)
@@ -5708,12 +5766,12 @@ class Turns:
                     exchange.write(output.render_error(exc))
                 raise
             finally:
+                end, response = output.final()
                 exchange.record.events = output.count
-                exchange.record.observe_final(output.final_type, output.final_response)
-            api.keep(output.final_response)
+                exchange.record.observe_final(end, response)
+            api.keep(response)
             if api.streamed:
-                exchange.write(last, last=True)
-                exchange.finish_stream()
+                exchange.finish_stream(last)
             else:
                 exchange.send_json(200, api.to_json(output.assembler.response()), headers)
 
@@ -5731,23 +5789,16 @@ class Turns:
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
         """Gather what the rules may know."""
         headers, client, name = exchange.head.headers, exchange.client_headers, request["model"]
-        metadata = or_empty(request.get("client_metadata"), dict)
-        lite_header = LITE_HEADER in headers or LITE_METADATA in metadata
-        # A Codex knows the models of its own list, if it has asked for that.
-        models = None
-        if client.version:
-            models = self.catalog.cached(client.version)
-        if models is None:
-            needed = self.catalog.is_alias(name) or not lite_header
-            models = self.catalog.get(wait=CATALOG_WAIT if needed else 0)
-        slug, model = self.catalog.resolve(name, models)
+        metadata = request.get("client_metadata") or {}
+        lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
+        slug, model = self.catalog.lookup(name, client.version, needed=not lite_header)
         session = client.session
         if websocket and not session:
             session = stable_id(exchange.record.id)
         return Context(
             slug=slug, model=model, codex=client.codex, websocket=websocket, session=session,
-            client=exchange.client.name, lite_header=lite_header, strict=self.config.continuity == "strict",
-            dropped=self._learned.get(slug, frozenset()))
+            client=exchange.client.key or exchange.client.address, lite_header=lite_header,
+            strict=self.config.continuity == "strict", dropped=self._learned.get(slug, frozenset()))
 
     def send_until_accepted(self, attempt: Attempt, exchange: Exchange) -> Reply:
         """Send a request upstream, with each known repair of a refusal, until a stream answers.
@@ -5791,7 +5842,9 @@ class Turns:
     def observe_headers(self, reply: Reply) -> None:
         """Take from a reply's head what it says of the plan's limits and of the model list."""
         self.telemetry.rate_limits(reply.headers, time.time())
-        self.catalog.observe_etag(reply.headers.get("x-models-etag", ""))
+        etag = reply.headers.get("x-models-etag")
+        if etag:
+            self.catalog.observe_etag(etag)
 
     def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
         """Turn a reply that is no stream into the error to raise."""
@@ -5895,6 +5948,7 @@ class InFlight:
     def __init__(self, record: Record, attempt: Attempt, stored: StoredInput | None) -> None:
         self.record = record
         self.attempt: Attempt | None = attempt  # for a repair; None once its answer has begun
+        self.begun = False  # the first event of its answer has gone to the client
         self.stored = stored  # for the store, where the client counts on one
         self.assembler = ResponseAssembler()
         self.slot = contextlib.ExitStack()  # the key's place among its running requests
@@ -5961,7 +6015,7 @@ class WebSocketRelay:
 
     def _wait(self, seconds: float) -> tuple[bool, bool]:
         """Wait for either side; tell whether the client's, whether upstream's bytes are there."""
-        client_ready, upstream_ready = self._client.buffered(), self._upstream.buffered()
+        client_ready, upstream_ready = self._client.has_buffered(), self._upstream.has_buffered()
         if not client_ready and not upstream_ready:
             upstream_ready, client_ready = self._upstream.poll(seconds, self._client)
         return client_ready, upstream_ready
@@ -6028,8 +6082,8 @@ class WebSocketRelay:
     def _new_record(self) -> Record:
         """Make the record of one response.create."""
         client = self._exchange.client
-        record = Record("WS", self._exchange.path_as_sent)
-        record.client, record.key, record.status = client.address, client.key, 200
+        record = Record(client.address, "WS", self._exchange.path_as_sent)
+        record.key, record.status = client.key, 200
         record.user_agent_kind = self._exchange.user_agent_kind
         return record
 
@@ -6095,7 +6149,6 @@ class WebSocketRelay:
         """Answer a frame that is not sent on with an `error` frame."""
         record.status = error.status
         record.fail(error)
-        record.finish()
         event = {"type": "error", "status": error.status, **error.body()}
         self._exchange.send(encode_frame(OP_TEXT, json_bytes(event)))
         self._log_request(record)
@@ -6142,8 +6195,10 @@ class WebSocketRelay:
 
     def _pass(self, in_flight: InFlight, payload: bytes) -> None:
         frame = encode_frame(OP_TEXT, payload)
-        in_flight.attempt = None
-        in_flight.record.add_piece(len(frame))
+        if not in_flight.begun:
+            in_flight.begun, in_flight.attempt = True, None
+            in_flight.record.mark_first_byte()
+        in_flight.record.bytes += len(frame)
         self._exchange.send(frame)
 
     def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
@@ -6177,7 +6232,6 @@ class WebSocketRelay:
                 self._chains.popitem(last=False)
         if end in ("error", "failed") and type(event.get("status")) is int:
             record.status = event["status"]
-        record.finish()
         self._log_request(record)
         if not self._in_flight:
             self._set_idle(True)
@@ -6632,7 +6686,6 @@ class Bridge:
                 self.on_fault(exc)
         finally:
             exchange.release_body(self.turns.budget)
-            record.finish()
 
     def _fail(self, exchange: Exchange, error: BridgeError) -> None:
         """Answer with an error; a stream that has begun is left without its end, so that the cut is seen."""
@@ -6654,7 +6707,8 @@ class Bridge:
         headers, method = exchange.head.headers, exchange.head.method
         preflight = method == "OPTIONS" and "access-control-request-method" in headers
         check_browser(method, headers, self.policy)
-        exchange.extra_headers.update(cors_headers(headers, self.policy, preflight))
+        if "origin" in headers:
+            exchange.extra_headers.update(cors_headers(headers, self.policy, preflight))
         path = exchange.path
         methods = self._methods(path)
         if self.key_ring.locked and not preflight and path not in PUBLIC:
@@ -6848,12 +6902,11 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_request(self, connection: Connection) -> bool:
         """Read and answer one request; tell whether the connection goes on."""
-        self._set_idle(True)
+        self.server.set_idle(self, True)
         if not connection.wait(IDLE_CLIENT):
             return False
-        self._set_idle(False)
-        record = Record()
-        record.client = str(self.client_address[0])
+        self.server.set_idle(self, False)
+        record = Record(str(self.client_address[0]))
         try:
             exchange = self._read_request(connection, record)
         except MalformedHttp as exc:
@@ -6864,7 +6917,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.bridge.telemetry.begin(record)
         self.server.bridge.respond(exchange)
         if exchange.upgraded is not None:
-            exchange.upgraded(self._set_idle, self.server.log_request)
+            exchange.upgraded(functools.partial(self.server.set_idle, self), self.server.log_request)
             linger(connection)
             return False
         self.server.log_request(record)
@@ -6895,12 +6948,8 @@ class Handler(socketserver.BaseRequestHandler):
         record.fail(error)
         with contextlib.suppress(OSError):
             connection.send(head + body, WRITE_TIMEOUT)
-        record.finish()
         self.server.log_request(record)
         linger(connection)
-
-    def _set_idle(self, idle: bool) -> None:
-        self.server.set_idle(self, idle)
 
 
 def server_tls(config: Config) -> ssl.SSLContext | None:
@@ -7026,10 +7075,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def log_request(self, record: Record) -> None:
         """Count a finished request, and write its log line."""
-        self.bridge.telemetry.finish(record, time.time())
-        level = logging.INFO
-        if record.quiet:
-            level = logging.DEBUG
+        level = logging.DEBUG
+        if self.bridge.telemetry.finish(record, time.time()):
+            level = logging.INFO
         if log.isEnabledFor(level):
             log.log(level, "%s", log_line(record))
 

@@ -14,6 +14,7 @@ import kernel
 import pytest
 import wire
 from conftest import RunningBridge
+from help import until
 
 import qoo_bridge as q
 
@@ -25,22 +26,27 @@ class Walk(NamedTuple):
     """What a request costs a reader."""
 
     calls: int  # inside the file
-    changes: int  # of room, from one call to the next
+    changes: int  # of room, at calls and at returns
     depth: int  # frames from the connection's handler to the first byte that is written upstream
 
 
 def walk(bridge: RunningBridge, backend: wire.Backend, path: str, body: dict[str, Any]) -> Walk:
     """Trace one request on a warm bridge: the pool and the catalogue are filled."""
-    rooms: dict[int, list[str]] = collections.defaultdict(list)  # by thread
+    calls: collections.Counter[int] = collections.Counter()  # by thread
+    rooms: dict[int, list[str]] = collections.defaultdict(list)  # in which the thread is, step by step
     depths: dict[int, int] = {}
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or frame.f_code.co_filename != str(kernel.FILE):
-            return
+        inside = frame.f_code.co_filename == str(kernel.FILE)
         thread = threading.get_ident()
-        rooms[thread].append(kernel.room_at(frame.f_code.co_firstlineno))
-        if frame.f_code.co_name == "send" and bytes(frame.f_locals.get("payload", b"")).startswith(b"POST "):
-            depths[thread] = frames_above(frame)
+        if inside and event == "call":
+            calls[thread] += 1
+            rooms[thread].append(room_of(frame))
+            first = bytes(frame.f_locals.get("payload", b""))[:5]
+            if frame.f_code.co_name == "send" and first == b"POST ":
+                depths[thread] = len(own_frames(frame))
+        elif inside and event == "return":
+            rooms[thread] += [room_of(above) for above in own_frames(frame)[1:2]]
 
     backend.always("/responses", wire.turn(*NINE_EVENTS))
     assert wire.post(bridge.address, path, body).status == 200
@@ -49,29 +55,33 @@ def walk(bridge: RunningBridge, backend: wire.Backend, path: str, body: dict[str
         assert wire.post(bridge.address, path, body).status == 200
     finally:
         threading.setprofile(None)
-    bridge.close()
+    assert until(lambda: not bridge.server._open)  # the connection's thread has ended
     ((thread, depth),) = depths.items()
-    entered = rooms[thread]
-    return Walk(len(entered), sum(one != other for one, other in zip(entered, entered[1:])), depth)
+    steps = rooms[thread]
+    return Walk(calls[thread], sum(one != other for one, other in zip(steps, steps[1:])), depth)
 
 
-def frames_above(frame: FrameType) -> int:
-    """Count the frames of the file from the connection's handler down to this one."""
-    names = []
+def room_of(frame: FrameType) -> str:
+    return kernel.room_at(frame.f_code.co_firstlineno)
+
+
+def own_frames(frame: FrameType) -> list[FrameType]:
+    """Return the frames of the file, from this one up to the connection's handler."""
+    frames: list[FrameType] = []
     above: FrameType | None = frame
-    while above is not None:
+    while above is not None and (not frames or frames[-1].f_code.co_name != "handle"):
         if above.f_code.co_filename == str(kernel.FILE):
-            names.append(above.f_code.co_name)
+            frames.append(above)
         above = above.f_back
-    return names.index("handle") + 1
+    return frames
 
 
 def test_a_stream_of_nine_events_is_a_short_walk(bridge: RunningBridge, backend: wire.Backend) -> None:
     assert len(NINE_EVENTS) == 9
-    taken = walk(bridge, backend, "/v1/responses", BODY)
-    assert taken.calls <= 560, taken
-    assert taken.changes <= 400, taken
-    assert taken.depth <= 8, taken
+    taken = [walk(bridge, backend, "/v1/responses", BODY) for _ in range(3)]  # reads vary
+    assert min(each.calls for each in taken) <= 400, taken
+    assert min(each.changes for each in taken) <= 230, taken
+    assert max(each.depth for each in taken) <= 8, taken
 
 
 @pytest.mark.parametrize("stream", [False, True])
