@@ -4,9 +4,13 @@
 Copy this file to a host where `codex` is signed in with ChatGPT, run `python3 qoo_bridge.py`, and Codex CLI
 or any OpenAI client on another machine works through http://<host>:4050/v1. Standard library only.
 
-What it is trusted with: it reads ~/.codex/auth.json, sends the access token in it to the configured upstream
-and nowhere else, and the refresh token to the sign-in server and nowhere else. It opens no other connection,
-writes no file but auth.json and its log, and neither logs nor shows a token, a header value or a body.
+What it is trusted with. It reads $CODEX_HOME/auth.json (by default ~/.codex/auth.json). It sends the access
+token only to the configured upstream, or to a sub-domain of that host which account routing names, and the
+refresh token only to the sign-in server. It opens no other connection; `doctor` and `litellm-config` ask this
+host's own bridge. It writes auth.json (by .auth-<random> beside it, under auth.lock), bridge.log and
+bridge.log.1. It never logs or shows a token, a header value or a body. Read parts A and B, and you have read
+every line that can touch your token: tests/kernel.py has the table of what each room may do, and two tests
+hold every line to it.
 
 The path of one request:
 
@@ -14,16 +18,16 @@ The path of one request:
       -> [chat -> Responses] -> normalize -> bearer -> upstream.open     401: re-read or refresh, once
                                                                          a refusal with a known repair: once
       -- first byte to the client: from here the status cannot change --
-      -> relay: events as they come; silence is filled; the terminal event ends it; a cut stays visible
+      -> relay: each event at once; silence is filled; the terminal event ends the reply; a cut stays visible
       -> one log line
 
-Five parts, and their rooms; each room uses only those above it:
+Five parts and their rooms; each room uses only the rooms above it:
 
-    A words                 everything here is pure: no I/O, no clock
+    A words                 pure: no I/O, no clock
          1  constants       routes, limits, names
-         2  errors          whose fault, which status
+         2  errors          one class for each status
          3  json            untrusted JSON: any value can have any type
-         4  refusals        what upstream refused, as an error for the client
+         4  refusals        upstream's refusal -> the client's error
          5  http            heads and bodies as bytes; addresses
          6  options         one table -> argparse, environment, --help; a frozen Config
     B the trust kernel      the only code that opens a connection or holds a token
@@ -36,26 +40,26 @@ Five parts, and their rooms; each room uses only those above it:
         12  chat requests   Chat Completions request -> Responses request
         13  chat answers    Responses events -> Chat Completions chunks
         14  codings         gzip, deflate, zstd
-        15  fields          which header fields cross; as whom
-        16  events          server-sent events; the fold of events into one response
+        15  fields          which headers are forwarded; the client's identity
+        16  events          server-sent events; events -> one response
         17  frames          WebSocket frame codec
-        18  access          who may come in
+        18  access          which clients are admitted
     D the bridge            one request from accept to its log line
         19  catalog         the live model list and the aliases
         20  telemetry       counters, recent requests, the log line
         21  log             standard error and bridge.log
         22  store           conversations for previous_response_id
-        23  admission       bounds on bodies and on requests a key; the keys
-        24  exchange        one client request and its answer; the relay
-        25  turns           a model request upstream, until it is accepted
+        23  admission       limits: body memory, requests per key; the keys
+        24  exchange        one client request and its response; the relay
+        25  turns           model requests, sent until upstream accepts them
         26  websockets      frames both ways
-        27  pages           the status page; what to paste on a client
-        28  routes          path -> what answers it
-        29  server          threads, their bound, drain, shutdown
-    E commands              what a person types; only here is anything printed
+        27  pages           the status page; the clients' configuration
+        28  routes          path -> handler
+        29  server          threads, their limit, drain, shutdown
+    E commands              the command line; only this part prints
         30  commands        serve, client-config, new-key, login, litellm-config
-        31  doctor          what stands between this host and an answer
-        32  demo            the bridge before a backend of its own
+        31  doctor          checks of every step between this host and a reply
+        32  demo            the bridge with a built-in stand-in backend
         33  main            the command line
 """
 from __future__ import annotations
@@ -104,63 +108,63 @@ __version__ = "1.0.0"
 
 ###############################################################################
 # A  words
-# What every other part speaks in: constants, errors, untrusted JSON, options, HTTP as bytes.
-# Nothing here does I/O, and nothing here holds a secret but the clients' own keys.
+# May enter: any bytes, JSON or text. All of it is hostile until it is checked here.
+# May not leave: anything unchecked. No I/O, no clock; the only secrets here are the clients' own keys.
 ###############################################################################
 
 
 # == 1 constants ==============================================================
-# Routes, limits, names; each with its unit and its source.
+# Routes, limits and names, each with its unit and its source.
 
 CODEX_VERSION = "0.169.0"  # for clients that are not Codex: the backend gates models by it (WIRE 3)
 AUTH_CLAIM = "https://api.openai.com/auth"  # the claim object of the tokens
-USER_AGENT = f"qoo_bridge/{__version__} (https; python)"  # for clients that are not Codex: named truthfully
+USER_AGENT = f"qoo_bridge/{__version__} (https; python)"  # for clients that are not Codex: the truth
 
 MAX_HEAD = 64 * 1024  # bytes of one request's or reply's head; Codex's is 3 KB
-MAX_HEADERS = 200  # header fields of one head
+MAX_HEADERS = 200  # headers in one head
 MAX_TARGET = 4096  # bytes of a request target
 MAX_EVENT = 64 * 1024 * 1024  # bytes of one server-sent event; an image event is some MB
 MAX_ERROR_BODY = 256 * 1024  # bytes read of an upstream refusal
 MAX_REPLY = 16 * 1024 * 1024  # bytes of one small JSON reply: catalogue, tokens, usage
-MAX_BODIES = 1024 * 1024 * 1024  # bytes of request bodies held at once, over all requests
+MAX_BODIES = 1024 * 1024 * 1024  # bytes of request bodies in memory at once, over all requests
 STORE_SIZE = 64 * 1024 * 1024  # bytes of conversations kept for previous_response_id
-COMPRESS_FROM = 16 * 1024  # bytes of a request body that is sent compressed
+COMPRESS_FROM = 16 * 1024  # bytes; a request body of this size or more is sent compressed
 READ_SIZE = 64 * 1024  # bytes of one read
-ERROR_BODY_SECONDS = 15  # in which upstream must have sent a refusal's body
-SEND_SIZE = 256 * 1024  # bytes of one write: TLS tells of no progress before all of it is taken
-LARGE_READ_BYTES = 4 * 1024  # bytes of one TLS record, behind which more is likely to be there already
+ERROR_BODY_SECONDS = 15  # for upstream to send a refusal's body
+SEND_SIZE = 256 * 1024  # bytes of one write: TLS reports progress only when it has sent all of them
+LARGE_READ_BYTES = 4 * 1024  # bytes of one TLS record; behind a record this large, more is likely waiting
 
-HEAD_TIMEOUT = 20  # seconds for a client to send a request's head once it has begun
+HEAD_TIMEOUT = 20  # seconds for a client to send a request's head, from its first byte on
 BODY_STALL = 20  # seconds in which a body must gain BODY_RATE bytes a second on average
 BODY_RATE = 1024  # bytes per second: slower senders are cut
-IDLE_CLIENT = 120  # seconds that a client's kept connection may stay silent between requests
-WRITE_TIMEOUT = 60  # seconds in which a client must take at least one byte
-POOL_IDLE = 90  # seconds an unused upstream connection is kept; well below Cloudflare's own limit
+IDLE_CLIENT = 120  # seconds that a client's connection may stay silent between requests
+WRITE_TIMEOUT = 60  # seconds in which a client must accept at least one byte
+POOL_IDLE = 90  # seconds that an unused upstream connection is kept; well below Cloudflare's own limit
 POOL_SIZE = 64  # unused upstream connections kept at once
 DRAIN_SECONDS = 30  # seconds that running streams get to end after SIGTERM
-HEAD_WAITS = 0.001  # seconds that a stream's head waits for its first piece, to go out with it
-AFTER_TERMINAL = 0.1  # seconds in which upstream may end its body after the terminal event, to be reused
+HEAD_WAITS = 0.001  # seconds that a stream's head waits for the stream's first piece; both are sent together
+AFTER_TERMINAL = 0.1  # seconds from the terminal event to the body's end, for the connection to be reused
 
 TOKEN_MARGIN = 300  # seconds before expiry at which a token is refreshed; as Codex does (WIRE 2)
-TOKEN_AGE = 8 * 86400  # seconds after last_refresh, where a token's expiry cannot be read (WIRE 2)
-REFRESH_PAUSE = 1  # seconds before a refresh that failed, but not finally, is tried again
-AHEAD_PAUSE_SECONDS = 60  # seconds of the same, while the old token is good for longer than URGENT
-URGENT_SECONDS = 30  # seconds before a token's expiry from which a request waits for another's refresh
-LOCK_SECONDS = 5  # seconds of tries for auth.lock; as Codex does (WIRE 2)
+TOKEN_AGE = 8 * 86400  # seconds from last_refresh to expiry, if a token's expiry is unreadable (WIRE 2)
+REFRESH_PAUSE = 1  # seconds before the retry of a refresh that failed for a temporary reason
+AHEAD_PAUSE_SECONDS = 60  # seconds before that retry while the old token has more than URGENT_SECONDS left
+URGENT_SECONDS = 30  # seconds before expiry; from then on a request waits for another thread's refresh
+LOCK_SECONDS = 5  # seconds of attempts to lock auth.lock; as Codex does (WIRE 2)
 TORN_SECONDS = 0.3  # seconds in which another program may finish writing auth.json
-ROUTING_AGE = 3600  # seconds between two questions for the account's routing
-CATALOG_AGE = 300  # seconds after which the model list is fetched anew
+ROUTING_AGE = 3600  # seconds between two requests for the account's routing
+CATALOG_AGE = 300  # seconds after which the model list is fetched again
 CATALOG_WAIT = 5  # seconds that a request waits for the first model list, at most
 
 LOG_SIZE = 10 * 1024 * 1024  # bytes of bridge.log before it is rotated; one old file is kept
 
 LITE_HEADER = "x-openai-internal-codex-responses-lite"
-LITE_METADATA = "ws_request_header_x_openai_internal_codex_responses_lite"  # the same on a WebSocket (WIRE 6)
+LITE_METADATA = "ws_request_header_x_openai_internal_codex_responses_lite"  # for WebSockets (WIRE 6)
 WEBSOCKET_BETA = "responses_websockets=2026-02-06"
 
-PUBLIC = frozenset(("/healthz", "/"))  # no key is asked for here: nothing of the plan is in them
-# Passed on with this host's sign-in, exact paths only: ours -> method, upstream's; those with a slash before
-# `backend-api` are at the upstream's origin, the others below its path (DESIGN "Endpoints").
+PUBLIC = frozenset(("/healthz", "/"))  # paths that need no key: their responses show nothing of the plan
+# Paths forwarded with this host's sign-in (exact match): bridge path -> method, upstream path. An upstream
+# path that begins with `/backend-api/` is at the upstream's origin, others are below its path (DESIGN).
 SIDE_ROUTES = {
     "/responses/compact": ("POST", "/responses/compact"),
     "/alpha/search": ("POST", "/alpha/search"),
@@ -171,17 +175,17 @@ SIDE_ROUTES = {
     "/api/codex/usage": ("GET", "/backend-api/wham/usage"),
 }
 
-# What the backend refuses by name (WIRE 4). What came later is learned from its refusals.
+# Fields that the backend refuses by name (WIRE 4). The bridge learns newer ones from the refusals.
 UNSUPPORTED = frozenset((
     "background", "context_management", "max_completion_tokens", "max_output_tokens", "max_tokens",
     "max_tool_calls", "metadata", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
     "stream_options",
     "temperature", "top_p", "truncation", "user",
 ))
-NEVER_DROPPED = frozenset((  # a request means nothing without them, or something else
+NEVER_DROPPED = frozenset((  # without them a request has no meaning, or another one
     "model", "input", "stream", "store", "type", "generate", "previous_response_id", "tools", "instructions",
 ))
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # in rising order
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max", "ultra")  # lowest first
 
 ID_PREFIXES = {  # of item types; WIRE 4
     "message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
@@ -203,10 +207,10 @@ CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"  # Codex's own OAuth client, to which
 VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
 
 
-DEVICE_SECONDS = 15 * 60  # in which the person has typed the code
+DEVICE_SECONDS = 15 * 60  # for a person to type the code
 
 
-POLL_SECONDS = 5.0  # between two polls, where the server does not say
+POLL_SECONDS = 5.0  # between two polls, if the server names no interval
 
 
 FINAL_REFUSALS = ("refresh_token_expired", "refresh_token_reused", "refresh_token_invalidated")  # WIRE 2
@@ -215,11 +219,11 @@ FINAL_REFUSALS = ("refresh_token_expired", "refresh_token_reused", "refresh_toke
 ROUTING_PATH = "/backend-api/wham/accounts/check"  # WIRE 2
 
 
-UNREAD = object()  # stands for the signature of a file that is to be read
+UNREAD = object()  # the signature of a file that must be read at its next use
 
 
 # == 2 errors =================================================================
-# An error's class is its status. A message says what was got and what was wanted, never a secret.
+# An error's class is its status. A message says what came and what was expected, never a secret.
 
 class BridgeError(Exception):
     """Base class of errors that become an HTTP error response: a status, a code, a message."""
@@ -227,7 +231,7 @@ class BridgeError(Exception):
     status = 500
     code = "internal_error"
     type = "server_error"
-    by = "bridge"  # who made the error, for x-qoo-bridge-error
+    by = "bridge"  # the error's source, for x-qoo-bridge-error: bridge or upstream
     always_sends: Mapping[str, str] = {}  # headers of every response with this error
 
     def __init__(self, message: str, param: str | None = None, **headers: object) -> None:
@@ -243,13 +247,13 @@ class BridgeError(Exception):
 
 
 class InvalidRequest(BridgeError):
-    """The request is not what the endpoint takes."""
+    """The endpoint does not accept the request."""
 
     status, code, type = 400, "invalid_request", "invalid_request_error"
 
 
 class MalformedHttp(InvalidRequest):
-    """The bytes are not HTTP/1.1 as this server takes it; the connection is closed after the answer."""
+    """The bytes are not valid HTTP/1.1; the connection closes after the response."""
 
     code = "malformed_http"
 
@@ -261,13 +265,13 @@ class NotSignedIn(BridgeError):
 
 
 class BadUpstream(BridgeError):
-    """Upstream cannot be reached, went away, or sent an invalid response."""
+    """Upstream is unreachable, closed the connection, or sent an invalid reply."""
 
     status, code, type = 502, "upstream_error", "upstream_error"
 
 
 class UpstreamTimeout(BridgeError):
-    """Upstream did not answer in time."""
+    """Upstream did not reply in time."""
 
     status, code, type = 504, "upstream_timeout", "upstream_error"
 
@@ -286,13 +290,13 @@ class Forbidden(BridgeError):
 
 
 class NotFound(InvalidRequest):
-    """There is no such path, model or response."""
+    """The path, model or response does not exist."""
 
     status, code = 404, "not_found"
 
 
 class MethodNotAllowed(InvalidRequest):
-    """The path exists, but not for this method."""
+    """The path does not accept this method."""
 
     status, code = 405, "method_not_allowed"
 
@@ -316,20 +320,20 @@ class TargetTooLong(MalformedHttp):
 
 
 class UnsupportedEncoding(InvalidRequest):
-    """The body has a Content-Encoding that this bridge cannot undo."""
+    """The body has a Content-Encoding that this bridge cannot decode."""
 
     status, code = 415, "unsupported_encoding"
 
 
 class UpgradeRequired(InvalidRequest):
-    """The WebSocket handshake cannot be accepted; a Codex goes on over HTTP then (WIRE 6)."""
+    """The bridge cannot accept the WebSocket handshake; Codex then falls back to HTTP (WIRE 6)."""
 
     status, code = 426, "upgrade_required"
     always_sends: Mapping[str, str] = {"sec-websocket-version": "13"}
 
 
 class TooManyRequests(BridgeError):
-    """The client's key has as many requests running and waiting as it may."""
+    """The client's key has too many requests running and waiting."""
 
     status, code, type = 429, "too_many_requests", "rate_limit_error"
 
@@ -347,7 +351,7 @@ class UnknownCoding(MalformedHttp):
 
 
 class Overloaded(BridgeError):
-    """This bridge has no room for one more."""
+    """This bridge has no capacity for one more connection or body."""
 
     status, code = 503, "bridge_overloaded"
 
@@ -358,20 +362,20 @@ class VersionNotSupported(MalformedHttp):
     status, code = 505, "http_version_not_supported"
 
 
-# How a request can end: the log's `end=`. The first three are upstream's words.
+# How a request can end: the values of the log's `end=`. The first three are upstream's words.
 ENDS = ("completed", "incomplete", "failed", "error", "cut", "client_closed", "client_stalled")
 
 
 class ClientLeft(Exception):
-    """The client closed its connection. The message is the log's word for it, one of ENDS."""
+    """The client closed its connection. The message is one of ENDS, for the log."""
 
 
 def describe_error(exc: BaseException) -> str:
-    """Say in a few words what went wrong, for a person."""
+    """Describe an exception in a few words, for a person."""
     if isinstance(exc, BridgeError):
         return exc.message
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {exc.verify_message}"
+        return f"untrusted certificate: {exc.verify_message}"
     if isinstance(exc, OSError) and exc.strerror:
         if exc.errno != errno.ECONNRESET:
             return exc.strerror.lower()
@@ -386,14 +390,14 @@ T = TypeVar("T")
 
 
 def or_empty(value: Any, kind: type[T]) -> T:
-    """Return `value`, or an empty one of its kind where it is something else."""
+    """Return `value` if it is a `kind`, else an empty `kind`."""
     if isinstance(value, kind):
         return value
     return kind()
 
 
 def dicts_in(value: Any) -> list[dict[str, Any]]:
-    """Return the objects in a list; none where it is no list."""
+    """Return the JSON objects in a list; [] if `value` is not a list."""
     return [entry for entry in or_empty(value, list) if isinstance(entry, dict)]
 
 
@@ -405,12 +409,12 @@ def finite_number(value: Any) -> float | None:
 
 
 def reject_constant(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which json would read and write. Raises ValueError."""
-    raise ValueError(f"{name} is no JSON number")
+    """Reject NaN and Infinity, which Python's json accepts. Raises ValueError."""
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def finite_float(digits: str) -> float:
-    """Read a number that can be written again. Raises ValueError for 1e999."""
+    """Parse a finite number, which JSON can write again. Raises ValueError for 1e999."""
     number = float(digits)
     if abs(number) < float("inf"):
         return number
@@ -421,7 +425,7 @@ UPSTREAM_DECODER = json.JSONDecoder(parse_constant=reject_constant, parse_float=
 
 
 def json_or_none(text: str | bytes) -> Any:
-    """Parse what upstream sent; None when it is no JSON, or has a number that JSON does not have."""
+    """Parse upstream's JSON; return None for invalid JSON, NaN and Infinity."""
     try:
         return UPSTREAM_DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -432,7 +436,7 @@ CLIENT_DECODER = json.JSONDecoder(parse_constant=reject_constant)
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a request's body: strict UTF-8 JSON. Raises InvalidRequest."""
+    """Parse a request body as strict UTF-8 JSON. Raises InvalidRequest."""
     try:
         parsed = CLIENT_DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError as exc:
@@ -445,7 +449,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Encode as JSON: UTF-8, or ASCII where a lone surrogate cannot be UTF-8.
+    """Encode as JSON in UTF-8; in ASCII if a lone surrogate has no UTF-8 form.
 
     Raises ValueError for NaN and Infinity.
     """
@@ -456,11 +460,11 @@ def json_bytes(value: Any) -> bytes:
 
 
 def encode(request: Mapping[str, Any]) -> bytes:
-    """Encode a request that rules have changed. Raises InvalidRequest for numbers that JSON does not have."""
+    """Encode a changed request. Raises InvalidRequest for NaN, Infinity and too deep nesting."""
     try:
         return json_bytes(request)
     except (ValueError, RecursionError) as exc:
-        raise InvalidRequest("a number is out of range, or the nesting too deep") from exc
+        raise InvalidRequest("the request has a number out of range, or is nested too deeply") from exc
 
 
 JSON_TYPES = {
@@ -470,19 +474,19 @@ JSON_TYPES = {
 
 
 def json_type_name(value: Any) -> str:
-    """Return the name that JSON gives a value's type."""
+    """Return the JSON name of a value's type."""
     return JSON_TYPES[type(value)]
 
 
 def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return an object less some of its fields; the same object when it has none of them."""
+    """Return a copy of an object without some fields; the same object if it has none of them."""
     if fields.keys().isdisjoint(names):
         return fields
     return {key: value for key, value in fields.items() if key not in names}
 
 
 def drop_path(value: Any, path: list[str]) -> Any:
-    """Return a copy of nested objects without the field at `path`; the same object where there is none."""
+    """Return a copy of nested objects without the field at `path`; the same object if `path` is missing."""
     if not isinstance(value, dict) or path[0] not in value:
         return value
     if len(path) == 1:
@@ -494,14 +498,14 @@ def drop_path(value: Any, path: list[str]) -> Any:
 
 
 def visible_ascii(value: Any) -> str:
-    """Return a text that can stand in a header; "" for anything else."""
+    """Return a text that is valid in a header; "" for anything else."""
     if isinstance(value, str) and VISIBLE_ASCII.fullmatch(value):
         return value
     return ""
 
 
 def jwt_claims(token: Any) -> dict[str, Any]:
-    """Return a JWT's payload; {} when it is none. Nobody checks the signature here: upstream does."""
+    """Return a JWT's payload; {} for anything else. Upstream checks the signature, not this bridge."""
     parts = or_empty(token, str).split(".")
     if len(parts) != 3:
         return {}
@@ -512,7 +516,7 @@ def jwt_claims(token: Any) -> dict[str, Any]:
 
 
 def unix_time(text: Any) -> float:
-    """Read an RFC 3339 time such as auth.json's last_refresh, in Unix seconds; 0 when it is none."""
+    """Return an RFC 3339 time, such as auth.json's last_refresh, in Unix seconds; 0 for anything else."""
     match = re.match(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)", or_empty(text, str), re.ASCII)
     try:
         return float(calendar.timegm(tuple(map(int, match.groups())))) if match else 0.0
@@ -521,10 +525,10 @@ def unix_time(text: Any) -> float:
 
 
 # == 4 refusals ===============================================================
-# What upstream refused or reported as failed, as an error for the client.
+# Turns upstream's refusals and reported failures into errors for the client.
 
 class UpstreamRefusal(BridgeError):
-    """Upstream's own refusal, made OpenAI-shaped; keeps its status and its further fields."""
+    """Upstream's own refusal in the OpenAI shape, with upstream's status and extra fields."""
 
     by = "upstream"
 
@@ -540,29 +544,29 @@ class UpstreamRefusal(BridgeError):
             self.headers["retry-after"] = retry_after
 
     def body(self) -> dict[str, Any]:
-        """Return the error object with upstream's further fields (`resets_at`, `plan_type`) in place."""
+        """Return the error object with upstream's extra fields (`resets_at`, `plan_type`)."""
         shaped = {"message": self.message, "type": error_type(self.status), "param": None, "code": None}
         return {"error": {**shaped, **self.error, "message": self.message}}
 
 
 def retry_after_seconds(seconds: Any) -> str:
-    """Return a retry-after that is not too early; "" for what is no sensible number of seconds."""
-    known = finite_number(seconds)
-    if known is None or not 0 <= known < 1e9:
+    """Return a retry-after value, rounded up; "" for anything but a number from 0 to 1e9."""
+    number = finite_number(seconds)
+    if number is None or not 0 <= number < 1e9:
         return ""
-    return str(int(known) + 1)
+    return str(int(number) + 1)
 
 
 def error_type(status: int) -> str:
     """Return OpenAI's `type` for an HTTP status."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    return kinds.get(status, "invalid_request_error" if status < 500 else "upstream_error")
+    types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return types.get(status, "invalid_request_error" if status < 500 else "upstream_error")
 
 
 def refusal(status: int, content_type: str, body: bytes, retry_after: str | None = None) -> UpstreamRefusal:
-    """Make a person's error of upstream's refusal: `{"error"}`, `{"detail"}`, a web page, or anything else.
+    """Turn upstream's refusal (`{"error"}`, `{"detail"}`, a web page, or anything else) into an error.
 
-    A status that is no refusal (2xx and 3xx with a body that is no answer) becomes 502.
+    A 2xx or 3xx status becomes 502, because the reply is not what the bridge asked for.
     """
     text = body.decode("utf-8", "replace").strip()
     error = _error_object(json_or_none(text))
@@ -581,16 +585,16 @@ def refusal(status: int, content_type: str, body: bytes, retry_after: str | None
 
 
 def _web_page_message(status: int, title: re.Match[str] | None) -> str:
-    """Say what a web page in place of an answer means; Cloudflare sends one to unknown clients (WIRE 3)."""
+    """Explain a web page in place of JSON; Cloudflare sends one to unknown clients (WIRE 3)."""
     named = ""
     if title:
         named = f" ({' '.join(title[1].split())!r})"
-    return (f"upstream answered {status} with a web page{named}, not with JSON: something between this host "
+    return (f"upstream answered {status} with a web page{named} instead of JSON: something between this host "
             "and ChatGPT (Cloudflare, a proxy) refused the connection")
 
 
 def _error_object(parsed: Any) -> dict[str, Any] | None:
-    """Find the error object in a parsed refusal; None when there is none."""
+    """Return the error object of a parsed refusal; None without one."""
     if not isinstance(parsed, dict):
         return None
     error = parsed.get("error")
@@ -605,7 +609,7 @@ def _error_object(parsed: Any) -> dict[str, Any] | None:
 
 
 def failure(error: Any) -> BridgeError:
-    """Map a failure that upstream reports inside a stream to the HTTP error that one JSON answer wants."""
+    """Map a failure that upstream reports inside a stream to an HTTP error, for a JSON response."""
     error = or_empty(error, dict)
     code, message = or_empty(error.get("code"), str), or_empty(error.get("message"), str)
     status = FAILURE_STATUS.get(code or str(error.get("type")), 502)
@@ -620,22 +624,22 @@ FAILURE_STATUS = {  # the backend's codes inside `response.failed`; DESIGN "Endp
 
 
 # == 5 http ===================================================================
-# Heads and bodies as bytes, read strictly and the same way on both sides.
-# http.server and http.client are not used for reading: they take signed lengths, folded lines and bare line
-# feeds, hide a body cut short, hang on a 304 that is marked chunked, and cost 90 µs a head (WIRE 8).
+# Heads and bodies as bytes, parsed strictly, by the same code on both sides.
+# http.server and http.client do not read them: they accept signed lengths, folded lines and bare line feeds,
+# hide a truncated body, hang on a 304 marked as chunked, and cost 90 µs a head (WIRE 8).
 
 HEADER_LINES = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?")
 METHODS = frozenset(("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"))
-SINGLE = frozenset((  # twice is a trick, not a list
+SINGLE = frozenset((  # headers that may occur once: a duplicate is an attack, not a list
     "authorization", "content-encoding", "content-length", "content-type", "expect", "host", "origin",
     "transfer-encoding", "x-api-key",
 ))
 
 
 class RequestHead(NamedTuple):
-    """A client's request line and fields."""
+    """A client's request line and headers."""
 
     method: str
     target: str
@@ -644,7 +648,7 @@ class RequestHead(NamedTuple):
 
 
 class ReplyHead(NamedTuple):
-    """Upstream's status line and fields."""
+    """Upstream's status line and headers."""
 
     status: int
     minor: int
@@ -652,92 +656,92 @@ class ReplyHead(NamedTuple):
 
 
 def parse_headers(text: str) -> dict[str, str]:
-    """Parse header lines, each with its CRLF.
+    """Parse header lines, each ending in CRLF.
 
-    Raises HeadTooLarge and MalformedHttp: for a folded line, a space before the colon, a bare CR or LF, NUL.
+    Raises HeadTooLarge, and MalformedHttp for a folded line, a space before the colon, a bare CR or LF, NUL.
     """
     if HEADER_LINES.fullmatch(text) is None:
         raise MalformedHttp("a header line is not `name: value`")
     lines = text.split("\r\n")
     if len(lines) - 1 > MAX_HEADERS:
-        raise HeadTooLarge(f"the head has {len(lines) - 1} fields, the limit is {MAX_HEADERS}")
+        raise HeadTooLarge(f"the head has {len(lines) - 1} headers, the limit is {MAX_HEADERS}")
     headers: dict[str, str] = {}
     for line in lines[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in SINGLE:
-                raise MalformedHttp(f"the field {name} stands twice")
+                raise MalformedHttp(f"duplicate header: {name}")
             value = f"{headers[name]}, {value}"
         headers[name] = value
     return headers
 
 
 def parse_request(head: bytes) -> RequestHead:
-    """Parse a request's head, up to but without its empty line.
+    """Parse a request's head, without its final empty line.
 
-    Raises MalformedHttp and its kinds; each means that the connection cannot go on.
+    Raises MalformedHttp and its subclasses; the connection cannot be used after one.
     """
     line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
-        raise MalformedHttp("the request line is not `METHOD /target HTTP/1.1`")
+        raise MalformedHttp("the request line must be `METHOD /target HTTP/1.1`")
     method, target, major, minor = match.groups()
     if major != "1" or minor not in "01":
-        raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
+        raise VersionNotSupported(f"HTTP/{major}.{minor} is not supported: use HTTP/1.1")
     if method not in METHODS:
-        raise UnknownCoding(f"the method {method} is not known here")
+        raise UnknownCoding(f"unsupported method: {method}")
     if len(target) > MAX_TARGET:
         raise TargetTooLong(f"the target is {len(target)} bytes, the limit is {MAX_TARGET}")
     if not target.startswith("/") or target.startswith("//"):
-        raise MalformedHttp("the target must be a path; this is no forward proxy")
+        raise MalformedHttp("the request target must be a path: this is not a forward proxy")
     headers = parse_headers(lines)
     if minor == "1" and not headers.get("host"):
-        raise MalformedHttp("a Host field is wanted")
+        raise MalformedHttp("missing Host header")
     return RequestHead(method, target, int(minor), headers)
 
 
 def parse_reply(head: bytes) -> ReplyHead:
-    """Parse a reply's head, up to but without its empty line.
+    """Parse a reply's head, without its final empty line.
 
     Raises BadUpstream.
     """
     line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
     match = STATUS_LINE.fullmatch(line)
     if match is None:
-        raise BadUpstream("upstream's answer is not HTTP/1.1")
+        raise BadUpstream("upstream's reply is not HTTP/1.1")
     try:
         return ReplyHead(int(match[2]), int(match[1]), parse_headers(lines))
     except MalformedHttp as exc:
-        raise BadUpstream(f"upstream's head is malformed: {exc.message}") from exc
+        raise BadUpstream(f"malformed headers from upstream: {exc.message}") from exc
 
 
 DIGITS = re.compile(r"[0-9]{1,15}", re.ASCII)
 
 
 def body_length(headers: Mapping[str, str]) -> int | None:
-    """Return the Content-Length in bytes, -1 for a chunked body, None for neither.
+    """Return the Content-Length in bytes, -1 for a chunked body, None without either header.
 
-    Raises MalformedHttp for both, a length that is not plain digits, and UnknownCoding for another coding.
+    Raises MalformedHttp for both headers or a length that is not digits, UnknownCoding for another coding.
     """
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         if length is not None:
-            raise MalformedHttp("both Content-Length and Transfer-Encoding")
+            raise MalformedHttp("Content-Length and Transfer-Encoding must not both be present")
         if coding.lower() != "chunked":
-            raise UnknownCoding(f"the transfer coding {coding!r} is not known here")
+            raise UnknownCoding(f"unsupported Transfer-Encoding {coding!r}: only chunked is supported")
         return -1
     if length is None:
         return None
     if not DIGITS.fullmatch(length):
-        raise MalformedHttp(f"Content-Length is plain digits, not {length!r}")
+        raise MalformedHttp(f"Content-Length must be digits, not {length!r}")
     return int(length)
 
 
-# -- bodies: fed with what was read, they give what was meant and know when it ends
+# -- body decoders: `feed` takes raw bytes and returns the payload; `done` marks the end
 
 class LengthBody:
-    """A body of a known length."""
+    """Decoder of a body of known length."""
 
     def __init__(self, length: int) -> None:
         self.left = length
@@ -745,7 +749,7 @@ class LengthBody:
         self.rest = b""  # bytes after the end
 
     def feed(self, raw: bytes) -> bytes:
-        """Return the body's bytes in `raw`."""
+        """Return the part of `raw` that belongs to the body."""
         payload = raw
         if len(raw) > self.left:
             payload = raw[:self.left]
@@ -757,30 +761,30 @@ class LengthBody:
 
 
 class CloseBody(LengthBody):
-    """A body that ends with the connection: a cut cannot be told from an end."""
+    """Decoder of a body that ends with the connection; a cut looks like its end."""
 
     def __init__(self) -> None:
         super().__init__(1 << 62)
 
 
 class ChunkedBody:
-    """A chunked body.
+    """Decoder of a chunked body.
 
-    Raises MalformedHttp from `feed` for anything but `hex-size [;extension] CRLF data CRLF`.
+    `feed` raises MalformedHttp for anything but `hex-size [;extension] CRLF data CRLF`.
     """
 
     HEAD = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r\n")
     HEAD_PART = re.compile(rb"[0-9A-Fa-f]{0,15}|[0-9A-Fa-f]{1,15}[ \t]{0,16}(?:;[^\r\n\x00]{0,256})?\r?")
     CRLF_PART = re.compile(rb"\r?")
-    TRAILERS = 8192  # bytes of trailer fields, at most; they are read and dropped
+    TRAILERS = 8192  # bytes of trailers, at most; they are read and dropped
 
     def __init__(self) -> None:
         self.left = 0  # bytes of the current chunk still to come
         self.done = False
         self.rest = b""  # bytes after the end
-        self._unread = b""  # a chunk's head or end, of which only a part has come
-        self._crlf = False  # the CRLF behind a chunk's bytes is due
-        self._last = False  # the last chunk's head was seen; trailers follow
+        self._unread = b""  # an incomplete chunk head or chunk end
+        self._crlf = False  # the next bytes must be the CRLF behind a chunk's data
+        self._last = False  # the last chunk's head has been read; trailers follow
 
     def feed(self, raw: bytes) -> bytes:
         """Return the payload in `raw`."""
@@ -810,7 +814,7 @@ class ChunkedBody:
         return b"".join(pieces)
 
     def _take_complete_chunks(self, raw: bytes, at: int, pieces: list[bytes]) -> int:
-        """Take chunk after chunk, while each is there as a whole; return where the reading goes on."""
+        """Take the complete chunks from `at` on; return the position behind them."""
         while True:
             match = self.HEAD.match(raw, at)
             if match is None:
@@ -829,17 +833,17 @@ class ChunkedBody:
             pieces.append(raw[start:behind])
             at = behind + 2
 
-    def _wait_for(self, part: bytes, wanted: re.Pattern[bytes]) -> None:
-        """Keep the part of a chunk's head or end that has come, if it can still become one."""
-        if not wanted.fullmatch(part):
-            raise MalformedHttp("a chunk is malformed")
+    def _wait_for(self, part: bytes, pattern: re.Pattern[bytes]) -> None:
+        """Keep an incomplete chunk head or chunk end. Raises MalformedHttp unless it matches `pattern`."""
+        if not pattern.fullmatch(part):
+            raise MalformedHttp("malformed chunk")
         self._unread = part
 
     def _end(self, raw: bytes) -> None:
         """Read the trailers up to the empty line."""
         end = 0 if raw.startswith(b"\r\n") else raw.find(b"\r\n\r\n") + 2
         if (len(raw) if end == 1 else end) > self.TRAILERS:
-            raise MalformedHttp("the trailers are too long")
+            raise MalformedHttp(f"the trailers are above {self.TRAILERS} bytes")
         if end == 1:
             self._unread = raw
         else:
@@ -848,17 +852,17 @@ class ChunkedBody:
 
 
 def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody:
-    """Return the reader of a reply's body, in RFC 9112's order.
+    """Return the decoder of a reply's body, chosen in RFC 9112's order.
 
     Raises BadUpstream.
     """
-    # 1. none for HEAD, 1xx, 204, 304, whatever the fields say   2. chunked   3. a length   4. to the close
+    # 1. HEAD, 1xx, 204, 304: none, whatever the headers say   2. chunked   3. by length   4. until the close
     if method == "HEAD" or head.status in (204, 304) or head.status < 200:
         return LengthBody(0)
     try:
         length = body_length(head.headers)
     except MalformedHttp as exc:
-        raise BadUpstream(f"upstream's body is malformed: {exc.message}") from exc
+        raise BadUpstream(f"malformed body framing from upstream: {exc.message}") from exc
     if length is None:
         return CloseBody()
     if length < 0:
@@ -867,7 +871,7 @@ def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody
 
 
 def chunk(payload: bytes) -> bytes:
-    """Frame bytes as one chunk."""
+    """Encode bytes as one chunk."""
     return b"%x\r\n%b\r\n" % (len(payload), payload)
 
 
@@ -875,11 +879,11 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 def render_head(first: str, fields: Iterable[tuple[str, str]]) -> bytes:
-    """Write a head. A value that could end its line is a programming error and never sent."""
+    """Return a head's bytes. Raises ValueError for a line break in a value, which is a programming error."""
     lines = [first]
     for name, value in fields:
         if "\r" in value or "\n" in value or "\0" in value:
-            raise ValueError(f"the field {name} has a line break in it")
+            raise ValueError(f"header {name} contains a line break or NUL")
         lines.append(f"{name}: {value}")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
@@ -893,17 +897,17 @@ def keeps_connection(minor: int, headers: Mapping[str, str]) -> bool:
 
 
 def find_head_end(head: bytes, start: int) -> int:
-    """Return where a head ends, looked for from `start` on; -1 before it does. Raises MalformedHttp."""
+    """Return a head's end, searched from `start` on; -1 for an incomplete head. Raises MalformedHttp."""
     end = head.find(b"\r\n\r\n", start)
     if (end if end >= 0 else len(head)) > MAX_HEAD:
-        raise HeadTooLarge(f"the head is above {MAX_HEAD} bytes")
+        raise HeadTooLarge(f"the headers are above {MAX_HEAD} bytes")
     if end < 0 and head.count(b"\n") != head.count(b"\r\n"):
-        raise MalformedHttp("a line ends in a bare LF")
+        raise MalformedHttp("a header line ends in a bare LF")
     return end
 
 
 class Target(NamedTuple):
-    """An upstream address, taken apart; the key of its pooled connections."""
+    """The scheme, host and port of an upstream address; the key of its pooled connections."""
 
     scheme: str
     host: str
@@ -917,7 +921,7 @@ class Target(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def parse_target(url: str) -> tuple[Target, str]:
-    """Split a URL into its target and its path with the query."""
+    """Split a URL into its target and its path (with the query)."""
     parts = urllib.parse.urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     path = parts.path + (f"?{parts.query}" if parts.query else "")
@@ -925,7 +929,7 @@ def parse_target(url: str) -> tuple[Target, str]:
 
 
 def authority(host: str, port: int, scheme: str = "") -> str:
-    """Return host:port as a URL has it: IPv6 in brackets, without the scheme's default port."""
+    """Return host:port for a URL: IPv6 in brackets, without the scheme's default port."""
     if ":" in host:
         host = f"[{host}]"
     if (scheme, port) in (("https", 443), ("http", 80)):
@@ -934,29 +938,29 @@ def authority(host: str, port: int, scheme: str = "") -> str:
 
 
 class BufferedReply(NamedTuple):
-    """One small reply, read whole."""
+    """One small reply with its complete body."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
     def json(self) -> dict[str, Any]:
-        """Return the body's JSON object; {} when it is none."""
+        """Return the body's JSON object; {} for any other body."""
         return or_empty(json_or_none(self.body), dict)
 
     def refusal(self) -> UpstreamRefusal:
-        """Return what it is as a refusal."""
+        """Return the reply as a refusal."""
         return refusal(self.status, self.headers.get("content-type", ""), self.body)
 
     def json_or_raise(self) -> dict[str, Any]:
-        """Return a good answer's JSON object. Raises what it is when it is a refusal."""
+        """Return the JSON object of a 200. Raises UpstreamRefusal for any other status."""
         if self.status != 200:
             raise self.refusal()
         return self.json()
 
 
 def is_within(host: str, domain: str) -> bool:
-    """Tell whether a host name is a domain, or below it."""
+    """Tell whether a host name is the domain or one of its subdomains."""
     if re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*", host, re.ASCII) is None:
         return False
     return host == domain or host.endswith(f".{domain}")
@@ -968,7 +972,7 @@ def is_bare_origin(parts: urllib.parse.SplitResult) -> bool:
 
 
 def join_url(base: str, path: str) -> str:
-    """Return the URL of a path: below the base, or at its origin for a path from `/backend-api/` on."""
+    """Return a path's URL: at the base's origin for `/backend-api/…`, else below the base."""
     parts = urllib.parse.urlsplit(base)
     if path.startswith("/backend-api/"):
         return f"{parts.scheme}://{parts.netloc}{path}"
@@ -982,12 +986,12 @@ class OutgoingRequest(NamedTuple):
     target: Target
     head: bytes
     body: bytes
-    timeout: float  # seconds of silence after which it is given up
+    timeout: float  # seconds of silence after which the request fails
 
 
 def outgoing_request(method: str, url: str, headers: Mapping[str, str], body: bytes,
                      timeout: float) -> OutgoingRequest:
-    """Return a request ready to send, its head complete."""
+    """Return a request ready to send, with its complete head."""
     target, path = parse_target(url)
     lines = [*headers.items(), ("accept-encoding", "identity"), ("host", target.authority)]
     if body or method == "POST":
@@ -996,7 +1000,7 @@ def outgoing_request(method: str, url: str, headers: Mapping[str, str], body: by
 
 
 # == 6 options ================================================================
-# One table of options gives argparse, the environment, --help and README. Nothing else has a default.
+# One table of options serves argparse, the environment, --help and README. No default is anywhere else.
 
 class NamedSecret(NamedTuple):
     """A client's name and its key; only the name is ever shown."""
@@ -1009,7 +1013,7 @@ class NamedSecret(NamedTuple):
 
 
 class Config(NamedTuple):
-    """All settings, read once at the start; a field an option, in the order of OPTIONS."""
+    """All settings, read once at the start; one field for each option, in the order of OPTIONS."""
 
     host: str
     port: int
@@ -1039,7 +1043,7 @@ class Config(NamedTuple):
 
 
 class Option(NamedTuple):
-    """One option: `--name VALUE`, or QOO_BRIDGE_NAME in the environment, where `many` takes commas."""
+    """One option: `--name VALUE`, or QOO_BRIDGE_NAME in the environment (with commas if `many`)."""
 
     name: str
     metavar: str
@@ -1050,27 +1054,27 @@ class Option(NamedTuple):
 
     @property
     def flag(self) -> str:
-        """Return the command line's name."""
+        """Return the option's name on the command line."""
         return "--" + self.name.replace("_", "-")
 
     @property
     def variable(self) -> str:
-        """Return the environment's name."""
+        """Return the option's name in the environment."""
         return "QOO_BRIDGE_" + self.name.upper()
 
 
 def read_port(text: str) -> int:
-    """Read a TCP port; 0 takes any free one."""
+    """Read a TCP port; 0 means any free port."""
     if re.fullmatch(r"[0-9]{1,5}", text) and int(text) <= 65535:
         return int(text)
-    raise ValueError(f"a port is 0 to 65535, not {text!r}")
+    raise ValueError(f"must be a port from 0 to 65535, not {text!r}")
 
 
 def read_seconds(text: str) -> float:
     """Read a positive number of seconds."""
     if re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", text) and float(text) > 0:
         return float(text)
-    raise ValueError(f"a positive number of seconds, not {text!r}")
+    raise ValueError(f"must be a positive number of seconds, not {text!r}")
 
 
 def read_size(text: str) -> int:
@@ -1078,25 +1082,25 @@ def read_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,12})\s*([KMG]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
     if match and int(match[1]) > 0:
         return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2].upper()]
-    raise ValueError(f"a size such as 128M, not {text!r}")
+    raise ValueError(f"must be a size such as 128M, not {text!r}")
 
 
 def read_count(text: str) -> int:
-    """Read a positive whole number."""
+    """Read a positive integer."""
     if re.fullmatch(r"[0-9]{1,6}", text) and int(text) > 0:
         return int(text)
-    raise ValueError(f"a positive whole number, not {text!r}")
+    raise ValueError(f"must be a positive integer, not {text!r}")
 
 
 def read_url(text: str) -> str:
-    """Read an https address; plain http only to loopback, because a token travels on it."""
+    """Read an https URL; http is only for loopback, because requests to the URL carry a token."""
     parts = urllib.parse.urlsplit(text)
     loopback = parts.hostname in LOOPBACK
     if parts.scheme not in ("https", "http") or not parts.hostname or re.search(r"[?#@\s]", text):
-        raise ValueError("an https address without user, query or fragment is wanted")
+        raise ValueError("must be an https:// URL without user, query or fragment")
     if parts.scheme == "http" and not loopback:
-        raise ValueError("https is wanted; plain http only to loopback")
-    _ = parts.port  # raises ValueError when it is no port
+        raise ValueError("must use https (http only for localhost)")
+    _ = parts.port  # raises ValueError for an invalid port
     return text.rstrip("/")
 
 
@@ -1104,15 +1108,15 @@ def read_pair(text: str) -> tuple[str, str]:
     """Read NAME=VALUE."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip() or not value.strip():
-        raise ValueError("NAME=VALUE is wanted")  # what was given is not shown: it may be a secret
+        raise ValueError("must be NAME=VALUE")  # without the value, which may be a secret
     return name.strip(), value.strip()
 
 
 def read_key(text: str) -> NamedSecret:
-    """Read NAME=SECRET; the error names the name only."""
+    """Read NAME=SECRET. Raises ValueError, which never shows the secret."""
     name, secret = read_pair(text)
     if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
-        raise ValueError("a key's name is of letters, digits and . _ @ -, at most 64")
+        raise ValueError("a key's name must be 1 to 64 letters, digits or . _ @ -")
     if not re.fullmatch(r"[\x21-\x7e]{8,256}", secret):
         raise ValueError("a key must be 8 to 256 visible ASCII characters")
     return NamedSecret(name, secret)
@@ -1129,17 +1133,17 @@ def read_network(text: str) -> Any:
     return ipaddress.ip_network(text, strict=False)
 
 
-def read_text(pattern: str, wanted: str) -> Callable[[str], str]:
-    """Make a reader of texts that a pattern matches; `wanted` says so to people."""
+def read_text(pattern: str, expected: str) -> Callable[[str], str]:
+    """Return a reader of texts that match a pattern; `expected` describes the pattern to people."""
     def read(text: str) -> str:
         if re.fullmatch(pattern, text):
             return text
-        raise ValueError(f"{wanted}, not {text!r}")
+        raise ValueError(f"must be {expected}, not {text!r}")
     return read
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """Make a reader that takes one of some words."""
+    """Return a reader that accepts only these words."""
     return read_text("|".join(words), f"one of {', '.join(words)}")
 
 
@@ -1149,54 +1153,54 @@ LOCAL_NETWORKS = (
 )
 
 OPTIONS = (
-    Option("host", "ADDRESS", "0.0.0.0", str, "address to listen on; :: takes IPv4 too"),
-    Option("port", "PORT", "4050", read_port, "port to listen on; 0 takes a free one"),
+    Option("host", "ADDRESS", "0.0.0.0", str, "address to listen on; :: is IPv6 and IPv4"),
+    Option("port", "PORT", "4050", read_port, "port to listen on; 0 chooses a free port"),
     Option("upstream", "URL", "https://chatgpt.com/backend-api/codex", read_url,
-           "the ChatGPT backend; plain http only to loopback"),
+           "the ChatGPT backend; http only for localhost"),
     Option("issuer", "URL", "https://auth.openai.com", read_url, "the sign-in server"),
     Option("auth_file", "FILE", "$CODEX_HOME/auth.json", str,
-           "the sign-in, read anew when it changes; without CODEX_HOME it is ~/.codex/auth.json"),
+           "the sign-in, reread when it changes; without CODEX_HOME: ~/.codex/auth.json"),
     Option("alias", "NAME=MODEL", "local_md=gpt-5", read_pair,
-           "a name of your own for a model; adds to the default, the same name replaces", many=True),
+           "your own name for a model; adds to the default alias; the same NAME replaces it", many=True),
     Option("api_key", "NAME=SECRET", "", read_key,
-           "a key that clients must send; --api-key-file is better: a command line can be seen", many=True),
-    Option("api_key_file", "FILE", "", str, "keys, one NAME=SECRET a line; read anew when it changes"),
+           "a key that clients must send; --api-key-file is safer: others can see a command line", many=True),
+    Option("api_key_file", "FILE", "", str, "file of keys, one NAME=SECRET a line; reread when it changes"),
     Option("limit", "NAME=N", "", read_limit, "requests that key NAME may have running at once", many=True),
     Option("allow", "CIDR", LOCAL_NETWORKS, read_network,
-           "networks whose machines may come in, in place of the default (loopback, private, link-local, "
+           "networks that may connect, instead of the default (loopback, private, link-local, "
            "100.64.0.0/10); loopback always may", many=True),
     Option("allow_origin", "ORIGIN", "",
-           read_text(r"[a-z][a-z0-9+.-]*://[^\s/]+", "an origin is scheme://host[:port]"),
-           "a web page's origin that may call; all others may not", many=True),
-    Option("allow_host", "NAME", "", str, "a further name under which this bridge is reached", many=True),
-    Option("keepalive", "SECONDS", "10", read_seconds, "silence until a waiting client is sent something"),
-    Option("idle_timeout", "SECONDS", "600", read_seconds, "silence of upstream until a request is given up"),
-    Option("connect_timeout", "SECONDS", "15", read_seconds, "time to reach upstream"),
+           read_text(r"[a-z][a-z0-9+.-]*://[^\s/]+", "an origin such as scheme://host[:port]"),
+           "origin of web pages that may call this bridge; no other page may", many=True),
+    Option("allow_host", "NAME", "", str, "another host name of this bridge", many=True),
+    Option("keepalive", "SECONDS", "10", read_seconds, "silence after which a client gets a keepalive"),
+    Option("idle_timeout", "SECONDS", "600", read_seconds, "silence of upstream after which a request fails"),
+    Option("connect_timeout", "SECONDS", "15", read_seconds, "time to connect to upstream"),
     Option("max_body", "SIZE", "128M", read_size, "largest request body, after decompression"),
-    Option("max_connections", "N", "512", read_count, "client connections at once; one more is answered 503"),
+    Option("max_connections", "N", "512", read_count, "client connections at once; more get 503"),
     Option("compress", "auto|on|off", "auto", one_of("auto", "on", "off"),
-           "send large requests compressed, where zstd is at hand; auto: not to an upstream on this host"),
+           "compress large requests, if zstd is installed; auto: not to an upstream on this host"),
     Option("continuity", "auto|strict", "auto", one_of("auto", "strict"),
            "strict drops every reasoning item and every item id"),
     Option("originator", "WORD", "qoo_bridge",
-           read_text("[A-Za-z0-9._-]{1,64}", "letters, digits and . _ -"),
-           "the name of clients that are not Codex"),
+           read_text("[A-Za-z0-9._-]{1,64}", "1 to 64 letters, digits or . _ -"),
+           "the originator sent for clients that are not Codex"),
     Option("client_version", "X.Y.Z", CODEX_VERSION,
-           read_text(r"[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]{1,20})?", "a version is X.Y.Z"),
-           "the Codex version that clients that are not Codex are sent as"),
-    Option("log_file", "FILE", "bridge.log", str, "beside the script; - is standard error only"),
-    Option("log_level", "LEVEL", "info", one_of("debug", "info", "warning", "error"), "what is logged"),
+           read_text(r"[0-9]+\.[0-9]+\.[0-9]+(-[0-9A-Za-z.]{1,20})?", "a version such as 1.2.3"),
+           "the Codex version sent for clients that are not Codex"),
+    Option("log_file", "FILE", "bridge.log", str, "log file, beside the script; - is standard error only"),
+    Option("log_level", "LEVEL", "info", one_of("debug", "info", "warning", "error"), "least severe level"),
     Option("tls_cert", "FILE", "", str, "serve https with this certificate chain (PEM)"),
     Option("tls_key", "FILE", "", str, "the certificate's private key (PEM)"),
 )
 
 
 class UsageError(Exception):
-    """An option's value is not one it takes; the message names the option."""
+    """An option has an invalid value; the message names the option."""
 
 
 def read_option(option: Option, given: list[str] | None, environ: Mapping[str, str]) -> Any:
-    """Read one option from the command line, else the environment, else its default.
+    """Read one option: from the command line, else from the environment, else its default.
 
     Raises UsageError.
     """
@@ -1215,7 +1219,7 @@ def read_option(option: Option, given: list[str] | None, environ: Mapping[str, s
 
 
 def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, str]) -> Config:
-    """Build the Config from the command line's words by option name, and the environment.
+    """Build the Config from the command line (option name -> values) and the environment.
 
     Raises UsageError.
     """
@@ -1229,27 +1233,27 @@ def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, s
     if not options.get("log_file") and not environ.get(OPTION["log_file"].variable):
         values["log_file"] = os.path.join(os.path.dirname(os.path.abspath(__file__)), values["log_file"])
     if bool(values["tls_cert"]) != bool(values["tls_key"]):
-        raise UsageError("--tls-cert and --tls-key go together")
+        raise UsageError("--tls-cert and --tls-key must be given together")
     names = [key.name for key in values["api_key"]]
     if len(names) != len(set(names)):
-        raise UsageError("--api-key: a name stands twice")
+        raise UsageError("--api-key: two keys have the same name")
     return Config(**values)
 
 
 OPTION = {option.name: option for option in OPTIONS}
 
 
-PROXY_VARIABLES = ("https_proxy", "all_proxy")  # of the environment, in either case
+PROXY_VARIABLES = ("https_proxy", "all_proxy")  # environment variables, in lower or upper case
 
 
 def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
-    """Return the proxy that the environment names for an https target (HTTPS_PROXY, NO_PROXY), if any.
+    """Return the environment's proxy for an https target (HTTPS_PROXY, NO_PROXY), if any.
 
-    Raises BadUpstream for one that is not http://host:port.
+    Raises BadUpstream for a proxy that is not http://host:port.
     """
     if target.scheme != "https" or not any(name.lower() in PROXY_VARIABLES for name in os.environ):
         return None
-    import urllib.request  # late: it costs 20 ms, and few need it
+    import urllib.request  # late: the import costs 20 ms, and few hosts need it
 
     proxies = urllib.request.getproxies_environment()
     address = proxies.get("https") or proxies.get("all")
@@ -1265,7 +1269,7 @@ def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
 
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
-    """Return the fields for the proxy itself: its user and password, where its address has them."""
+    """Return the headers for the proxy itself: its user and password, if its address has them."""
     if proxy.username is None:
         return {}
     user = f"{urllib.parse.unquote(proxy.username)}:{urllib.parse.unquote(proxy.password or '')}"
@@ -1273,7 +1277,7 @@ def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
 
 
 def sign_in_hint(path: str) -> str:
-    """Say what a person does about a missing or dead sign-in in a file; Codex writes its own one only."""
+    """Return what to do about a missing or expired sign-in; `codex login` writes only Codex's own file."""
     host, home, path = socket.gethostname(), os.environ.get("CODEX_HOME") or "~/.codex", os.path.abspath(path)
     if path == os.path.abspath(os.path.join(os.path.expanduser(home), "auth.json")):
         return f"run `codex login` on {host}, or `python3 qoo_bridge.py login`"
@@ -1282,20 +1286,20 @@ def sign_in_hint(path: str) -> str:
 
 ###############################################################################
 # B  the trust kernel
-# The only code that opens a connection, reads or writes auth.json, or ever holds a token.
-# What leaves it: replies, results, and what a sign-in is worth (plan, account, expiry); never a token.
+# May enter: requests to send. Only this part opens a connection, touches auth.json or holds a token.
+# May not leave: a token. What leaves is replies, results, and a sign-in's plan, account and expiry.
 ###############################################################################
 
 
 # == 7 sockets ================================================================
-# Connected sockets that never block, and the few questions a command has for the network.
+# Connected non-blocking sockets, and the commands' few network lookups.
 
-HAS_POLL = hasattr(select, "poll")  # not on Windows
+HAS_POLL = hasattr(select, "poll")  # false on Windows
 NOT_NOW = (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError, InterruptedError)
 
 
 class Connection:
-    """A connected socket, never blocking, with the bytes that were read ahead of need. One thread uses it."""
+    """A connected non-blocking socket with a read-ahead buffer. Only one thread may use it."""
 
     __slots__ = ("_poller", "_receive", "_tls", "_watched", "buffer", "number", "sock")
 
@@ -1310,9 +1314,9 @@ class Connection:
         self._poller: Any = None
 
     def read(self) -> bytes | None:
-        """Read what is there, READ_SIZE at most: None for nothing yet, b"" for the end.
+        """Return the available bytes, READ_SIZE at most: None for none yet, b"" for the end.
 
-        Raises OSError when the connection is broken.
+        Raises OSError for a broken connection.
         """
         if self.buffer:
             raw, self.buffer = self.buffer, b""
@@ -1322,26 +1326,26 @@ class Connection:
         except NOT_NOW:
             return None
         except ssl.SSLEOFError:
-            return b""  # the other side ended without close_notify, as many do; framing tells a cut
+            return b""  # many peers end without close_notify; the body's framing shows a cut
         if len(received) < LARGE_READ_BYTES or not self._tls:
             return received
         return self._read_on(received)
 
     def _read_on(self, first: bytes) -> bytes:
-        """Read what more is there behind a large TLS record: large pieces cost less a byte."""
+        """Read more TLS records behind a large one, because large pieces cost less per byte."""
         pieces, size = [first], len(first)
-        with contextlib.suppress(OSError):  # nothing more yet, or what the next read will meet again
+        with contextlib.suppress(OSError):  # nothing more yet, or an error that the next read will meet again
             while size < READ_SIZE and len(pieces[-1]) >= LARGE_READ_BYTES:
                 pieces.append(self._receive(READ_SIZE - size))
                 size += len(pieces[-1])
         return b"".join(pieces)
 
     def has_buffered(self) -> bool:
-        """Tell whether bytes are at hand that the system does not know of."""
+        """Tell whether bytes wait in this process, where poll() cannot see them."""
         return bool(self.buffer) or (self._tls and self.sock.pending() > 0)
 
     def unwatch(self) -> None:
-        """Let go of the client that was watched."""
+        """Stop watching the client."""
         self._poller = self._watched = None
 
     def wait(self, seconds: float, client: Connection | None = None) -> bool:
@@ -1375,9 +1379,9 @@ class Connection:
         return None
 
     def is_still_open(self) -> bool:
-        """Tell whether an unused connection is alive: upstream has neither ended it nor sent anything.
+        """Tell whether an unused connection is alive: upstream has neither closed it nor sent data.
 
-        A TLS session ticket makes the socket readable without being either: reading tells.
+        A TLS session ticket makes the socket readable too, so the function must read to know.
         """
         try:
             return not self.wait(0) or self.read() is None
@@ -1385,9 +1389,9 @@ class Connection:
             return False
 
     def poll(self, seconds: float, client: Connection | None) -> tuple[bool, bool]:
-        """Wait for either socket; tell which of the two can be read."""
+        """Wait for either socket; return whether this one and whether the client's is readable."""
         if client is not None and len(client.buffer) >= READ_SIZE:
-            client = None  # it pipelines: what more it sends waits in the system's buffer
+            client = None  # a pipelining client: its next bytes wait in the system's buffer
         if not HAS_POLL:
             socks = [self.sock] if client is None else [self.sock, client.sock]
             readable = select.select(socks, [], [], seconds)[0]
@@ -1399,17 +1403,17 @@ class Connection:
                 self._poller.register(client.number, select.POLLIN)
         ready = self._poller.poll(seconds * 1000)
         if len(ready) == 1:
-            mine = ready[0][0] == self.number
-            return mine, not mine
+            is_this_socket = ready[0][0] == self.number
+            return is_this_socket, not is_this_socket
         return bool(ready), bool(ready)
 
     def raise_if_closed(self) -> None:
-        """Raise ClientLeft if this client has gone; what it sent is read ahead."""
+        """Read ahead what this client sent. Raises ClientLeft if the client has closed its connection."""
         if len(self.buffer) < READ_SIZE and self.poll(0, None)[0]:
             self.read_ahead()
 
     def read_ahead(self) -> None:
-        """Read what a client sends while it waits for its answer; raise ClientLeft when it is gone."""
+        """Read what a waiting client sends. Raises ClientLeft if the client has closed its connection."""
         try:
             raw = self.sock.recv(READ_SIZE)
         except (ssl.SSLWantReadError, BlockingIOError, InterruptedError):
@@ -1421,10 +1425,10 @@ class Connection:
         self.buffer += raw
 
     def read_head(self, until: float, client: Connection | None = None) -> bytes | None:
-        """Read up to an empty line, by a monotonic time; return the head without it, None for an early end.
+        """Read a head until the monotonic time `until`; return it without its empty line.
 
-        Raises TimeoutError, MalformedHttp, OSError before the first byte, and EOFError when the connection
-        ends or breaks within the head.
+        Return None if the connection ends before the first byte. Raises TimeoutError, MalformedHttp, OSError
+        before the first byte, and EOFError if the connection ends or breaks within the head.
         """
         head = b""
         while True:
@@ -1448,9 +1452,9 @@ class Connection:
                     return head[:end]
 
     def send(self, payload: bytes | memoryview, seconds: float) -> None:
-        """Send all, waiting at most `seconds` for each piece to be taken.
+        """Send all bytes.
 
-        Raises OSError; TimeoutError, which is one, when nothing is taken for so long.
+        Raises OSError; its subclass TimeoutError if the peer accepts no byte for `seconds`.
         """
         try:
             sent = self.sock.send(payload if len(payload) <= SEND_SIZE else memoryview(payload)[:SEND_SIZE])
@@ -1460,7 +1464,7 @@ class Connection:
             self._send_rest(memoryview(payload)[sent:], seconds)
 
     def _send_rest(self, rest: memoryview, seconds: float) -> None:
-        """Send what did not fit at once; wait for room when nothing does."""
+        """Send the bytes that did not fit at once, waiting while the peer accepts none."""
         until = time.monotonic() + seconds
         while rest:
             try:
@@ -1469,16 +1473,16 @@ class Connection:
             except NOT_NOW:
                 until = until or time.monotonic() + seconds
                 if not wait_writable(self.sock, until - time.monotonic()):
-                    raise TimeoutError("nothing was taken in time") from None
+                    raise TimeoutError("the peer accepted no data in time") from None
 
     def close(self) -> None:
-        """Close the socket; what is on its way out is still sent."""
+        """Close the socket; the system still sends its buffered bytes."""
         with contextlib.suppress(OSError):
             self.sock.close()
 
 
 def wait_writable(sock: Any, seconds: float) -> bool:
-    """Wait until a socket takes more bytes; False when `seconds` pass."""
+    """Wait until a socket accepts more bytes; return False after `seconds`."""
     seconds = max(0.0, seconds)
     if not HAS_POLL:
         return bool(select.select([], [sock], [], seconds)[1])
@@ -1488,9 +1492,9 @@ def wait_writable(sock: Any, seconds: float) -> bool:
 
 
 def linger(connection: Connection) -> None:
-    """End a connection so that the client gets the answer: what it still sends is read for a moment."""
+    """End a connection without losing the response: read the client's last bytes for up to a second."""
     try:
-        socket.socket.shutdown(connection.sock, socket.SHUT_WR)  # see hang_up
+        socket.socket.shutdown(connection.sock, socket.SHUT_WR)  # not SSLSocket's own, see shut_down
         until = time.monotonic() + 1
         while (left := until - time.monotonic()) > 0 and connection.wait(left):
             if connection.read() == b"":
@@ -1500,13 +1504,13 @@ def linger(connection: Connection) -> None:
 
 
 def shut_down(sock: Any) -> None:
-    """End a connection that another thread is reading: that thread sees the end and goes."""
+    """Shut down a connection that another thread reads; that thread sees the end and closes it."""
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would pull TLS from under the thread
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # SSLSocket's own would drop TLS under the reader
 
 
 def lan_address() -> str:
-    """Return this host's address on its LAN. Nothing is sent: to connect a UDP socket finds a route only."""
+    """Return this host's address on its LAN. Connecting a UDP socket finds the route and sends nothing."""
     for family, probe in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
             sock.connect((probe, 9))
@@ -1515,7 +1519,7 @@ def lan_address() -> str:
 
 
 def resolve_host(host: str, port: int) -> list[str]:
-    """Return the addresses of a name. Raises BadUpstream."""
+    """Return a host name's addresses. Raises BadUpstream."""
     try:
         entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:
@@ -1524,15 +1528,15 @@ def resolve_host(host: str, port: int) -> list[str]:
 
 
 def check_can_listen(host: str, port: int) -> None:
-    """Listen on an address for a moment. Raises OSError when that cannot be done."""
+    """Bind to an address for a moment. Raises OSError if that fails."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-        if os.name != "nt":  # on Windows it would let two programs share the port
+        if os.name != "nt":  # on Windows SO_REUSEADDR would let two programs share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
 
 
 class Reply:
-    """Upstream's answer: its head, and its body piece by piece."""
+    """Upstream's reply: its head, and its body piece by piece."""
 
     def __init__(self, connection: Connection, target: Target, head: ReplyHead, method: str,
                  release: Callable[[Target, Connection], None]) -> None:
@@ -1546,9 +1550,9 @@ class Reply:
         self._closed = False
 
     def read(self, seconds: float, client: Connection | None = None) -> bytes | None:
-        """Return the next piece of the body: b"" at its end, None when there is none within `seconds`.
+        """Return the next piece of the body: b"" at its end, None if no piece arrives within `seconds`.
 
-        Raises ClientLeft, and BadUpstream when the body is cut or malformed.
+        Raises ClientLeft, and BadUpstream if the body is truncated or malformed.
         """
         while not self.body.done:
             try:
@@ -1568,7 +1572,7 @@ class Reply:
         return b""
 
     def read_body(self, limit: int, seconds: float, client: Connection | None = None) -> bytes:
-        """Return the whole body, cut at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
+        """Return the body, truncated at `limit` bytes. Raises BadUpstream and UpstreamTimeout."""
         pieces, size, until = [], 0, time.monotonic() + seconds
         while size < limit:
             piece = self.read(max(0.0, until - time.monotonic()), client)
@@ -1582,7 +1586,7 @@ class Reply:
         return b"".join(pieces)[:limit]
 
     def read_all(self, limit: int, seconds: float) -> BufferedReply:
-        """Return the reply with its whole body, and give the connection back. Raises as `read_body` does."""
+        """Return the reply with its body, and release the connection. Raises what `read_body` raises."""
         with self:
             return BufferedReply(self.status, self.headers, self.read_body(limit, seconds))
 
@@ -1597,7 +1601,7 @@ class Reply:
         return sock.version() or "TLS", issuer
 
     def finish(self) -> None:
-        """Give the connection back if the body has ended, or does within AFTER_TERMINAL; else close it."""
+        """Release the connection if the body ends within AFTER_TERMINAL seconds; else close it."""
         if self._closed:
             return
         until = time.monotonic() + AFTER_TERMINAL
@@ -1615,26 +1619,26 @@ class Reply:
     def __enter__(self) -> Reply:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
-        """Leave no connection behind: one whose answer was read to its end is kept."""
-        if kind is None or (self.body.done and issubclass(kind, BridgeError)):
+    def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: Any) -> None:
+        """Release the connection if the reply's body was read to its end; else close it."""
+        if exc_type is None or (self.body.done and issubclass(exc_type, BridgeError)):
             self.finish()
         else:
             self.close()
 
     def close(self) -> None:
-        """Close the connection: upstream stops working for us."""
+        """Close the connection, so that upstream stops working on the reply."""
         if not self._closed:
             self._closed = True
             self.connection.close()
 
 
 # == 8 upstream ===============================================================
-# The only opener of connections: pool, TLS, proxy, retry on a stale one. Exceptions of socket, ssl and
-# http.client become the errors of part A here. http.client connects; reading is room http's.
+# The only room that opens connections: pool, TLS, proxy, retry after a stale connection. Exceptions of
+# socket, ssl and http.client become part A's errors here. http.client connects; room http reads.
 
 class Upstream:
-    """Opens connections to upstream, keeps and reuses them.
+    """A pool of connections to upstream, which opens, keeps and reuses them.
 
     `_lock` guards the pool. Any thread may call any method.
     """
@@ -1644,7 +1648,7 @@ class Upstream:
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._count = count
-        self._own_bridge = own_bridge  # for questions to this host's own bridge: no proxy, any certificate
+        self._own_bridge = own_bridge  # the target is this host's own bridge: no proxy, any certificate
         self._lock = threading.Lock()
         self._idle: list[tuple[float, Target, Connection]] = []  # newest last
         self._context: ssl.SSLContext | None = None
@@ -1653,10 +1657,10 @@ class Upstream:
 
     def request(self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"",
                 client: Connection | None = None, timeout: float | None = None) -> Reply:
-        """Send one request and return the reply, its body unread. `timeout` in seconds, else --idle-timeout.
+        """Send one request and return the reply, with its body unread.
 
-        A kept connection that was closed before the reply's first byte is replaced once by a new one.
-        Raises BadUpstream, UpstreamTimeout, and ClientLeft when `client` leaves meanwhile.
+        `timeout` is in seconds (None: --idle-timeout). If a kept connection closes before the reply's first
+        byte, the request is sent once more on a new one. Raises BadUpstream, UpstreamTimeout and ClientLeft.
         """
         outgoing = outgoing_request(method, url, headers, body, timeout or self._idle_timeout)
         kept = self._take(outgoing.target)
@@ -1681,7 +1685,7 @@ class Upstream:
 
     def fetch(self, method: str, url: str, headers: Mapping[str, str], body: bytes = b"",
               timeout: float = 10) -> BufferedReply:
-        """Send a request and read its whole reply within `timeout` seconds.
+        """Send a request and read its complete reply within `timeout` seconds.
 
         Raises BadUpstream and UpstreamTimeout.
         """
@@ -1689,7 +1693,7 @@ class Upstream:
         return self.request(method, url, headers, body, timeout=timeout).read_all(MAX_REPLY, timeout)
 
     def open_ahead(self, target: Target) -> None:
-        """Open a connection in the background, so that the next request finds one; one at a time."""
+        """Open one connection in the background for the next request, unless one is kept or being opened."""
         with self._lock:
             if target in self._opening or any(kept == target for _, kept, _ in self._idle):
                 return
@@ -1697,7 +1701,7 @@ class Upstream:
         threading.Thread(target=self._open_ahead, args=(target,), name="open-ahead", daemon=True).start()
 
     def close(self) -> None:
-        """Close the kept connections; later ones are not kept."""
+        """Close the kept connections, and keep none from now on."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -1705,7 +1709,7 @@ class Upstream:
             connection.close()
 
     def kept(self) -> int:
-        """Return how many unused connections are kept."""
+        """Return the number of unused connections."""
         with self._lock:
             return len(self._idle)
 
@@ -1713,7 +1717,7 @@ class Upstream:
         try:
             self._release(target, self._connect(target))
         except BridgeError as exc:
-            log.debug("no connection ahead: %s", exc.message)
+            log.debug("cannot open a connection ahead: %s", exc.message)
         finally:
             with self._lock:
                 self._opening.discard(target)
@@ -1733,7 +1737,7 @@ class Upstream:
             connection.close()
 
     def _release(self, target: Target, connection: Connection) -> None:
-        """Keep a connection for the next request; the oldest goes when there are too many."""
+        """Keep a connection for the next request; close expired ones, and the oldest beyond POOL_SIZE."""
         oldest = time.monotonic() - POOL_IDLE
         with self._lock:
             self._idle.append((time.monotonic(), target, connection))
@@ -1744,7 +1748,7 @@ class Upstream:
             old.close()
 
     def _connect(self, target: Target) -> Connection:
-        """Open a connection, through HTTPS_PROXY where the environment says so."""
+        """Open a connection, through the environment's proxy if it names one."""
         self._count("upstream_opened")
         proxy = None if self._own_bridge else find_proxy(target)
         host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
@@ -1762,11 +1766,11 @@ class Upstream:
             connection.close()
             if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
                 raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
-            raise BadUpstream(f"{host} cannot be reached: {describe_error(exc)}") from exc
+            raise BadUpstream(f"cannot connect to {host}: {describe_error(exc)}") from exc
         return Connection(connection.sock)
 
     def _tls(self) -> ssl.SSLContext:
-        """Return the verifying TLS context; SSL_CERT_FILE is honoured by OpenSSL itself."""
+        """Return the TLS context, which verifies certificates; OpenSSL itself reads SSL_CERT_FILE."""
         with self._lock:
             if self._context is None:
                 self._context = ssl.create_default_context()
@@ -1778,7 +1782,7 @@ class Upstream:
 
     def _read_reply(self, connection: Connection, outgoing: OutgoingRequest, client: Connection | None,
                     reused: bool) -> Reply | None:
-        """Read the reply's head; None when a reused connection was closed before its first byte."""
+        """Read the reply's head; return None if a reused connection closed before the first byte."""
         until, begun = time.monotonic() + outgoing.timeout, False
         try:
             while raw := connection.read_head(until, client):
@@ -1786,7 +1790,7 @@ class Upstream:
                 reply = Reply(connection, outgoing.target, parse_reply(raw), outgoing.method, self._release)
                 if reply.status >= 200 or reply.status == 101:
                     return reply
-                if time.monotonic() > until:  # 1xx replies without end
+                if time.monotonic() > until:  # endless 1xx replies
                     raise TimeoutError
             raise ConnectionResetError("closed the connection without a response")
         except (OSError, EOFError, MalformedHttp) as exc:
@@ -1800,7 +1804,7 @@ class Upstream:
 
     @staticmethod
     def _broken(connection: Connection, outgoing: OutgoingRequest, exc: Exception) -> BridgeError:
-        """Close a connection that failed before a reply; return the error for the client."""
+        """Close a connection that failed before the reply's head; return the error for the client."""
         connection.close()
         host = outgoing.target.host
         if isinstance(exc, TimeoutError):
@@ -1809,24 +1813,24 @@ class Upstream:
 
 
 # == 9 sign-in ================================================================
-# The only reader and writer of auth.json. Refresh tokens are used once and rotate, and a Codex on this host
-# may refresh too: re-read first, hold auth.lock, compare before the write, lose nothing (WIRE 2).
+# The only reader and writer of auth.json. A refresh token works once, and Codex on this host may refresh too.
+# So: reread the file first, hold auth.lock, compare before the write, never lose a new token (WIRE 2).
 
 Fetch = Callable[..., BufferedReply]  # Upstream.fetch: method, url, headers, body, timeout
 
 
 class SignIn(NamedTuple):
-    """What a sign-in is worth. Its tokens stay in this part."""
+    """The facts about a sign-in, without its tokens, which stay in this part."""
 
-    account: str  # ChatGPT's account id; "" when neither the file nor a claim names one
+    account: str  # ChatGPT's account id; "" if neither the file nor a claim names one
     plan: str
     email: str
-    expires: float  # Unix time in seconds; 0 when it cannot be read
-    renewable: bool  # there is a refresh token
+    expires: float  # Unix time in seconds; 0 if unknown
+    renewable: bool  # the sign-in has a refresh token
 
 
 class Tokens(NamedTuple):
-    """A sign-in with its secrets. Only rooms sign-in and account may have one in hand."""
+    """A sign-in with its secrets. Only the rooms sign-in and account may use it."""
 
     access_token: str
     refresh_token: str
@@ -1847,23 +1851,23 @@ class Tokens(NamedTuple):
 
 
 def timestamp() -> str:
-    """Return the time now as auth.json's last_refresh has it."""
+    """Return the current time in the format of auth.json's last_refresh."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
 
 
 def read_tokens(content: Any, path: str) -> Tokens:
-    """Check what auth.json holds.
+    """Check auth.json's content and return its tokens.
 
-    Raises NotSignedIn, which says what is wrong and what to do.
+    Raises NotSignedIn, whose message says what is wrong and what to do.
     """
     if not isinstance(content, dict):
-        raise NotSignedIn(f"{path} does not hold a JSON object; {sign_in_hint(path)}")
+        raise NotSignedIn(f"{path} is not a JSON object; {sign_in_hint(path)}")
     mode, tokens = content.get("auth_mode"), or_empty(content.get("tokens"), dict)
     if mode is not None and not (isinstance(mode, str) and mode.lower().startswith("chatgpt")):
-        raise NotSignedIn(f"{path} is signed in by {mode!r}, not by a ChatGPT plan; {sign_in_hint(path)}")
+        raise NotSignedIn(f"{path} has auth_mode {mode!r}, not a ChatGPT plan; {sign_in_hint(path)}")
     access, refresh = (visible_ascii(tokens.get(name)) for name in ("access_token", "refresh_token"))
     if not access:
-        raise NotSignedIn(f"{path} holds no ChatGPT access token; {sign_in_hint(path)}")
+        raise NotSignedIn(f"{path} has no ChatGPT access token; {sign_in_hint(path)}")
     identity = jwt_claims(tokens.get("id_token"))
     claims = or_empty(identity.get(AUTH_CLAIM), dict)
     account = visible_ascii(tokens.get("account_id")) or visible_ascii(claims.get("chatgpt_account_id"))
@@ -1875,7 +1879,7 @@ def read_tokens(content: Any, path: str) -> Tokens:
 
 
 def token_expiry(access_token: str, content: Mapping[str, Any]) -> float:
-    """Return when a token expires, in Unix seconds; 0 when neither its `exp` nor last_refresh tells."""
+    """Return a token's expiry in Unix seconds, from its `exp` or last_refresh; 0 if both are missing."""
     expires = finite_number(jwt_claims(access_token).get("exp")) or 0
     if expires > 0:
         return float(expires)
@@ -1887,29 +1891,29 @@ def token_expiry(access_token: str, content: Mapping[str, Any]) -> float:
 
 @contextlib.contextmanager
 def file_lock(path: str) -> Iterator[None]:
-    """Hold the BSD lock that Codex takes around a refresh, tried for LOCK_SECONDS.
+    """Hold the BSD lock that Codex holds during a refresh; wait for it up to LOCK_SECONDS.
 
-    Without fcntl, or in a folder that cannot be written, the work goes on without the lock: the re-read
-    before and the comparison after still protect the file.
+    Without fcntl, or in a read-only folder, go on without the lock: rereading and comparing still protect
+    the file.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if fcntl else -1
-        if handle >= 0 and os.geteuid() == 0:  # the folder's owner has a Codex that must open it, too
+        if handle >= 0 and os.geteuid() == 0:  # the Codex of the folder's owner must be able to open it
             folder = os.stat(os.path.dirname(path) or ".")
             os.fchown(handle, folder.st_uid, folder.st_gid)
     except OSError:
         handle = -1
     try:
         if handle < 0 or not _flock(handle):
-            log.debug("%s is not locked: going on without the lock", path)
+            log.debug("cannot lock %s: going on without the lock", path)
         yield
     finally:
         if handle >= 0:
-            os.close(handle)  # and with it the lock
+            os.close(handle)  # this also releases the lock
 
 
 def _flock(handle: int) -> bool:
-    """Take an exclusive lock within LOCK_SECONDS."""
+    """Take an exclusive lock within LOCK_SECONDS; tell whether that succeeded."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -1922,11 +1926,11 @@ def _flock(handle: int) -> bool:
 
 
 def write_private(path: str, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file in one step, mode 0600, its owner kept.
+    """Replace a JSON file atomically, with mode 0600 and the same owner.
 
-    Raises OSError; the old file is whole then.
+    Raises OSError; the old file is then unchanged.
     """
-    path = os.path.realpath(path)  # a link stays a link
+    path = os.path.realpath(path)  # a symbolic link stays one
     temporary = os.path.join(os.path.dirname(path), f".auth-{os.urandom(8).hex()}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -1934,7 +1938,7 @@ def write_private(path: str, content: Mapping[str, Any]) -> None:
             json.dump(content, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError, AttributeError):  # not there yet; Windows
+        with contextlib.suppress(OSError, AttributeError):  # a new file; Windows
             owner = os.stat(path)
             if os.geteuid() == 0:
                 os.chown(temporary, owner.st_uid, owner.st_gid)
@@ -1946,19 +1950,19 @@ def write_private(path: str, content: Mapping[str, Any]) -> None:
 
 
 def file_signature(path: str) -> Any:
-    """Return what changes when a file does; None when it is not there."""
+    """Return a value that changes when the file changes; None for a missing file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 class Credentials:
-    """This host's sign-in: read when the file changes, refreshed when it must be.
+    """This host's sign-in, reread when the file changes and refreshed before it expires.
 
-    `_lock` guards every field and is never held over the network. `_refreshing` is held through a refresh:
-    threads that want a new token at once wait for the one that asks for it, and then find it.
+    `_lock` guards every field; no thread holds it during network I/O. A thread holds `_refreshing` during
+    its refresh; other threads that need a new token wait for that thread, then use its token.
     """
 
     def __init__(self, path: str, issuer: str, fetch: Fetch,
@@ -1969,27 +1973,27 @@ class Credentials:
         self._on_refresh = on_refresh
         self._lock = threading.RLock()
         self._refreshing = threading.Lock()
-        self._signature: Any = UNREAD  # of the file when it was read
-        self._content: dict[str, Any] = {}  # of the file, unknown keys too
+        self._signature: Any = UNREAD  # the file's signature when it was last read
+        self._content: dict[str, Any] = {}  # the file's content, with unknown keys
         self._tokens: Tokens | None = None
-        self._problem = ""  # why the file as it was read is no sign-in
+        self._problem = ""  # why the file is not a usable sign-in
         self._torn = False  # _problem: the file is empty or truncated
         self._unreadable = False  # _problem: the file cannot be opened
-        self._reread_at = 0.0  # monotonic; when to read the file even if it looks unchanged
-        self._dead: dict[str, str] = {}  # refresh token -> why it was refused for good; one entry
-        self._retry_at = 0.0  # monotonic; a refresh that failed for now is not asked for before
-        self._ahead_at = 0.0  # monotonic; the same, of a refresh ahead of time
+        self._reread_at = 0.0  # monotonic; when to reread the file even if it looks unchanged
+        self._dead: dict[str, str] = {}  # refresh token -> why it was refused permanently; one entry
+        self._retry_at = 0.0  # monotonic; no refresh before this time, after a temporary failure
+        self._ahead_at = 0.0  # monotonic; no early refresh before this time, after one failed
 
     def current(self) -> SignIn:
-        """Return what the sign-in in the file is worth now, without any refresh. Raises NotSignedIn."""
+        """Return the facts about the file's sign-in, without a refresh. Raises NotSignedIn."""
         return self.current_tokens().sign_in
 
     def reread(self) -> None:
-        """Read the file at its next use, whatever its date says."""
+        """Reread the file at its next use, even if it looks unchanged."""
         self._signature = UNREAD
 
     def current_tokens(self) -> Tokens:
-        """Return the tokens as the file has them now, without any refresh. Raises NotSignedIn."""
+        """Return the file's current tokens, without a refresh. Raises NotSignedIn."""
         with self._lock:
             self._read()
             if self._problem or self._tokens is None:
@@ -1997,9 +2001,9 @@ class Credentials:
             return self._tokens
 
     def bearer(self) -> Tokens:
-        """Return tokens to send, refreshed first when they expire within TOKEN_MARGIN.
+        """Return tokens to send; refresh them first if they expire within TOKEN_MARGIN.
 
-        A refresh ahead of time that fails leaves the old token, which may still be good. Raises NotSignedIn.
+        If that early refresh fails, return the old token, which may still work. Raises NotSignedIn.
         """
         tokens = self.current_tokens()
         expires = tokens.sign_in.expires
@@ -2007,13 +2011,13 @@ class Credentials:
         if not expires or left > TOKEN_MARGIN or not tokens.refresh_token:
             return tokens
         if left > URGENT_SECONDS and time.monotonic() < self._ahead_at:
-            return tokens  # a sign-in server that hangs must not hold up each request
+            return tokens  # a sign-in server that hangs must not delay every request
         if not self._refreshing.acquire(blocking=left < URGENT_SECONDS):
-            return tokens  # another thread is refreshing, and this token has time left
+            return tokens  # another thread is refreshing, and this token is still valid
         try:
             return self._refresh(tokens, "proactive_expiry")
         except BridgeError as exc:
-            log.warning("refresh ahead of time failed: %s", exc.message)
+            log.warning("early token refresh failed; using the old token: %s", exc.message)
             self._ahead_at = time.monotonic() + AHEAD_PAUSE_SECONDS
             if left <= 0 and isinstance(exc, NotSignedIn):
                 raise
@@ -2022,16 +2026,16 @@ class Credentials:
             self._refreshing.release()
 
     def after_401(self, refused: Tokens) -> Tokens:
-        """Return newer tokens than those that upstream refused.
+        """Return newer tokens than `refused`, which upstream refused.
 
-        The file comes first, because another program may have refreshed; else one refresh, over all threads.
-        Raises NotSignedIn, and BadUpstream or UpstreamTimeout when the sign-in server cannot be asked.
+        Reread the file first, because another program may have refreshed; else refresh, once for all threads.
+        Raises NotSignedIn, and BadUpstream or UpstreamTimeout if the sign-in server fails.
         """
         with self._refreshing:
             return self._refresh(refused, "unauthorized_recovery")
 
     def _read(self) -> None:
-        """Read the file if it changed; one that is torn or gone is read again for TORN_SECONDS."""
+        """Read the file if it changed; retry a truncated or missing file for TORN_SECONDS."""
         signature = file_signature(self.path)
         if signature == self._signature and time.monotonic() < self._reread_at:
             return
@@ -2042,15 +2046,15 @@ class Credentials:
             signature = file_signature(self.path)
             problem = self._read_once(signature)
         self._signature, self._problem = signature, problem
-        # A file that could not be opened may become readable without any change of its signature.
+        # An unreadable file may become readable while its signature stays the same.
         self._reread_at = time.monotonic() + REFRESH_PAUSE if self._unreadable else float("inf")
 
     def _read_once(self, signature: Any) -> str:
-        """Read the file into the fields; return what is wrong with it, "" when nothing is."""
+        """Read the file into this object's fields; return the problem, "" if the file is valid."""
         self._torn = self._unreadable = False
         if signature is None:
-            return (f"not signed in: there is no {self.path}, or the system keyring holds the sign-in "
-                    "(`cli_auth_credentials_store = \"file\"` in config.toml changes that); "
+            return (f"not signed in: {self.path} does not exist, or Codex keeps the sign-in in the system "
+                    "keyring (set `cli_auth_credentials_store = \"file\"` in config.toml); "
                     + sign_in_hint(self.path))
         try:
             with open(self.path, "rb") as file:
@@ -2058,23 +2062,23 @@ class Credentials:
             tokens = read_tokens(content, self.path)
         except OSError as exc:
             self._unreadable = True
-            return f"{self.path} cannot be read: {exc.strerror}"
+            return f"cannot read {self.path}: {exc.strerror}"
         except (ValueError, RecursionError):
             self._torn = True
-            return f"{self.path} is empty or not whole JSON; {sign_in_hint(self.path)}"
+            return f"{self.path} is empty or truncated JSON; {sign_in_hint(self.path)}"
         except NotSignedIn as exc:
             return exc.message
         self._content, self._tokens = content, tokens
         return ""
 
     def _refresh(self, old: Tokens, reason: str) -> Tokens:
-        """Return newer tokens than `old`: those of another thread or program, else of one refresh.
+        """Return newer tokens than `old`: another thread's or program's, else refreshed ones.
 
-        The caller holds `_refreshing`. Codex's lock is held around re-read, refresh and write (WIRE 2).
+        The caller holds `_refreshing`. This holds Codex's lock during reread, refresh and write (WIRE 2).
         """
         tokens = self.current_tokens()
         if tokens.access_token != old.access_token:
-            return tokens  # another thread was first
+            return tokens  # another thread has refreshed
         if tokens.refresh_token in self._dead or not tokens.refresh_token:
             refused = self._dead.get(tokens.refresh_token)
             raise NotSignedIn(refused or f"the sign-in has expired; {sign_in_hint(self.path)}")
@@ -2083,11 +2087,11 @@ class Credentials:
         with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
             tokens = self.current_tokens()
             if tokens.access_token != old.access_token:
-                return tokens  # another program was first
+                return tokens  # another program has refreshed
             return self._redeem_refresh_token(tokens, reason)
 
     def _redeem_refresh_token(self, old: Tokens, reason: str) -> Tokens:
-        """Get new tokens for the refresh token, and keep them."""
+        """Exchange the refresh token for new tokens, and save those. Raises BridgeError."""
         request = {"client_id": CLIENT_ID, "grant_type": "refresh_token", "refresh_token": old.refresh_token,
                    "refresh_reason": reason}
         try:
@@ -2106,31 +2110,31 @@ class Credentials:
         raise self._refusal(old, reply)
 
     def _refusal(self, old: Tokens, reply: BufferedReply) -> BridgeError:
-        """Return what a refused refresh means: for good, or for now."""
+        """Return the error of a refused refresh: NotSignedIn if permanent, BadUpstream if temporary."""
         parsed = reply.json()
         error = parsed.get("error")
         code = error.get("code") if isinstance(error, dict) else error or parsed.get("code")
         if reply.status == 401 or (reply.status == 400 and code == "invalid_grant") or code in FINAL_REFUSALS:
-            message = f"the sign-in was refused ({code or reply.status}): {sign_in_hint(self.path)}"
+            message = f"the refresh token was refused ({code or reply.status}): {sign_in_hint(self.path)}"
             self._dead = {old.refresh_token: message}
             return NotSignedIn(message)
         self._retry_at = time.monotonic() + REFRESH_PAUSE
         return BadUpstream(f"the sign-in server answered {reply.status}")
 
     def _save(self, old: Tokens, fresh: dict[str, str]) -> Tokens:
-        """Write new tokens over those they replace, unless another program wrote meanwhile."""
+        """Save new tokens in place of `old`, unless another program wrote the file meanwhile."""
         self._read()
         if self._problem and not self._torn:
-            raise NotSignedIn(self._problem)  # signed out, or in by other means, meanwhile: that stands
+            raise NotSignedIn(self._problem)  # the person has signed out or changed the sign-in: keep that
         if not self._problem and self._tokens and self._tokens.refresh_token != old.refresh_token:
-            return self._tokens  # a newer sign-in than ours
+            return self._tokens  # another program wrote a newer sign-in
         stamp = timestamp()
         content = {**self._content, "tokens": {**self._content["tokens"], **fresh}, "last_refresh": stamp}
         tokens = read_tokens(content, self.path)
         try:
             write_private(self.path, content)
         except OSError as exc:
-            # The old refresh token is used up: the new one must not be lost, so it is kept here.
+            # The old refresh token is used up, so the new one must survive in memory.
             log.error("cannot save the refreshed token to %s (%s): it is only in memory and will be lost on "
                       "restart", self.path, exc.strerror)
         self._content, self._tokens, self._problem = content, tokens, ""
@@ -2139,18 +2143,17 @@ class Credentials:
 
 
 def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], None]) -> SignIn:
-    """Sign in by a code that a person types in any browser, and write auth.json (WIRE 2).
+    """Sign in with a code that a person types in any browser, and write auth.json (WIRE 2).
 
-    `show` is called with the text for the person. Raises BridgeError, and OSError when the file cannot be
-    written.
+    `show` gets the text for the person. Raises BridgeError, and OSError if the file cannot be written.
     """
     reply = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
     if reply.status == 404:
-        raise NotSignedIn("device sign-in is not enabled for this account or workspace: turn it on in "
-                          "ChatGPT's security settings (or ask its administrator), or use `codex login`")
+        raise NotSignedIn("device sign-in is not enabled for this account or workspace: enable it in "
+                          "ChatGPT's security settings (or ask the administrator), or use `codex login`")
     device = required_strings(reply, "device_auth_id", "user_code")
     show(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
-         f"    {device['user_code']}\n\nIt is good for 15 minutes; Ctrl-C ends the wait.")
+         f"    {device['user_code']}\n\nThe code expires in 15 minutes; Ctrl-C cancels.")
     interval = str(reply.json().get("interval"))
     seconds = POLL_SECONDS
     if re.fullmatch(r"[0-9]{1,2}", interval):
@@ -2174,16 +2177,16 @@ def post_to_issuer(fetch: Fetch, url: str, payload: Mapping[str, str], form: boo
 
 
 def required_strings(answer: BufferedReply, *names: str) -> dict[str, str]:
-    """Return the texts that an answer must have. Raises its refusal; BadUpstream when one is not there."""
+    """Return required texts of a reply. Raises its refusal, and BadUpstream if one is missing."""
     texts = {name: text for name, text in answer.json_or_raise().items()
              if name in names and isinstance(text, str) and VISIBLE_ASCII.fullmatch(text)}
     if len(texts) < len(names):
-        raise BadUpstream(f"the sign-in server's answer does not have {', '.join(names)}")
+        raise BadUpstream(f"the sign-in server's reply lacks one of {', '.join(names)}")
     return texts
 
 
 def poll_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
-    """Poll until the code is typed; a server that fails for now is asked again. Raises BridgeError."""
+    """Poll until the person has typed the code; keep polling after temporary failures. Raises BridgeError."""
     until = time.monotonic() + DEVICE_SECONDS
     while time.monotonic() < until:
         time.sleep(interval)
@@ -2193,11 +2196,11 @@ def poll_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval
             continue
         if answer.status not in (403, 404, 429) and answer.status < 500:
             return required_strings(answer, "authorization_code", "code_verifier")
-    raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new one")
+    raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new code")
 
 
 def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
-    """Write a new sign-in as Codex does, the file's other keys kept. Raises OSError, NotSignedIn."""
+    """Write a new sign-in in Codex's form; keep the file's other keys. Raises OSError, NotSignedIn."""
     claims = or_empty(jwt_claims(tokens["id_token"]).get(AUTH_CLAIM), dict)
     account = or_empty(claims.get("chatgpt_account_id"), str) or None
     folder = os.path.dirname(path) or "."
@@ -2207,13 +2210,13 @@ def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
         content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
                    "tokens": {**tokens, "account_id": account},
                    "last_refresh": timestamp()}
-        sign_in = read_tokens(content, "the sign-in server's answer").sign_in
+        sign_in = read_tokens(content, "the sign-in server's reply").sign_in
         write_private(path, content)
     return sign_in
 
 
 def read_object(path: str) -> dict[str, Any]:
-    """Return a file's JSON object; {} when there is none. Raises OSError when it cannot be read."""
+    """Return a file's JSON object; {} without a file or an object. Raises OSError if it is unreadable."""
     try:
         with open(path, "rb") as file:
             return BufferedReply(200, {}, file.read(MAX_REPLY)).json()
@@ -2227,7 +2230,7 @@ def auth_file_mode(path: str) -> int:
 
 
 def keyring_setting(auth_file: str) -> str:
-    """Return the path of the config.toml that has Codex use the system keyring; "" where none does."""
+    """Return config.toml's path if that file makes Codex use the system keyring; else ""."""
     settings = os.path.join(os.path.dirname(auth_file), "config.toml")
     pattern = r'^\s*cli_auth_credentials_store\s*=\s*"(keyring|auto)"'
     with contextlib.suppress(OSError, ValueError), open(settings, encoding="utf-8") as file:
@@ -2237,18 +2240,18 @@ def keyring_setting(auth_file: str) -> str:
 
 
 # == 10 account ===============================================================
-# Where the account's requests go.
+# The upstream of each account, and requests with the sign-in.
 
 class Routing:
-    """Where an account's requests go: asked at the upstream's origin, at the start and hourly (WIRE 2).
+    """The upstream of each account, asked for at the upstream's origin, at the start and hourly (WIRE 2).
 
-    `_lock` guards the answers. Failing to ask never stops a request: the configured upstream is used.
+    `_lock` guards the fields. If asking fails, requests go to the configured upstream.
     """
 
     def __init__(self, upstream: str, fetch: Fetch, headers: Mapping[str, str]) -> None:
         self.upstream = upstream
         self._fetch = fetch
-        self._headers = headers  # as whom the bridge asks
+        self._headers = headers  # the bridge's own identity
         self._lock = threading.Lock()
         self._routes: dict[str, tuple[float, str, str]] = {}  # account -> (asked at, upstream, override)
         self._asking: set[str] = set()
@@ -2262,7 +2265,7 @@ class Routing:
         return upstream, {"x-openai-account-routing-override": override} if override else {}
 
     def _ask_soon(self, tokens: Tokens) -> None:
-        """Ask in a thread of its own, one at a time for an account."""
+        """Ask in a background thread, one at a time for each account."""
         with self._lock:
             if tokens.sign_in.account in self._asking:
                 return
@@ -2274,7 +2277,7 @@ class Routing:
         try:
             self.ask(tokens)
         except BridgeError as exc:
-            log.debug("account routing is not known: %s", exc.message)
+            log.debug("cannot get the account routing: %s", exc.message)
             if not isinstance(exc, NotSignedIn):  # ask again in a minute
                 with self._lock:
                     self._routes[account] = (time.monotonic() + 60 - ROUTING_AGE, self.upstream, "")
@@ -2283,15 +2286,15 @@ class Routing:
                 self._asking.discard(account)
 
     def ask(self, tokens: Tokens) -> tuple[str, str]:
-        """Ask for the routing; return as `take` does."""
+        """Ask for the routing; return and raise what `take` does."""
         parts = urllib.parse.urlsplit(self.upstream)
         url = f"{parts.scheme}://{parts.netloc}{ROUTING_PATH}"
         return self.take(self._fetch("GET", url, {**self._headers, **tokens.headers()}, b"", 10), tokens)
 
     def take(self, reply: BufferedReply, tokens: Tokens) -> tuple[str, str]:
-        """Keep the routing that a reply tells; return upstream URL and override ("" for none).
+        """Store a reply's routing; return the upstream URL and the override ("" for none).
 
-        Raises the reply's refusal, and NotSignedIn when upstream does not know the account.
+        Raises the reply's refusal, and NotSignedIn if upstream does not know the account.
         """
         for account in dicts_in(reply.json_or_raise().get("accounts")):
             if account.get("id") == tokens.sign_in.account:
@@ -2301,10 +2304,10 @@ class Routing:
                 return upstream, override
         with self._lock:
             self._routes[tokens.sign_in.account] = (time.monotonic(), self.upstream, "")
-        raise NotSignedIn("upstream does not know the account of this sign-in")
+        raise NotSignedIn("upstream does not know this sign-in's account")
 
     def _checked(self, account: Mapping[str, Any]) -> tuple[str, str]:
-        """Accept an origin only if it is https at or below the configured host: the token goes there."""
+        """Return upstream URL and override. The token goes there: use only https, at or below our host."""
         configured, upstream = urllib.parse.urlsplit(self.upstream), self.upstream
         origin = account.get("workspace_backend_origin")
         try:
@@ -2315,7 +2318,7 @@ class Routing:
         if parts.scheme == "https" and is_within(host, configured.hostname or "") and is_bare_origin(parts):
             upstream = f"https://{parts.netloc}{configured.path}"
         elif origin:
-            log.warning("account routing names an origin outside %s: it is not used", configured.hostname)
+            log.warning("ignoring account routing to an origin outside %s", configured.hostname)
         override = or_empty(account.get("account_routing_override"), str)
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", override) or override == "NO_CONSTRAINT":
             override = ""
@@ -2323,30 +2326,30 @@ class Routing:
 
 
 class Account:
-    """Requests with this host's sign-in: the only place where a token meets a connection."""
+    """Requests with this host's sign-in: the only place where a token is sent to upstream."""
 
     def __init__(self, config: Config, upstream: Upstream, headers: Mapping[str, str],
                  on_refresh: Callable[[], None] = lambda: None) -> None:
         self._upstream = upstream
-        self._headers = headers  # as whom the bridge asks by itself
+        self._headers = headers  # the bridge's own identity, for its own requests
         self._credentials = Credentials(config.auth_file, config.issuer, upstream.fetch, on_refresh)
         self._routing = Routing(config.upstream, upstream.fetch, headers)
-        self.hint = sign_in_hint(config.auth_file)  # what a person does about a missing or dead sign-in
+        self.hint = sign_in_hint(config.auth_file)  # what to do about a missing or expired sign-in
 
     def sign_in(self) -> SignIn:
-        """Return what the sign-in in auth.json is worth now. Raises NotSignedIn."""
+        """Return the facts about auth.json's current sign-in. Raises NotSignedIn."""
         return self._credentials.current()
 
     def reread(self) -> None:
-        """Read auth.json at its next use, whatever its date says."""
+        """Reread auth.json at its next use, even if it looks unchanged."""
         self._credentials.reread()
 
     def open(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"",
              client: Connection | None = None, timeout: float | None = None) -> Reply:
-        """Send a request with this host's token, and once more with a newer token after a 401.
+        """Send a request with this host's token; after a 401, send it once more with a newer token.
 
-        `path` is below the upstream's, or at its origin from `/backend-api/` on. Raises what
-        `Credentials.bearer`, `Credentials.after_401` and `Upstream.request` raise.
+        `join_url` gives the URL of `path`. Raises what `Credentials.bearer`, `Credentials.after_401` and
+        `Upstream.request` raise.
         """
         tokens = self._credentials.bearer()
         for last in (False, True):
@@ -2361,12 +2364,12 @@ class Account:
         return reply
 
     def get(self, path: str, headers: Mapping[str, str] | None = None) -> BufferedReply:
-        """Send a GET of the bridge's own with this host's token, and read the whole reply."""
+        """Send the bridge's own GET with this host's token, and read the complete reply."""
         headers = {"accept": "application/json", **self._headers, **(headers or {})}
         return self.open("GET", path, headers, timeout=10).read_all(MAX_REPLY, 10)
 
     def open_ahead(self, reply: Reply) -> None:
-        """Open a connection like a reply's in the background, so that the next request finds one."""
+        """Open a connection to a reply's target in the background, for the next request."""
         self._upstream.open_ahead(reply.target)
 
     def warm_up(self) -> None:
@@ -2375,40 +2378,40 @@ class Account:
         self._upstream.open_ahead(parse_target(base)[0])
 
     def ask_routing(self) -> tuple[str, str]:
-        """Ask where this account's requests go: the upstream URL, and the override. Raises BridgeError."""
+        """Ask for this account's routing; return the upstream URL and the override. Raises BridgeError."""
         reply = self.get(ROUTING_PATH)
         return self._routing.take(reply, self._credentials.current_tokens())
 
 
 ###############################################################################
 # C  rules
-# Request to request, events to events, bytes to bytes: no I/O, no clock, no log.
-# Only codings may load native code (libzstd).
+# May enter: requests, events and bytes, as values. No I/O, no clock, no log; only codings load libzstd.
+# May not leave: a changed argument. A function here returns something new.
 ###############################################################################
 
 
 # == 11 normalize =============================================================
 # Request dict in, request dict out. No I/O, no clock, no log.
-# A rule never changes its argument; running the list twice changes nothing.
+# A rule never modifies its argument; a second run of all rules changes nothing.
 
 class Model(NamedTuple):
-    """What the catalogue says of a model, as far as the rules need it."""
+    """The facts of a catalogue entry that the rules need."""
 
     slug: str
     lite: bool = False
-    efforts: tuple[str, ...] = ()  # that it lists; empty: not known
-    tiers: tuple[str, ...] | None = None  # service tiers it lists; None: not known
+    efforts: tuple[str, ...] = ()  # reasoning efforts in the entry; empty: unknown
+    tiers: tuple[str, ...] | None = None  # service tiers in the entry; None: unknown
 
 
 class Context(NamedTuple):
-    """What the rules may know besides the request; fixed before the first rule runs."""
+    """The rules' input besides the request; fixed before the first rule runs."""
 
-    slug: str = ""  # what the request's model means
-    model: Model | None = None  # its catalogue entry; None: not known, and no rule of the catalogue fires
-    codex: bool = False  # the client is a Codex, whose own fields are right as they are
+    slug: str = ""  # the upstream model that the request's model name means
+    model: Model | None = None  # the slug's catalogue entry; None: unknown, and no catalogue rule fires
+    codex: bool = False  # the client is Codex, whose own fields are correct
     websocket: bool = False  # the request is a response.create frame
     session: str = ""  # the client's session header
-    client: str = ""  # the client's key name or address, to tell conversations apart
+    client: str = ""  # the client's key name or address, to separate conversations
     lite_header: bool = False  # the client sent the lite header
     strict: bool = False  # --continuity strict, or a repair
     force_instructions: bool = False  # a repair: "Instructions are required"
@@ -2416,33 +2419,33 @@ class Context(NamedTuple):
 
     @property
     def is_lite(self) -> bool:
-        """Tell whether the request goes up in the lite form: by the catalogue, else as the client said."""
+        """Tell whether the request is sent in the lite form: by the catalogue, else by its header."""
         if self.model is None:
             return self.lite_header
         return self.model.lite
 
 
 class Rule(NamedTuple):
-    """One rule: its name for the log, why it is there for people, and what it does."""
+    """One rule: its name for the log, its reason for people, and its function."""
 
     name: str
     why: str
     apply: Callable[[dict[str, Any], Context], dict[str, Any]]
 
 
-HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # what is safe in a header
+HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
 
 
 def check_request(request: Any) -> None:
-    """Refuse what no rule could mend: the bridge must be able to read `model` and `input`.
+    """Check that the bridge can read `model` and `input`; no rule could fix these.
 
-    Raises InvalidRequest, naming the parameter.
+    Raises InvalidRequest, which names the parameter.
     """
     if not isinstance(request, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {json_type_name(request)}")
     model = request.get("model")
     if not isinstance(model, str) or not model.strip():
-        raise InvalidRequest(f"model must be the name of a model, not {json_type_name(model)}", "model")
+        raise InvalidRequest(f"model must be a model's name, not {json_type_name(model)}", "model")
     if not HEADER_WORD.fullmatch(model):
         raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
     if not isinstance(request.get("input", []), (str, list)):
@@ -2451,9 +2454,9 @@ def check_request(request: Any) -> None:
 
 
 def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the request as the backend takes it, and the names of the rules that changed it.
+    """Return the request in the backend's form, and the names of the rules that changed it.
 
-    The very same object comes back when no rule fired: the client's own bytes can go upstream then.
+    If no rule fires, return the same object, so that the caller can forward the client's own bytes.
     """
     fired = []
     for rule in RULES:
@@ -2468,14 +2471,14 @@ def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any]
 
 
 def resolve_alias(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Replace an alias by the slug it means."""
+    """Replace an alias with its slug."""
     if context.slug and request.get("model") != context.slug:
         return {**request, "model": context.slug}
     return request
 
 
 def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Make one user message of a string."""
+    """Replace a string input with one user message."""
     text = request.get("input")
     if isinstance(text, str):
         return {**request, "input": [message_item("user", text)]}
@@ -2483,11 +2486,11 @@ def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def message_item(role: str, text: str) -> dict[str, Any]:
-    """Make a message item of one text."""
+    """Return a message item with one text."""
     return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
 
 
-DROPPED_ITEM = object()  # stands for an item that goes
+DROPPED_ITEM = object()  # marks an item to remove
 
 
 def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
@@ -2502,7 +2505,7 @@ def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) 
 
 
 def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Name the type of items that are messages by their `role` and `content` only."""
+    """Add the type `message` to items that have only `role` and `content`."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
         bare = item.get("type") is None and "role" in item and "content" in item
         if bare:
@@ -2512,7 +2515,7 @@ def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, A
 
 
 def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Give system messages the developer role, in place."""
+    """Give system messages the developer role, and keep their position."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
         if item.get("role") == "system":
             return {**item, "role": "developer"}
@@ -2521,21 +2524,21 @@ def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, 
 
 
 def store_false(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Say that nothing is to be stored: the plan's backend stores nothing."""
+    """Set `store` to false: the plan's backend stores nothing."""
     if request.get("store") is False:
         return request
     return {**request, "store": False}
 
 
 def stream_true(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Ask for a stream; a client that wants one JSON answer gets it folded."""
+    """Set `stream` to true; the bridge assembles the events for a client that wants one JSON response."""
     if request.get("stream") is True:
         return request
     return {**request, "stream": True}
 
 
 def include_reasoning(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Ask for the encrypted reasoning, which the next turn needs because nothing is stored."""
+    """Request the encrypted reasoning: the backend stores nothing, so the next turn must send it."""
     include = request.get("include")
     if include is None:
         return {**request, "include": ["reasoning.encrypted_content"]}
@@ -2545,11 +2548,11 @@ def include_reasoning(request: dict[str, Any], context: Context) -> dict[str, An
 
 
 def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop the fields that the backend refuses by name, known and learned."""
-    unwanted = UNSUPPORTED | context.dropped
+    """Drop the fields that the backend refuses by name: known ones and learned ones."""
+    refused = UNSUPPORTED | context.dropped
     if not context.websocket:
-        unwanted |= {"previous_response_id"}  # fine on a WebSocket; over HTTP answered from our own store
-    request = without(request, *unwanted)
+        refused |= {"previous_response_id"}  # over HTTP the store resolves it
+    request = without(request, *refused)
     for path in context.dropped:
         if "." in path:
             request = drop_path(request, path.split("."))
@@ -2557,16 +2560,16 @@ def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any
 
 
 def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Call `fast` by its wire name, and drop a tier that the backend or the model does not have."""
+    """Rename `fast` to its wire name, and drop a tier that the backend or the model lacks."""
     if "service_tier" not in request:
         return request
     tier = request["service_tier"]
     if tier == "fast":
         tier = "priority"
-    known = None
+    tiers = None
     if context.model:
-        known = context.model.tiers
-    if tier == "default" or (tier == "priority" and (known is None or tier in known)):
+        tiers = context.model.tiers
+    if tier == "default" or (tier == "priority" and (tiers is None or tier in tiers)):
         if tier == request["service_tier"]:
             return request
         return {**request, "service_tier": tier}
@@ -2574,23 +2577,23 @@ def fit_service_tier(request: dict[str, Any], context: Context) -> dict[str, Any
 
 
 def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Bring the reasoning effort to the nearest one that the model lists; the lower of two as near."""
+    """Replace the reasoning effort with the model's nearest one; of two equally near ones the lower."""
     reasoning = request.get("reasoning")
     if not isinstance(reasoning, dict):
         return request
     effort = reasoning.get("effort")
     if not isinstance(effort, str) or effort not in EFFORTS:
         return request
-    wanted = effort
+    nearest = effort
     if effort == "ultra":
-        wanted = "max"
-    listed = [known for known in (context.model.efforts if context.model else ()) if known in EFFORTS[:-1]]
-    if listed and wanted not in listed:
-        place = EFFORTS.index(wanted)
-        wanted = min(listed, key=lambda known: (abs(EFFORTS.index(known) - place), EFFORTS.index(known)))
-    if wanted == effort:
+        nearest = "max"
+    listed = [name for name in (context.model.efforts if context.model else ()) if name in EFFORTS[:-1]]
+    if listed and nearest not in listed:
+        rank = EFFORTS.index(nearest)
+        nearest = min(listed, key=lambda name: (abs(EFFORTS.index(name) - rank), EFFORTS.index(name)))
+    if nearest == effort:
         return request
-    return {**request, "reasoning": {**reasoning, "effort": wanted}}
+    return {**request, "reasoning": {**reasoning, "effort": nearest}}
 
 
 def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2635,7 +2638,7 @@ def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Give the conversation a cache key: the client's, else its session, else a hash of its beginning."""
+    """Set the cache key: the client's, else the session, else a hash of the conversation's beginning."""
     key = request.get("prompt_cache_key")
     if isinstance(key, str) and key:
         return request
@@ -2654,37 +2657,37 @@ def conversation_hash(request: dict[str, Any], client: str) -> str:
             first = item.get("content")
             break
     if isinstance(first, str):
-        first = [{"type": "input_text", "text": first}]  # the same text, however it is written
+        first = [{"type": "input_text", "text": first}]  # both forms of one text give one hash
     return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
 
 
 def stable_id(text: str) -> str:
-    """Return an id in the form of a UUID, as Codex's session ids are."""
+    """Return a text's hash in the form of a UUID, like Codex's session ids."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
 
 
 def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Send empty instructions for clients that send none: plain models have refused their absence.
+    """Add empty instructions if the client sends none: plain models have refused requests without them.
 
-    Codex sends none since 0.162 and is left as it is, until upstream refuses that (WIRE 4).
+    Codex sends none since 0.162; its requests stay unchanged until upstream refuses one (WIRE 4).
     """
     if request.get("instructions") is not None or (context.model and context.model.lite):
         return request
     if context.websocket and request.get("previous_response_id") is not None:
-        return request  # the chain has its instructions
+        return request  # the earlier response of the chain has them
     if context.force_instructions or not context.codex:
         return {**request, "instructions": ""}
     return request
 
 
 def is_additional_tools(item: Any) -> bool:
-    """Tell whether an item is the lite form's carrier of tools."""
+    """Tell whether an item carries tools in the lite form."""
     return isinstance(item, dict) and item.get("type") == "additional_tools"
 
 
 def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Bring the request into the form that the catalogue says its model takes."""
+    """Convert the request to its model's form, lite or plain, according to the catalogue."""
     if context.model is None or not isinstance(request.get("input", []), list):
         return request
     if context.model.lite:
@@ -2693,9 +2696,9 @@ def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Move tools and instructions into the input, as lite models want it (WIRE 4)."""
+    """Move tools and instructions into the input, as lite models require (WIRE 4)."""
     if not is_typed(request, tools=list, reasoning=dict, instructions=str):
-        return request  # mistyped: upstream's refusal says so
+        return request  # a field has a wrong type: upstream's refusal will name it
     items = lite_items(request)
     if context.websocket and "input" not in request and not items:
         return request
@@ -2710,12 +2713,12 @@ def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def is_typed(request: Mapping[str, Any], **types: type) -> bool:
-    """Tell whether each of these fields has its type, where it is there and not null or empty."""
+    """Tell whether each of these fields has its type; a missing, null or empty one counts as correct."""
     return all(isinstance(request.get(name) or kind(), kind) for name, kind in types.items())
 
 
 def lite_items(request: Mapping[str, Any]) -> list[Any]:
-    """Return the lite form's input: tools first, then instructions, then the items."""
+    """Return the lite form's input: first tools, then instructions, then the items."""
     tools, items = gather_tools(list(request.get("input", [])), request.get("tools") or [])
     if request.get("instructions"):
         items = [message_item("developer", request["instructions"]), *items]
@@ -2725,7 +2728,7 @@ def lite_items(request: Mapping[str, Any]) -> list[Any]:
 
 
 def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
-    """Put all tools into one `additional_tools` item; return it, and the items without one."""
+    """Merge all tools into one `additional_tools` item; return that item, and the other items."""
     carriers = [item for item in items if is_additional_tools(item)]
     others = [item for item in items if not is_additional_tools(item)]
     if not tools and len(carriers) < 2 and carriers == items[:len(carriers)]:
@@ -2733,21 +2736,21 @@ def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | N
     gathered: list[Any] = []
     for given in (*(carrier.get("tools") for carrier in carriers), tools):
         for tool in or_empty(given, list):
-            if not any(is_same_tool(tool, known) for known in gathered):
+            if not any(is_same_tool(tool, other) for other in gathered):
                 gathered.append(tool)
     first = next(iter(carriers), {"type": "additional_tools", "role": "developer"})
     return {**first, "tools": gathered}, others
 
 
 def is_same_tool(tool: Any, other: Any) -> bool:
-    """Tell whether two tools are one: equal, or of the same type and name."""
+    """Tell whether two tools are the same: equal, or with one type and one name."""
     if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
         return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
     return bool(tool == other)
 
 
 def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Turn a lite body back for a plain model: tools to `tools`, the lite form's context away."""
+    """Convert a lite request for a plain model: move the tools to `tools`, drop `reasoning.context`."""
     items, metadata = request.get("input", []), request.get("client_metadata")
     marked = isinstance(metadata, dict) and LITE_METADATA in metadata
     if not context.lite_header and not marked and not any(map(is_additional_tools, items)):
@@ -2762,30 +2765,31 @@ def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     return plain
 
 
-RULES = (  # in the order of a request's fields; a later rule relies on earlier ones
-    Rule("alias", "the backend knows models, not this host's names for them", resolve_alias),
-    Rule("input-to-list", "upstream wants a list", input_to_list),
-    Rule("type-messages", "upstream wants every item's type", type_bare_messages),
+RULES = (  # in this order; later rules rely on earlier ones
+    Rule("alias", "the backend does not know this host's aliases", resolve_alias),
+    Rule("input-to-list", "upstream requires a list", input_to_list),
+    Rule("type-messages", "upstream requires every item's type", type_bare_messages),
     Rule("system-to-developer", "upstream refuses the system role", system_to_developer),
     Rule("store-false", "upstream refuses to store", store_false),
     Rule("stream-true", "upstream only streams", stream_true),
-    Rule("include-reasoning", "nothing is stored, so the reasoning must travel", include_reasoning),
+    Rule("include-reasoning", "the backend stores no reasoning, so the client must send it back",
+         include_reasoning),
     Rule("drop-unsupported", "upstream refuses fields it does not know", drop_unsupported),
-    Rule("service-tier", "upstream knows priority and default, and not every model has both",
+    Rule("service-tier", "upstream accepts only priority and default, and some models lack priority",
          fit_service_tier),
-    Rule("effort", "every model has its own list of efforts", fit_effort),
-    Rule("continuity", "items that were never stored cannot be referred to", keep_continuity),
+    Rule("effort", "each model accepts its own efforts", fit_effort),
+    Rule("continuity", "the backend has stored no item that a request could refer to", keep_continuity),
     Rule("item-ids", "upstream refuses malformed ids", drop_bad_ids),
-    Rule("cache-key", "without a key a conversation is not cached", set_cache_key),
-    Rule("instructions", "plain models have refused their absence", fill_instructions),
-    Rule("form", "lite models take only the lite form, plain models only the plain one", set_form),
+    Rule("cache-key", "upstream caches a conversation only by its key", set_cache_key),
+    Rule("instructions", "plain models have refused requests without instructions", fill_instructions),
+    Rule("form", "lite models accept only the lite form, plain models only the plain form", set_form),
 )
 
 
-# -- repairs: a refusal's text -> one change of the context -> the rules once more
+# -- repairs: a refusal's text -> a changed context -> the rules run again
 
 class Repair(NamedTuple):
-    """One known refusal, and the context under which the rules mend it; the same where they cannot."""
+    """One known refusal; `apply` returns a context with which the rules fix it, or the same context."""
 
     name: str
     why: str
@@ -2801,29 +2805,29 @@ def _drop_named(context: Context, match: re.Match[str]) -> Context:
 
 
 FORM_REPAIR = "form"
-MAX_REPAIRS = 4  # of one request
+MAX_REPAIRS = 4  # for one request
 REPAIRS = (
-    Repair("drop-parameter", "the parameter that upstream names is dropped, and remembered for the model",
-           # At the message's beginning only: further on it may quote what a client said.
+    Repair("drop-parameter", "drop the parameter that upstream names, and remember it for the model",
+           # Only at the message's beginning: a later match may be a quotation of the client's text.
            re.compile(r"\A(?:\W*detail)?\W*(?:unsupported|unknown) parameter:? *['\"`\\]*"
                       r"([a-z_][\w.\[\]-]{0,80})",
                       re.IGNORECASE),
            _drop_named),
-    Repair("instructions", "empty instructions are sent",
+    Repair("instructions", "send empty instructions",
            re.compile(r"instructions are required", re.IGNORECASE),
            lambda context, match: context._replace(force_instructions=True)),
-    Repair("continuity", "every reasoning item and every item id is dropped",
+    Repair("continuity", "drop every reasoning item and every item id",
            re.compile(r"items are not persisted|item with id '[^']*' not found|without its required|"
                       r"invalid_encrypted_content|encrypted content .{0,80}could not be", re.IGNORECASE),
            lambda context, match: context._replace(strict=True)),
-    Repair(FORM_REPAIR, "the model list is fetched anew and the request brought into the form it says",
+    Repair(FORM_REPAIR, "fetch the model list again, and convert the request to the model's form",
            re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE),
-           lambda context, match: context),  # the handler asks the catalogue, see FORM_REPAIR
+           lambda context, match: context),  # Turns._repair_form asks the catalogue
 )
 
 
 def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
-    """Find the repair that a refusal's text asks for."""
+    """Return the repair for a refusal's text, and the match; None for an unknown refusal."""
     for repair in REPAIRS:
         match = repair.pattern.search(text)
         if match:
@@ -2832,18 +2836,18 @@ def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
 
 
 # == 12 chat requests =========================================================
-# Chat Completions and legacy completions requests: dict in, Responses request out; no argument is changed.
+# Chat Completions and legacy completions: request dict in, Responses request out. No argument is modified.
 
 Object = dict[str, Any]  # a JSON object
 
-# Fields that only tune the answer or serve the account: dropped in silence, as is any field unknown here.
+# Fields that only tune the answer or serve the account. They are dropped silently, like any unknown field.
 CHAT_DROPPED = (
     "best_of", "frequency_penalty", "logit_bias", "max_completion_tokens", "max_tokens", "metadata",
     "prediction", "presence_penalty", "prompt_cache_options", "prompt_cache_retention", "safety_identifier",
     "seed", "stop", "store", "temperature", "top_p", "user",
 )
 
-# Fields without which the answer would be wrong: the values that ask for nothing, and why others are refused.
+# Fields that change the answer's meaning: the values that request nothing, and why other values are refused.
 Refused = dict[str, tuple[tuple[Any, ...], str]]
 CHAT_REFUSED: Refused = {
     "n": ((None, 1), "the backend gives one answer to a request"),
@@ -2860,16 +2864,16 @@ COMPLETION_REFUSED: Refused = {
     "logprobs": ((None,), "the backend reports no log probabilities"),
     "suffix": ((None, ""), "the backend does not fill the gap between two texts"),
 }
-TEXT_PARTS = ("text", "input_text", "output_text")  # clients that speak both APIs mix the names
-THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other providers' reasoning, echoed
+TEXT_PARTS = ("text", "input_text", "output_text")  # clients of both APIs mix the names
+THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")  # other providers' reasoning, sent back
 
 
-def _mistyped(param: str, wanted: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"{param} must be {wanted}, got {json_type_name(value)}", param)
+def _mistyped(param: str, expected: str, value: Any) -> InvalidRequest:
+    return InvalidRequest(f"{param} must be {expected}, not {json_type_name(value)}", param)
 
 
 class _Node:
-    """A JSON object of a request, and its path there: reading a field checks its type, an error names it."""
+    """A JSON object in a request, with its path. Reading a field checks its type; errors name its path."""
 
     def __init__(self, fields: Object, path: str = "") -> None:
         self.fields = fields
@@ -2896,7 +2900,7 @@ class _Node:
         return value
 
     def given(self, kind: type, *keys: str) -> Object:
-        """Return those of the fields that are neither missing nor null."""
+        """Return the fields that are neither missing nor null."""
         return {key: self.get(key, kind) for key in keys if self.fields.get(key) is not None}
 
     def node(self, key: str) -> _Node:
@@ -2920,7 +2924,7 @@ def _refuse(body: Object, refused: Refused) -> None:
 
 
 def _content(message: _Node) -> list[_Node]:
-    """Return the parts of a message; a string is one part of text."""
+    """Return a message's parts; a string is one text part."""
     content = message.fields.get("content")
     if isinstance(content, str):
         return [_Node({"type": "text", "text": content}, message.at("content"))]
@@ -2930,15 +2934,15 @@ def _content(message: _Node) -> list[_Node]:
 
 
 def _input_part(part: _Node) -> Object:
-    kind = part.need("type", str)
-    if kind in TEXT_PARTS:
+    part_type = part.need("type", str)
+    if part_type in TEXT_PARTS:
         return {"type": "input_text", "text": part.need("text", str)}
-    if kind == "image_url" and isinstance(part.fields.get("image_url"), str):  # against the letter, but seen
+    if part_type == "image_url" and isinstance(part.fields.get("image_url"), str):  # not in the API, but seen
         return {"type": "input_image", "image_url": part.fields["image_url"]}
-    if kind == "image_url":
+    if part_type == "image_url":
         image = part.node("image_url")
         return {"type": "input_image", "image_url": image.need("url", str), **image.given(str, "detail")}
-    if kind == "file":
+    if part_type == "file":
         fields = part.node("file").given(str, "file_data", "file_id", "filename")
         if "file_data" not in fields and "file_id" not in fields:
             raise InvalidRequest(f"{part.at('file')} must have file_data or file_id", part.at("file"))
@@ -2947,27 +2951,27 @@ def _input_part(part: _Node) -> Object:
 
 
 def _output_part(part: _Node) -> Object:
-    kind = part.need("type", str)
-    if kind in TEXT_PARTS:
+    part_type = part.need("type", str)
+    if part_type in TEXT_PARTS:
         return {"type": "output_text", "text": part.need("text", str)}
-    if kind == "refusal":
-        return {"type": kind, "refusal": part.need("refusal", str)}
-    if kind in THOUGHT_PARTS:
+    if part_type == "refusal":
+        return {"type": part_type, "refusal": part.need("refusal", str)}
+    if part_type in THOUGHT_PARTS:
         return {}
     raise part.unsupported("type")
 
 
 class _History:
-    """Translate messages to items, in place and in order.
+    """A translator of messages to items, in the same order.
 
-    Remembers the calls made so far: a custom tool's output is an item type of its own, and a `function`
-    message (the old style) names its function but not the call.
+    It remembers the earlier calls: a custom tool's output has its own item type, and a `function` message
+    (the old style) names its function but not the call.
     """
 
     def __init__(self) -> None:
         self.items: list[Object] = []
         self._custom_ids: set[str] = set()
-        self._function_ids: dict[str, str] = {}  # function's name → the id made up for its last call
+        self._function_ids: dict[str, str] = {}  # function's name → the generated id of its last call
 
     def add(self, message: _Node) -> None:
         role = message.need("role", str)
@@ -3010,9 +3014,9 @@ class _History:
             self._call("function_call", call_id, function, "arguments")
             self._function_ids[function.fields["name"]] = call_id
 
-    def _call(self, kind: str, call_id: str, call: _Node, field: str) -> None:
+    def _call(self, item_type: str, call_id: str, call: _Node, field: str) -> None:
         texts = {key: call.need(key, str) for key in ("name", field)}
-        self.items.append({"type": kind, "call_id": call_id, **texts})
+        self.items.append({"type": item_type, "call_id": call_id, **texts})
 
     def _output(self, message: _Node, call_id: str) -> None:
         item_type = "function_call_output"
@@ -3039,7 +3043,7 @@ def _function_tool(function: _Node) -> Object:
         "name": function.need("name", str),
         **function.given(str, "description"),
         "parameters": function.get("parameters", dict) or {"type": "object", "properties": {}},
-        "strict": bool(function.get("strict", bool)),  # missing: false in this API, true in the other
+        "strict": bool(function.get("strict", bool)),  # the default is false here, true in the Responses API
     }
 
 
@@ -3055,10 +3059,10 @@ def _custom_tool(custom: _Node) -> Object:
 
 
 def _tool(tool: _Node) -> Object:
-    kind = tool.need("type", str)
-    if kind == "function":
+    tool_type = tool.need("type", str)
+    if tool_type == "function":
         return _function_tool(tool.node("function"))
-    if kind == "custom":
+    if tool_type == "custom":
         return _custom_tool(tool.node("custom"))
     return tool.fields  # the backend's own tools are the same in both APIs
 
@@ -3073,9 +3077,9 @@ def _web_search_tool(options: _Node) -> Object:
 
 
 def _named_tool(choice: _Node) -> Object:
-    kind = choice.need("type", str)
-    if kind in ("function", "custom"):
-        return {"type": kind, "name": choice.node(kind).need("name", str)}
+    tool_type = choice.need("type", str)
+    if tool_type in ("function", "custom"):
+        return {"type": tool_type, "name": choice.node(tool_type).need("name", str)}
     return choice.fields
 
 
@@ -3108,48 +3112,49 @@ def _tool_fields(body: _Node) -> Object:
         tools.append(_web_search_tool(body.node("web_search_options")))
     fields: Object = {"tools": tools + functions, "tool_choice": _tool_choice(body)}
     if functions:
-        fields["parallel_tool_calls"] = False  # an answer of the old style has room for one call
+        fields["parallel_tool_calls"] = False  # an old-style answer can have only one call
     return {field: value for field, value in fields.items() if value not in (None, [])}
 
 
 def _reasoning(body: _Node) -> Object:
-    """Gather the reasoning fields; `summary` is `auto` where the client does not mention it, null is none."""
-    if isinstance(body.fields.get("reasoning_effort"), dict):  # LiteLLM's way to name a summary
-        said, effort = body.node("reasoning_effort"), {}
+    """Return the reasoning fields. A missing `summary` becomes `auto`; a null one stays off."""
+    if isinstance(body.fields.get("reasoning_effort"), dict):  # LiteLLM's form of a summary
+        node, effort = body.node("reasoning_effort"), {}
     else:
-        said, effort = body.node_or_empty("reasoning"), body.given(str, "reasoning_effort")
-    reasoning = said.given(str, "effort", "summary", "context")
+        node, effort = body.node_or_empty("reasoning"), body.given(str, "reasoning_effort")
+    reasoning = node.given(str, "effort", "summary", "context")
     if effort:
         reasoning["effort"] = effort["reasoning_effort"]
-    if "summary" in said.fields:
+    if "summary" in node.fields:
         return reasoning
     return {**reasoning, "summary": "auto"}
 
 
 def _text_format(chosen: _Node) -> Object:
-    kind = chosen.need("type", str)
-    if kind in ("text", "json_object"):
-        return {"type": kind}
-    if kind != "json_schema":
+    format_type = chosen.need("type", str)
+    if format_type in ("text", "json_object"):
+        return {"type": format_type}
+    if format_type != "json_schema":
         raise chosen.unsupported("type")
     schema = chosen.node("json_schema")
     required = {"name": schema.need("name", str), "schema": schema.need("schema", dict)}
-    return {"type": kind, **required, **schema.given(str, "description"), **schema.given(bool, "strict")}
+    optional = {**schema.given(str, "description"), **schema.given(bool, "strict")}
+    return {"type": format_type, **required, **optional}
 
 
 def wants_usage(body: Object) -> bool:
-    """Tell whether a stream is to end with a usage chunk."""
+    """Tell whether the client wants a usage chunk at the stream's end."""
     return bool(_Node(body).node_or_empty("stream_options").get("include_usage", bool))
 
 
 def chat_request(body: Object) -> Object:
     """Translate a Chat Completions request to a Responses request, in the plain form.
 
-    Raises InvalidRequest, with the field's path as `param`, for a mistyped field, and for one that asks for
-    what the backend cannot do and without which the answer would be wrong.
+    Raises InvalidRequest, with the field's path as `param`, for a field of a wrong type, and for a field in
+    CHAT_REFUSED with a value that the backend cannot serve.
     """
     _refuse(body, CHAT_REFUSED)
-    wants_usage(body)  # for the stream to obey; mistyped, it is refused here
+    wants_usage(body)  # checks the field's type; ChatStream uses the value
     node = _Node(body)
     text = node.given(str, "verbosity")
     if node.get("response_format", dict) is not None:
@@ -3167,21 +3172,21 @@ def chat_request(body: Object) -> Object:
 
 
 def completion_request(body: Object) -> Object:
-    """Translate a legacy completions request to a Responses request: the prompt is one user message."""
+    """Translate a legacy completions request to a Responses request; the prompt becomes a user message."""
     _refuse(body, COMPLETION_REFUSED)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0]
     if not isinstance(prompt, str):
-        raise InvalidRequest("prompt must be one string, not several and not token ids", "prompt")
+        raise InvalidRequest("prompt must be one string, not a list of strings or token ids", "prompt")
     return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
 
 
 # == 13 chat answers ==========================================================
-# Responses events in, Chat Completions chunks out. Ids and times are arguments. One fold turns events into
-# deltas: a stream wraps them in chunks, an answer in one piece merges them, so the two cannot drift apart.
+# Responses events in, Chat Completions chunks out. Ids and times are arguments. ChatDeltas turns events into
+# deltas. A stream wraps deltas in chunks and a JSON response merges them, so both always agree.
 
-# Event type, less `.delta` or `.done` → the type of the part or item whose text it brings.
+# Event type without `.delta` or `.done` → type of the part or item whose text the event carries.
 TEXT_EVENTS = {
     "response.output_text": "output_text",
     "response.refusal": "refusal",
@@ -3191,7 +3196,7 @@ TEXT_EVENTS = {
     "response.custom_tool_call_input": "custom_tool_call",
 }
 PART_EVENTS = ("response.content_part.done", "response.reasoning_summary_part.done")
-# Type of part → its field in a delta, its own field with the text; type of call → the same, in a call.
+# Type of part → the delta's field, the part's text field; type of call → the call's form, its text field.
 PARTS = {
     "output_text": ("content", "text"),
     "refusal": ("refusal", "refusal"),
@@ -3203,7 +3208,7 @@ INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_
 
 
 def chat_usage(usage: Object | None) -> Object | None:
-    """Translate a response's token counts; None where there are none."""
+    """Translate a response's token counts; return None without any."""
     if not isinstance(usage, dict) or not usage:
         return None
     prompt, answer = or_empty(usage.get("input_tokens"), int), or_empty(usage.get("output_tokens"), int)
@@ -3219,10 +3224,10 @@ def chat_usage(usage: Object | None) -> Object | None:
 
 
 class ChatDeltas:
-    """Turn Responses events into chat deltas, each piece of text exactly once.
+    """A converter of Responses events to chat deltas, with each piece of text exactly once.
 
-    `_sent` counts, for each text (its type, item and part), the characters that went out, so that an event
-    which repeats the text in full (`*.done`, the item, the terminal event) adds only what is missing.
+    `_sent` counts the characters sent of each text (by type, item and part). Some events repeat the complete
+    text (`*.done`, the item, the terminal event); these add only the characters that are still missing.
     """
 
     def __init__(self, legacy_functions: bool = False) -> None:
@@ -3233,43 +3238,43 @@ class ChatDeltas:
         self._legacy_functions = legacy_functions
         self._sent: dict[tuple[str, int | str, int], int] = {}
         self._calls: dict[int | str, int] = {}  # item → index of its call
-        self._last: dict[str, Any] = {}  # delta field → the item or part that its last piece was of
+        self._last: dict[str, Any] = {}  # delta field → item or part of the field's last piece
         self._content_length = 0
-        self._starts: dict[tuple[int | str, int], int] = {}  # item and part → its offset in the content
+        self._starts: dict[tuple[int | str, int], int] = {}  # item and part → offset in the content
         self._annotations: dict[tuple[int | str, int, int], Object] = {}
 
     def _deltas(self, event: Object) -> Iterator[Object]:
-        kind, item = or_empty(event.get("type"), str), or_empty(event.get("item"), dict)
-        stem, _, verb = kind.rpartition(".")
+        type_name, item = or_empty(event.get("type"), str), or_empty(event.get("item"), dict)
+        stem, _, verb = type_name.rpartition(".")
         key = _item_key(event, item)
         index = or_empty(event.get("summary_index", event.get("content_index")), int)
         if stem in TEXT_EVENTS and verb == "delta":
             yield from self._text_delta(TEXT_EVENTS[stem], key, index, or_empty(event.get("delta"), str))
         elif stem in TEXT_EVENTS and verb == "done":
             yield from self._missing_text({**event, "type": TEXT_EVENTS[stem]}, key, index)
-        elif kind in PART_EVENTS:
+        elif type_name in PART_EVENTS:
             yield from self._missing_text(event.get("part"), key, index)
-        elif kind == "response.output_text.annotation.added":
+        elif type_name == "response.output_text.annotation.added":
             number = or_empty(event.get("annotation_index"), int)
             self._annotate(event.get("annotation"), (key, index, number))
-        elif kind == "response.output_item.added":
+        elif type_name == "response.output_item.added":
             yield from self._open_call(item, key)
-        elif kind == "response.output_item.done":
+        elif type_name == "response.output_item.done":
             yield from self._item_rest(item, key)
         else:
-            yield from self._end(kind, event)
+            yield from self._end(type_name, event)
 
-    def _text_delta(self, kind: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
-        if not piece or (kind in CALLS and key not in self._calls):
-            return  # a call without its head waits for the whole item
-        slot = (kind, key, index)
+    def _text_delta(self, part_type: str, key: int | str, index: int, piece: str) -> Iterator[Object]:
+        if not piece or (part_type in CALLS and key not in self._calls):
+            return  # a call without its head waits for the complete item
+        slot = (part_type, key, index)
         self._sent[slot] = self._sent.get(slot, 0) + len(piece)
-        if kind in CALLS:
-            form, field = CALLS[kind]
+        if part_type in CALLS:
+            form, field = CALLS[part_type]
             yield from self._call_delta(key, {}, form, {field: piece})
             return
-        field = PARTS[kind][0]
-        # A blank line between two parts of the reasoning, or two messages; a message's parts are one text.
+        field = PARTS[part_type][0]
+        # A blank line separates two parts of the reasoning, or two messages. A message's parts are one text.
         place: Any = slot if field == "reasoning_content" else key
         lead = "\n\n" if self._last.get(field, place) != place else ""
         self._last[field] = place
@@ -3279,13 +3284,14 @@ class ChatDeltas:
         yield {field: lead + piece}
 
     def _missing_text(self, part: Any, key: int | str, index: int) -> Iterator[Object]:
-        """Yield what is still missing of a whole text; take the citations in it."""
+        """Yield the unsent rest of a complete text, and keep the text's citations."""
         part = or_empty(part, dict)
-        kind = or_empty(part.get("type"), str)
-        _, field = PARTS.get(kind) or CALLS.get(kind) or ("", "")
+        part_type = or_empty(part.get("type"), str)
+        _, field = PARTS.get(part_type) or CALLS.get(part_type) or ("", "")
         text = or_empty(part.get(field), str)
         if text:
-            yield from self._text_delta(kind, key, index, text[self._sent.get((kind, key, index), 0) :])
+            sent = self._sent.get((part_type, key, index), 0)
+            yield from self._text_delta(part_type, key, index, text[sent:])
         for number, annotation in enumerate(or_empty(part.get("annotations"), list)):
             self._annotate(annotation, (key, index, number))
 
@@ -3314,36 +3320,36 @@ class ChatDeltas:
             yield {"function_call": texts}
 
     def _annotate(self, annotation: Any, place: tuple[int | str, int, int]) -> None:
-        """Keep a citation for the end: the OpenAI SDK cannot add a second list of them to the first."""
+        """Keep a citation for the end, because the OpenAI SDK cannot merge two lists of citations."""
         annotation = or_empty(annotation, dict)
         if annotation.get("type") != "url_citation":
-            return  # the chat form has no other
+            return  # Chat Completions has no other annotations
         numbers = ("start_index", "end_index")
         start = self._starts.get(place[:2], 0)
         citation: Object = {field: start + or_empty(annotation.get(field), int) for field in numbers}
         citation.update({field: or_empty(annotation.get(field), str) for field in ("title", "url")})
         self._annotations[place] = {"type": "url_citation", "url_citation": citation}
 
-    def _end(self, kind: str, event: Object) -> Iterator[Object]:
-        """Take a terminal event, or `error`; other events have no place in a chat."""
-        if kind in ("response.failed", "error"):
+    def _end(self, type_name: str, event: Object) -> Iterator[Object]:
+        """Handle a terminal event or `error`; ignore any other event."""
+        if type_name in ("response.failed", "error"):
             self.done = self.failed = True
-        if kind not in ("response.completed", "response.incomplete"):
+        if type_name not in ("response.completed", "response.incomplete"):
             return
         response = or_empty(event.get("response"), dict)
-        if not self._sent and not self._calls:  # the terminal event is all there is
+        if not self._sent and not self._calls:  # only the terminal event has the answer
             for index, item in enumerate(or_empty(response.get("output"), list)):
                 yield from self._item_rest(or_empty(item, dict), index)
         if self._annotations:
             yield {"annotations": list(self._annotations.values())}
         if not self._calls and not {"output_text", "refusal"} & {slot[0] for slot in self._sent}:
-            yield {"content": ""}  # null would mean that there are calls
+            yield {"content": ""}  # null would mean that the answer has calls
         self.done, self.usage = True, chat_usage(response.get("usage"))
-        self._finish_reason = self._reason_to_finish(kind, response)
+        self._finish_reason = self._reason_to_finish(type_name, response)
 
-    def _reason_to_finish(self, kind: str, response: Object) -> str:
+    def _reason_to_finish(self, type_name: str, response: Object) -> str:
         """Return the chat's finish_reason."""
-        if kind == "response.incomplete":
+        if type_name == "response.incomplete":
             reason = or_empty(response.get("incomplete_details"), dict).get("reason")
             return INCOMPLETE_REASONS.get(or_empty(reason, str), "length")
         if not self._calls:
@@ -3352,7 +3358,7 @@ class ChatDeltas:
 
 
 def _item_key(event: Object, item: Object) -> int | str:
-    """Return what tells an event's item from others: the index first, since ids may differ between events."""
+    """Return a key for an event's item: preferably the index, because ids may differ between events."""
     for name in (event.get("output_index"), event.get("item_id"), item.get("id"), item.get("call_id")):
         if isinstance(name, (int, str)):
             return name
@@ -3360,10 +3366,10 @@ def _item_key(event: Object, item: Object) -> int | str:
 
 
 class ChatStream(ChatDeltas):
-    """Turn Responses events into Chat Completions chunks.
+    """A converter of Responses events to Chat Completions chunks.
 
-    `done` is set by the terminal event or an `error`; `failed`, where that tells of a failure. No chunk comes
-    before the first delta, so a failure until then can be an HTTP error.
+    The terminal event or an `error` sets `done`; a failure also sets `failed`. The first chunk comes with the
+    first delta, so an earlier failure can still be an HTTP error.
     """
 
     kind = "chat.completion.chunk"
@@ -3378,7 +3384,7 @@ class ChatStream(ChatDeltas):
         self._started = False
 
     def feed(self, event: Object) -> list[Object]:
-        """Return the chunks that an event makes, in order; none after the terminal event."""
+        """Return an event's chunks, in order; none after the terminal event."""
         if self.done:
             return []
         choices = [choice for delta in self._deltas(event) for choice in self._choices(delta)]
@@ -3392,9 +3398,9 @@ class ChatStream(ChatDeltas):
             chunks.append({**self._head, "choices": [], "usage": self.usage})
         return chunks
 
-    def whole(self, kind: str, choice: Object) -> Object:
-        """Return an answer in one piece, with the head and the usage of this stream."""
-        return {**self._head, "object": kind, "choices": [choice], "usage": self.usage}
+    def whole(self, object_name: str, choice: Object) -> Object:
+        """Return a complete response, with this stream's head and usage."""
+        return {**self._head, "object": object_name, "choices": [choice], "usage": self.usage}
 
     def _choices(self, delta: Object) -> Iterator[Object]:
         if not self._started:
@@ -3407,7 +3413,7 @@ class ChatStream(ChatDeltas):
 
 
 class CompletionStream(ChatStream):
-    """Turn Responses events into legacy completion chunks: text only, a refusal being text as well."""
+    """A converter of Responses events to legacy completion chunks: text only; a refusal counts as text."""
 
     kind = "text_completion"
 
@@ -3421,34 +3427,34 @@ class CompletionStream(ChatStream):
 
 
 def _merge(message: Object, delta: Object) -> None:
-    """Add one of this section's own deltas to a message: texts grow, calls meet by their index."""
+    """Merge a ChatDeltas delta into a message: append texts, match calls by their index."""
     for name, value in delta.items():
-        held = message.get(name)
-        if held is None:
+        current = message.get(name)
+        if current is None:
             message[name] = value
         elif isinstance(value, str):
-            message[name] = held + value
+            message[name] = current + value
         elif isinstance(value, dict):
-            _merge(held, value)
+            _merge(current, value)
         elif isinstance(value, list):
             for entry in value:
-                if entry["index"] < len(held):
-                    _merge(held[entry["index"]], entry)
+                if entry["index"] < len(current):
+                    _merge(current[entry["index"]], entry)
                 else:
-                    held.append(entry)
+                    current.append(entry)
 
 
 def _all_choices(stream: ChatStream, response: Object) -> list[Object]:
-    kind = "response.completed"
+    type_name = "response.completed"
     if response.get("status") == "incomplete":
-        kind = "response.incomplete"
-    return [chunk["choices"][0] for chunk in stream.feed({"type": kind, "response": response})]
+        type_name = "response.incomplete"
+    return [chunk["choices"][0] for chunk in stream.feed({"type": type_name, "response": response})]
 
 
 def chat_completion(
     response: Object, completion_id: str, created: int, model: str, legacy_functions: bool = False
 ) -> Object:
-    """Translate a whole response, one that did not fail, to one chat completion."""
+    """Translate a complete response that did not fail to one chat completion."""
     stream = ChatStream(completion_id, created, model, legacy_functions=legacy_functions)
     *choices, last = _all_choices(stream, response)
     message: Object = {"role": None, "content": None, "refusal": None}
@@ -3461,14 +3467,14 @@ def chat_completion(
 
 
 def text_completion(response: Object, completion_id: str, created: int, model: str) -> Object:
-    """Translate a whole response, one that did not fail, to one legacy completion."""
+    """Translate a complete response that did not fail to one legacy completion."""
     stream = CompletionStream(completion_id, created, model)
     choices = _all_choices(stream, response)
     return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
 
 
 # == 14 codings ===============================================================
-# Content codings of bodies: gzip, deflate, and zstd by Python's own module or libzstd.
+# Content codings of bodies: gzip, deflate, and zstd (by Python's own module or libzstd).
 
 ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
 ZSTD_LEVEL = 3  # zstd's own default, and Codex's
@@ -3476,8 +3482,8 @@ ZSTD_LEVEL = 3  # zstd's own default, and Codex's
 
 @functools.lru_cache(maxsize=1)
 def libzstd() -> Any:
-    """Load the system's libzstd, for Pythons before 3.14; None where there is none."""
-    import ctypes  # late, as below: it costs 5 ms, and the start is to be quick
+    """Load the system's libzstd, for Python before 3.14; return None if it is not installed."""
+    import ctypes  # late, as below: the import costs 5 ms at the start
 
     for name in ZSTD_NAMES:
         with contextlib.suppress(OSError):
@@ -3490,7 +3496,7 @@ def libzstd() -> Any:
 
 
 def zstd_module() -> Any:
-    """Return Python 3.14's own zstd; None before."""
+    """Return the zstd module of Python 3.14; None in older versions."""
     if sys.version_info < (3, 14):
         return None
     with contextlib.suppress(ImportError):
@@ -3500,7 +3506,7 @@ def zstd_module() -> Any:
 
 
 def zstd_compress(body: bytes) -> bytes | None:
-    """Compress, where zstd is at hand."""
+    """Compress a body with zstd; return None if zstd is not available."""
     if zstd_module():
         return zstd_module().compress(body, ZSTD_LEVEL)  # type: ignore[no-any-return]
     library = libzstd()
@@ -3512,7 +3518,7 @@ def zstd_compress(body: bytes) -> bytes | None:
     target = ctypes.create_string_buffer(bound)
     size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
     if size <= bound:
-        return target.raw[:size]  # an error is a size near 2^64
+        return target.raw[:size]  # libzstd reports an error as a size near 2^64
     return None
 
 
@@ -3521,24 +3527,24 @@ def zstd_decompress(body: bytes, limit: int) -> bytes:
     if zstd_module():
         reader = zstd_module().ZstdDecompressor()
         try:
-            whole = reader.decompress(body, limit + 1)
+            content = reader.decompress(body, limit + 1)
         except zstd_module().ZstdError as exc:
             raise InvalidRequest("the body is not zstd") from exc
         complete = reader.eof and not reader.unused_data
     else:
-        whole, complete = _libzstd_decompress(body, limit)
-    if len(whole) > limit:
-        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
+        content, complete = _libzstd_decompress(body, limit)
+    if len(content) > limit:
+        raise BodyTooLarge(f"the decompressed body is above the limit of {limit} bytes")
     if not complete:
-        raise InvalidRequest("the body is not one whole zstd frame")
-    return bytes(whole)
+        raise InvalidRequest("the body is not one complete zstd frame")
+    return bytes(content)
 
 
 def _libzstd_decompress(body: bytes, limit: int) -> tuple[bytes, bool]:
-    """Decompress with libzstd, a piece at a time; tell whether the frame ended with the body."""
+    """Decompress with libzstd, piece by piece; also tell whether the frame ended with the body."""
     library = libzstd()
     if library is None:
-        raise UnsupportedEncoding("zstd is not at hand on the bridge's host: install libzstd there, or set "
+        raise UnsupportedEncoding("libzstd is not installed on the bridge's host: install it there, or set "
                                   "`enable_request_compression = false` in [features] of Codex's config.toml")
     import ctypes
 
@@ -3553,7 +3559,7 @@ def _libzstd_decompress(body: bytes, limit: int) -> tuple[bytes, bool]:
             written = buffer(ctypes.addressof(target), len(target), 0)
             before = read[2]
             left = library.ZSTD_decompressStream(stream, ctypes.byref(written), ctypes.byref(read))
-            if left > 1 << 63:  # an error is a size near 2^64
+            if left > 1 << 63:  # libzstd reports an error as a size near 2^64
                 raise InvalidRequest("the body is not zstd")
             pieces.append(target.raw[:written[2]])
             size += written[2]
@@ -3565,7 +3571,7 @@ def _libzstd_decompress(body: bytes, limit: int) -> tuple[bytes, bool]:
 
 
 def decompress(body: bytes, coding: str, limit: int) -> bytes:
-    """Undo a content coding, within `limit` bytes.
+    """Decode a content coding, within `limit` bytes.
 
     Raises UnsupportedEncoding, BodyTooLarge, InvalidRequest.
     """
@@ -3575,17 +3581,17 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
     if coding == "zstd":
         return zstd_decompress(body, limit)
     if coding not in ("gzip", "x-gzip", "deflate"):
-        raise UnsupportedEncoding(f"the content coding {coding!r} is not taken; gzip, deflate and zstd are")
+        raise UnsupportedEncoding(f"unsupported Content-Encoding {coding!r} (use gzip, deflate or zstd)")
     reader = zlib.decompressobj(47 if coding != "deflate" or body[:1] == b"\x78" else -15)
     try:
-        whole = reader.decompress(body, limit + 1)
+        content = reader.decompress(body, limit + 1)
     except zlib.error as exc:
         raise InvalidRequest(f"the body is not {coding}: {exc}") from exc
-    if len(whole) > limit:
-        raise BodyTooLarge(f"the body is above the limit of {limit} bytes when decompressed")
+    if len(content) > limit:
+        raise BodyTooLarge(f"the decompressed body is above the limit of {limit} bytes")
     if not reader.eof or reader.unused_data:
-        raise InvalidRequest(f"the body is not one whole {coding} stream")
-    return whole
+        raise InvalidRequest(f"the body is not one complete {coding} stream")
+    return content
 
 
 # == 15 fields ================================================================
@@ -4310,8 +4316,8 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 
 ###############################################################################
 # D  the bridge
-# One request from accept to its log line.
-# It reaches the network through part B only; a record is written here and never read.
+# May enter: a client's connection. One request goes from accept to its log line.
+# May not leave: a header value or a body into the log. Upstream is reached through part B only.
 ###############################################################################
 
 
@@ -7099,8 +7105,8 @@ class Server(http.server.ThreadingHTTPServer):
 
 ###############################################################################
 # E  commands
-# What a person types. Only here is anything printed.
-# No token comes this far: what a command needs of one is a result of part B.
+# May enter: what a person types. Only this part prints.
+# May not leave: anything secret but a new key. What a command needs of the sign-in is a result of part B.
 ###############################################################################
 
 

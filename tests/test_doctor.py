@@ -113,9 +113,9 @@ def by_api_key(backend: wire.Backend, auth_file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "text", "todo"),
     [
-        (without_file, "there is no", "codex login"),
+        (without_file, "does not exist", "codex login"),
         (in_the_keyring, "system keyring", 'cli_auth_credentials_store = "file"'),
-        (torn, "not whole JSON", "codex login"),
+        (torn, "truncated JSON", "codex login"),
         (by_api_key, "'apikey'", "codex login"),
     ],
 )
@@ -162,7 +162,7 @@ def test_doctor_on_a_certificate_that_is_not_trusted(
     monkeypatch.delenv("SSL_CERT_FILE")
     status, rows = doctor()
     assert (status, states(rows, "failed")) == (1, {"TLS"})
-    assert "not trusted" in rows["TLS"]["text"]
+    assert "untrusted certificate" in rows["TLS"]["text"]
     assert "SSL_CERT_FILE" in rows["TLS"]["todo"]
     assert states(rows, "skipped") == {"Cloudflare", "account", "models", "usage"}
 
@@ -177,7 +177,7 @@ def test_doctor_on_cloudflares_page(backend: wire.Backend, doctor: Doctor) -> No
 def test_doctor_on_a_host_that_is_not_there(backend: wire.Backend, doctor: Doctor) -> None:
     status, rows = doctor("--upstream", f"https://127.0.0.1:{free_port()}/backend-api/codex")
     assert (status, states(rows, "failed")) == (1, {"TLS"})
-    assert "127.0.0.1 cannot be reached: connection refused" in rows["TLS"]["text"]
+    assert "cannot connect to 127.0.0.1: connection refused" in rows["TLS"]["text"]
 
 
 @pytest.mark.parametrize("host", ["a..b", "no-such-host.invalid"])

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import kernel
 import pytest
 from conftest import RunningBridge
 
@@ -183,6 +184,17 @@ def test_chat_fields(start: str, fields: tuple[str, ...]) -> None:
 
 
 # == what else it says ========================================================
+
+def test_lines_that_handle_the_token() -> None:
+    handled = sum(room.end - room.start + 1 for room in kernel.ROOMS if room.name in ("sign-in", "account"))
+    (said,) = re.findall(r"token is handled in (\d+) lines", README)
+    assert int(said) == handled
+
+
+def test_words_for_the_end_of_a_request() -> None:
+    (sentence,) = re.findall(r"`end=` is (.*?)\. No line", README, re.DOTALL)
+    assert spans(sentence) == list(q.ENDS)
+
 
 def test_codex_block_is_what_the_bridge_prints() -> None:
     config = q.load_config({}, {})

@@ -159,7 +159,7 @@ def test_missing_file_says_what_to_do_and_recovers(tmp_path: Path, issuer: Issue
 
 
 def test_folder_in_place_of_the_file_is_a_clear_error(tmp_path: Path, issuer: Issuer) -> None:
-    with pytest.raises(q.NotSignedIn, match="cannot be read"):
+    with pytest.raises(q.NotSignedIn, match="cannot read"):
         q.Credentials(str(tmp_path), issuer.token_issuer, issuer.fetch).current_tokens()
 
 
