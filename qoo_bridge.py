@@ -165,14 +165,17 @@ WEBSOCKET_BETA = "responses_websockets=2026-02-06"
 PUBLIC = frozenset(("/healthz", "/"))  # paths that need no key: their responses show nothing of the plan
 # Paths forwarded with this host's sign-in (exact match): bridge path -> method, upstream path. An upstream
 # path that begins with `/backend-api/` is at the upstream's origin, others are below its path (DESIGN).
+USAGE_PATH = "/backend-api/wham/usage"  # the plan's limits, and whose account it is
+
+
 SIDE_ROUTES = {
     "/responses/compact": ("POST", "/responses/compact"),
     "/alpha/search": ("POST", "/alpha/search"),
     "/images/generations": ("POST", "/images/generations"),
     "/images/edits": ("POST", "/images/edits"),
     "/memories/trace_summarize": ("POST", "/memories/trace_summarize"),
-    "/backend-api/wham/usage": ("GET", "/backend-api/wham/usage"),
-    "/api/codex/usage": ("GET", "/backend-api/wham/usage"),
+    "/backend-api/wham/usage": ("GET", USAGE_PATH),
+    "/api/codex/usage": ("GET", USAGE_PATH),
 }
 
 # Fields that the backend refuses by name (WIRE 4). The bridge learns newer ones from the refusals.
@@ -195,6 +198,7 @@ MAX_ID = 64  # characters of an item id
 MAX_CACHE_KEY = 64  # characters of prompt_cache_key
 
 TERMINAL_EVENTS = frozenset(("response.completed", "response.failed", "response.incomplete"))
+STORED_EVENTS = ("response.completed", "response.incomplete")  # a later request may continue these
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -329,7 +333,8 @@ class UpgradeRequired(InvalidRequest):
     """The bridge cannot accept the WebSocket handshake; Codex then falls back to HTTP (WIRE 6)."""
 
     status, code = 426, "upgrade_required"
-    always_sends: Mapping[str, str] = {"sec-websocket-version": "13"}
+    always_sends: Mapping[str, str] = {  # RFC 9110, 15.5.22 and 7.8
+        "sec-websocket-version": "13", "upgrade": "websocket", "connection": "Upgrade"}
 
 
 class TooManyRequests(BridgeError):
@@ -682,6 +687,7 @@ def parse_request(head: bytes) -> RequestHead:
 
     Raises MalformedHttp and its subclasses; the connection cannot be used after one.
     """
+    head = head.removeprefix(b"\r\n")  # RFC 9112, 2.2: an empty line before a request line is ignored
     line, _, lines = f"{head.decode('latin-1')}\r\n".partition("\r\n")
     match = REQUEST_LINE.fullmatch(line)
     if match is None:
@@ -840,15 +846,19 @@ class ChunkedBody:
         self._unread = part
 
     def _end(self, raw: bytes) -> None:
-        """Read the trailers up to the empty line."""
-        end = 0 if raw.startswith(b"\r\n") else raw.find(b"\r\n\r\n") + 2
+        """Read the trailers up to the empty line, and drop them. Raises MalformedHttp for an invalid one."""
+        end = raw.find(b"\r\n\r\n") + 2
+        if raw.startswith(b"\r\n"):
+            end = 0
         if (len(raw) if end == 1 else end) > self.TRAILERS:
-            raise MalformedHttp(f"the trailers are above {self.TRAILERS} bytes")
+            raise MalformedHttp("the trailers are too long")
         if end == 1:
             self._unread = raw
-        else:
-            self.done = True
-            self.rest = raw[end + 2:]
+            return
+        if end:
+            parse_headers(raw[:end].decode("latin-1"))
+        self.done = True
+        self.rest = raw[end + 2:]
 
 
 def reply_body(head: ReplyHead, method: str = "GET") -> LengthBody | ChunkedBody:
@@ -2552,7 +2562,8 @@ def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any
     refused = UNSUPPORTED | context.dropped
     if not context.websocket:
         refused |= {"previous_response_id"}  # over HTTP the store resolves it
-    request = without(request, *refused)
+    if not refused.isdisjoint(request):
+        request = without(request, *refused)
     for path in context.dropped:
         if "." in path:
             request = drop_path(request, path.split("."))
@@ -2610,7 +2621,9 @@ def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]
             return without(item, "id")
         return item
 
-    items = or_empty(request.get("input"), list)
+    items = request.get("input")
+    if not isinstance(items, list):
+        return request
     if context.strict or any(points_at_nothing(item, context.strict) for item in items):
         return map_items(request, change)
     return request
@@ -3680,8 +3693,13 @@ def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
 # only: str.splitlines would split a text at U+2028.
 
 BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
-NOTABLE_EVENT = re.compile(rb"response\.(?:output_item\.done|completed|failed|incomplete)")  # looked into
+KEPT_EVENTS = ("response.output_item.done", "response.content_part.done", "response.output_text.done")
+NOTABLE_EVENT = re.compile(  # an event that may add to the response, or end it
+    rb"response\.(?:output_item\.done|content_part\.done|output_text\.done|completed|failed|incomplete)")
 TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
+
+
+OUTPUT_INDEX = re.compile(rb'"output_index" ?: ?([0-9]{1,9})')
 
 
 class Events:
@@ -3708,15 +3726,28 @@ class Events:
         return self._take(payload, cut)
 
     def _feed_with_cr(self, payload: bytes) -> bytes:
-        """Feed a stream whose lines end in CRLF or CR as well: rare, so simple rather than fast."""
+        """Feed a stream whose lines end in CRLF or CR as well: rare, so simple rather than fast.
+
+        A blank line can begin in what was kept: its last three bytes are looked at once more.
+        """
         self._has_cr = True
-        joined = self._drain() + payload
+        tail = b"".join(self._parts[-3:])[-3:]  # parts are never empty
+        window = tail + payload
         cut = 0
-        for match in BLANK_LINE.finditer(joined):
-            if match.end() < len(joined) or not joined.endswith(b"\r\n\r"):  # else its LF is on the way
+        for match in BLANK_LINE.finditer(window):
+            if match.end() < len(window) or not window.endswith(b"\r\n\r"):  # else its LF is on the way
                 cut = match.end()
-        self._keep(joined[cut:])
-        return joined[:cut]
+        if cut <= len(tail):
+            if cut == 0:
+                self._keep(payload)
+                return b""
+            events, rest = self._drain(), payload  # the blank line ended with what was kept
+            at = len(events) - len(tail) + cut
+            self._keep(events[at:] + rest)
+            return events[:at]
+        events = self._drain() + payload[:cut - len(tail)]
+        self._keep(payload[cut - len(tail):])
+        return events
 
     def _take(self, payload: bytes, cut: int) -> bytes:
         """Return what was kept and `payload` up to `cut`; keep the rest."""
@@ -3783,59 +3814,88 @@ KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients have timers on bytes; SD
 
 
 class ResponseAssembler:
-    """Collect what a response's events carry, for the one object that they amount to.
+    """Collects what a response's events carry, for the one object that they amount to.
 
-    Upstream's terminal event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5).
+    Upstream's final event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5). Where
+    an item has no such event, its texts are taken from `content_part.done` and `output_text.done`.
     """
 
     def __init__(self) -> None:
-        self.final: dict[str, Any] | None = None  # the terminal event
+        self.final: dict[str, Any] | None = None  # the final event
         self.error: Any = None  # of a bare `error` event
+        self.overflowed = False  # the events were too large to be kept: `output` is not filled
         self._items: dict[tuple[int, int], Any] = {}  # those without an index come last
-        self._pending: list[bytes] = []  # events that look like output_item.done; parsed only if needed
+        self._texts: dict[int, dict[int, Any]] = {}  # output index -> content index -> part
+        self._pending: list[bytes] = []  # events that look like one with an item or a text
         self._size = 0
 
     def keep(self, event: bytes) -> None:
-        """Keep an event that looks like output_item.done, within MAX_EVENT bytes in all."""
+        """Keep an event that looks like one with an item or a text; it is parsed only if it is needed."""
         self._size += len(event)
-        if self._size <= MAX_EVENT:
+        if self._size > MAX_EVENT:
+            self.overflowed = True
+            self._pending.clear()
+        else:
             self._pending.append(event)
 
     def add(self, parsed: Mapping[str, Any]) -> None:
         """Add one event."""
         kind = event_type(parsed)
+        index = parsed.get("output_index")
         if kind == "response.output_item.done" and parsed.get("item") is not None:
-            index = parsed.get("output_index")
             place = (0, index) if type(index) is int else (1, len(self._items))
             self._items[place] = parsed.get("item")
+        elif kind in ("response.content_part.done", "response.output_text.done") and type(index) is int:
+            self._add_text(index, parsed)
         elif kind in TERMINAL_EVENTS:
             self.final = dict(parsed)
         elif kind == "error":
             flat = without(dict(parsed), "type", "sequence_number")
             self.error = parsed["error"] if isinstance(parsed.get("error"), dict) else flat
 
+    def _add_text(self, index: int, parsed: Mapping[str, Any]) -> None:
+        """Add a text, for an item that has no event of its own."""
+        part = parsed.get("part")
+        if not isinstance(part, dict):
+            part = {"type": "output_text", "text": or_empty(parsed.get("text"), str), "annotations": []}
+        place = parsed.get("content_index")
+        message = self._texts.setdefault(index, {})
+        message[place if type(place) is int else len(message)] = part
+
     def fill(self) -> bool:
-        """Fill the terminal event's empty `output` from the items seen; tell whether anything was filled."""
-        response = None
-        if self.final:
-            response = self.final.get("response")
-        if not isinstance(response, dict) or response.get("output"):
+        """Fill the final event's empty `output` from what was seen; tell whether the response changed."""
+        response = self.final.get("response") if self.final else None
+        if self.final is None or not isinstance(response, dict) or response.get("output"):
             return False
-        for event in self._pending:
-            parsed = event_json(event)
-            if event_type(parsed) == "response.output_item.done":  # a text may only speak of it
-                self.add(parsed or {})
-        items = [self._items[index] for index in sorted(self._items)]
-        if not items or self.final is None:
+        items = self._output()
+        if not items and response.get("output") is not None:
             return False
         self.final["response"] = {**response, "output": items}
         return True
 
+    def _output(self) -> list[Any]:
+        """Return the items seen, by their index; none where they were too large to be kept."""
+        if self.overflowed:
+            return []
+        texts = []
+        for event in self._pending:
+            if b"output_item.done" not in event:
+                texts.append(event)
+                continue
+            parsed = event_json(event) or {}
+            if event_type(parsed) in KEPT_EVENTS:  # a text may only speak of one
+                self.add(parsed)
+        for event in texts:  # of items that had no event of their own
+            index = OUTPUT_INDEX.search(event)
+            if index and (0, int(index[1])) not in self._items:
+                self.add(event_json(event) or {})
+        items = {(0, index): text_message(parts) for index, parts in self._texts.items()}
+        items.update(self._items)
+        return [items[place] for place in sorted(items)]
+
     def set_fields(self, fields: Mapping[str, Any]) -> bool:
         """Set fields of the final event's response; tell whether anything changed."""
-        response = None
-        if self.final:
-            response = self.final.get("response")
+        response = self.final.get("response") if self.final else None
         if self.final is None or not isinstance(response, dict):
             return False
         completed = {**response, **fields}
@@ -3856,6 +3916,12 @@ class ResponseAssembler:
             raise self.failure()
         self.fill()
         return or_empty(self.final.get("response"), dict)
+
+
+def text_message(parts: Mapping[int, Any]) -> dict[str, Any]:
+    """Make an assistant's message of its parts, by content index."""
+    content = [parts[place] for place in sorted(parts)]
+    return {"type": "message", "role": "assistant", "status": "completed", "content": content}
 
 
 def token_counts(response: Any) -> dict[str, int]:
@@ -3901,7 +3967,8 @@ class ResponsesOutput:
     def _feed_notable(self, events: bytes) -> bytes:
         """Take the events apart: at least one of them looks like one that matters."""
         pieces = []
-        for event in split_events(events):
+        several = b"\r" in events or events.count(b"\n\n") > 1
+        for event in split_events(events) if several else [events]:
             self.count += 1
             pieces.append(self._replace(event) if NOTABLE_EVENT.search(event) else event)
             if self.done:
@@ -3910,11 +3977,11 @@ class ResponsesOutput:
 
     def _replace(self, event: bytes) -> bytes:
         """Return what the client gets in an event's place."""
-        if TERMINAL_MARK.search(event) is None:
+        parsed = None
+        if TERMINAL_MARK.search(event):
+            parsed = event_json(event)
+        if parsed is None or event_type(parsed) not in TERMINAL_EVENTS:
             self.assembler.keep(event)  # parsed only if the final event's output is empty
-            return event
-        parsed = event_json(event) or {}
-        if event_type(parsed) not in TERMINAL_EVENTS:
             return event
         self.assembler.add(parsed)
         if self._complete():
@@ -4221,6 +4288,11 @@ class Client(NamedTuple):
     def name(self) -> str:
         """Return the name by which this client is told from others."""
         return self.key or self.address
+
+    @property
+    def owner(self) -> str:
+        """Return under which name what this client stores is kept: no key has another's, nor an address."""
+        return f"key {self.key}" if self.key else f"address {self.address}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -4584,19 +4656,18 @@ class Record:
     No dataclass: that module's imports would cost a tenth of the start.
     """
 
-    def __init__(self, client: str = "", method: str = "-", path: str = "-") -> None:
+    def __init__(self, client: str = "", started: float | None = None) -> None:
         self.id = next_id()
         self.client = client  # its address
         self.key = ""  # the key's name
-        self.method = method
-        self.path = path
+        self.method = self.path = "-"
         self.user_agent_kind = ""  # "codex" or "other"
         self.model = ""  # as the client named it
         self.slug = ""  # as it went upstream
         self.rules: tuple[str, ...] = ()
         self.repairs: tuple[str, ...] = ()
         self.status = 0
-        self.started = time.monotonic()  # seconds
+        self.started = time.monotonic() if started is None else started  # seconds
         self.first_byte: float | None = None  # seconds from the start
         self.total = 0.0  # seconds
         self.events = 0
@@ -5017,135 +5088,167 @@ def discard_output() -> None:
 class Store:
     """What the backend does not store, for clients that count on it: the conversations of the last responses.
 
-    Bounded in bytes, least recently used out first; a client's key is part of every name, so that nobody
-    reads another's. `_lock` guards the entries and their sum.
+    JSON bytes, bounded in their sum, least recently used out first. An owner (a client's key or address) is
+    part of every name, so that nobody reads what is another's. `_lock` guards the entries and their sum.
     """
+
+    ENTRY_BYTES = 800  # what an entry costs beside its value, measured on 3.11
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, str, str], tuple[int, Any]] = OrderedDict()
-        self._held = 0
+        self._entries: OrderedDict[tuple[str, str, str], bytes] = OrderedDict()
+        self._held = 0  # bytes
 
-    def put(self, owner: str, kind: str, name: str, value: Any, size: int) -> None:
-        """Keep a value of about `size` bytes under its owner, kind and name."""
-        size += 500  # what an entry costs beside its text
+    def put(self, owner: str, kind: str, name: str, value: bytes) -> None:
+        """Keep a value under its owner, kind and name."""
+        size = len(value) + self.ENTRY_BYTES
         with self._lock:
-            self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
+            replaced = self._entries.pop((owner, kind, name), None)
+            if replaced is not None:
+                self._held -= len(replaced) + self.ENTRY_BYTES
             if size > self._limit:
                 return  # it would drive all others out, and then itself
-            self._entries[owner, kind, name] = (size, value)
+            self._entries[owner, kind, name] = value
             self._held += size
             while self._held > self._limit:
-                _, (gone, _) = self._entries.popitem(last=False)
-                self._held -= gone
+                _, evicted = self._entries.popitem(last=False)
+                self._held -= len(evicted) + self.ENTRY_BYTES
 
-    def get(self, owner: str, kind: str, name: Any) -> Any:
-        """Return a kept value; None when there is none (any more)."""
-        return self.sized(owner, kind, name)[1]
-
-    def sized(self, owner: str, kind: str, name: Any) -> tuple[int, Any]:
-        """Return a kept value's size in bytes, and the value; 0 and None when there is none (any more)."""
+    def get(self, owner: str, kind: str, name: Any) -> bytes | None:
+        """Return a kept value; None when it is not there, or no longer."""
         if not isinstance(name, str):
-            return 0, None
+            return None
         with self._lock:
-            if (owner, kind, name) in self._entries:
+            value = self._entries.get((owner, kind, name))
+            if value is not None:
                 self._entries.move_to_end((owner, kind, name))
-            return self._entries.get((owner, kind, name), (0, None))
+            return value
 
-    def keep_response(self, owner: str, response: Mapping[str, Any], asked: StoredInput) -> None:
-        """Keep a response and its turn, for previous_response_id and item_reference.
+    # -- responses, for previous_response_id and item_reference
 
-        Call before the client can know of the response's end.
+    def keep_response(self, owner: str, response: Mapping[str, Any], request: StoredInput) -> None:
+        """Keep a response and its request. Call before the client knows of the response's end.
+
+        Turns are linked, not copied: else the tenth would hold the first nine once more.
         """
         output, name = response.get("output"), response.get("id")
         if not isinstance(output, list) or not isinstance(name, str):
             return
-        sizes = [len(json.dumps(item)) for item in output]
-        self.put(owner, "response", name, dict(response), sum(sizes))
-        # Turns are linked, not copied: else the tenth would hold the first nine once more.
-        turn = (asked.previous, [*asked.items, *output])
-        self.put(owner, "turn", name, turn, asked.size + sum(sizes))
-        for item, length in zip(output, sizes):
+        self.put(owner, "response", name, json_bytes(response))
+        self.put(owner, "turn", name, json.dumps(request.previous).encode() + b"\n" + request.items)
+        for item in output:
             if isinstance(item, dict) and isinstance(item.get("id"), str):
-                self.put(owner, "item", item["id"], item, length)
-
-    def keep_reasoning(self, owner: str, output: Any) -> None:
-        """Keep the reasoning items of an answer under the calls and texts that they belong to."""
-        pending: list[Any] = []
-        for item in dicts_in(output):
-            if item.get("type") == "reasoning":
-                pending.append(item)
-            elif pending and echo_key(item):
-                self.put(owner, "reasoning", echo_key(item), pending, len(json.dumps(pending)))
-                pending = []
+                self.put(owner, "item", item["id"], name.encode("utf-8", "surrogatepass"))
 
     def resolve(self, owner: str, request: dict[str, Any], limit: int) -> dict[str, Any]:
         """Replay the conversation that `previous_response_id` names; put items in the place of references.
 
         Raises InvalidRequest for an unknown response id, BodyTooLarge when it makes more than `limit` bytes.
         """
-        total = 0
+        size = 0
         if request.get("previous_response_id") is not None:
-            total, earlier = self._replay(owner, request["previous_response_id"])
+            size, earlier = self._replay(owner, request["previous_response_id"])
             items = request.get("input", [])
             items = [message_item("user", items)] if isinstance(items, str) else items
             request = {**without(request, "previous_response_id"), "input": [*earlier, *items]}
         placed: dict[str, int] = {}  # by item id, its size: each is put in place once
 
         def dereference(item: dict[str, Any]) -> Any:
-            if not is_reference(item):
-                return item
-            size, known = self.sized(owner, "item", item.get("id"))
-            if known is None:
+            kept = self._item(owner, item.get("id")) if is_reference(item) else None
+            if kept is None:
                 return item
             if item["id"] in placed:
                 return DROPPED_ITEM
-            placed[item["id"]] = size
-            return known
+            placed[item["id"]] = len(json_bytes(kept))
+            return kept
 
-        resolved, items = request, request.get("input")
+        items = request.get("input")
         if isinstance(items, list) and any(is_reference(item) for item in items):
-            resolved = map_items(request, dereference)
-        if total + sum(placed.values()) > limit:
+            request = map_items(request, dereference)
+        if size + sum(placed.values()) > limit:
             raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
-        return resolved
+        return request
+
+    def _item(self, owner: str, item_id: Any) -> dict[str, Any] | None:
+        """Return a kept item; None when it is not there, or no longer."""
+        name = self.get(owner, "item", item_id) or b""
+        response = self.get(owner, "response", name.decode("utf-8", "surrogatepass")) or b"{}"
+        items = dicts_in(json.loads(response).get("output"))
+        return next((item for item in items if item.get("id") == item_id), None)
 
     def _replay(self, owner: str, name: Any) -> tuple[int, list[Any]]:
         """Walk back from a response to where it began; return the conversation's size in bytes, its items."""
-        total = 0
+        size = 0
         turns: list[list[Any]] = []
         seen: set[str] = set()
         while name != "" or not turns:
-            size, turn = self.sized(owner, "turn", name)
-            if turn is None or name in seen:
+            turn, response = self.get(owner, "turn", name), self.get(owner, "response", name)
+            if turn is None or response is None or name in seen:
                 raise InvalidRequest("previous_response_id is not known (any more) to this bridge, which "
                                      "keeps the last conversations in memory only", "previous_response_id")
             seen.add(name)
-            name, items = turn
-            total += size
-            turns.append(items)
-        return total, [item for items in reversed(turns) for item in items]
+            previous, _, items = turn.partition(b"\n")
+            name = json.loads(previous)
+            size += len(items) + len(response)
+            turns.append([*json.loads(items), *json.loads(response)["output"]])
+        return size, [item for items in reversed(turns) for item in items]
 
-    def with_reasoning(self, owner: str, items: list[Any]) -> list[Any]:
-        """Put kept reasoning back in front of the calls and texts of a chat history, each once."""
-        whole: list[Any] = []
+    # -- reasoning, which a chat client cannot send back
+
+    def keep_reasoning(self, owner: str, history: ChatHistory, output: Any) -> None:
+        """Keep the reasoning items of a response under the calls and texts that they belong to."""
+        pending: list[Any] = []
+        for item in dicts_in(output):
+            name = history.add(item)
+            if item.get("type") == "reasoning":
+                pending.append(item)
+            elif pending and name:
+                self.put(owner, "reasoning", name, json_bytes(pending))
+                pending = []
+
+    def with_reasoning(self, owner: str, history: ChatHistory, items: list[Any]) -> list[Any]:
+        """Put kept reasoning back in front of the calls and texts of a chat, each item once."""
+        restored: list[Any] = []
         seen: set[str] = set()
         for item in items:
-            for kept in self.get(owner, "reasoning", echo_key(item)) or []:
+            for kept in json.loads(self.get(owner, "reasoning", history.add(item)) or b"[]"):
                 if str(kept.get("id")) not in seen:
                     seen.add(str(kept.get("id")))
-                    whole.append(kept)
-            whole.append(item)
-        return whole
+                    restored.append(kept)
+            restored.append(item)
+        return restored
 
 
 class StoredInput(NamedTuple):
     """What the store keeps of a request."""
 
     previous: str  # the response that it continues; "" for none
-    items: list[Any]
-    size: int  # of the request, in bytes
+    items: bytes  # a JSON list in one line
+
+
+class ChatHistory:
+    """Names the calls and texts of a chat, so that its client's echo of one is recognized.
+
+    A call is named by its id. A text is named by all that was said up to it: two conversations in which the
+    assistant once said "Done." share no reasoning.
+    """
+
+    def __init__(self) -> None:
+        self._said = hashlib.sha256()
+
+    def add(self, item: Any) -> str:
+        """Add the next item; return its name, "" for what no reasoning belongs to."""
+        if not isinstance(item, dict):
+            return ""
+        if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
+            return f"call {item['call_id']}"
+        text = "".join(str(part["text"]) for part in dicts_in(item.get("content")) if part.get("text"))
+        if item.get("type") != "message" or not text:
+            return ""
+        said = json.dumps([item.get("role"), text])
+        self._said.update(said.encode("ascii"))
+        return f"text {self._said.hexdigest()}" if item.get("role") == "assistant" else ""
 
 
 def is_reference(item: Any) -> bool:
@@ -5153,27 +5256,15 @@ def is_reference(item: Any) -> bool:
     return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
-def stored_input(request: dict[str, Any], codex: bool, size: int) -> StoredInput | None:
+def stored_input(request: dict[str, Any], codex: bool) -> StoredInput | None:
     """Return what the store keeps of a request; None where the client does not count on a store."""
     if codex or request.get("store") is False:
         return None
     items = input_to_list(request, Context()).get("input", [])
-    return StoredInput(request.get("previous_response_id") or "", items, size)
-
-
-def echo_key(item: Any) -> str:
-    """Return by what a chat client's echo of an item is known: its call id, or its text; else ""."""
-    if not isinstance(item, dict):
-        return ""
-    if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
-        return f"call {item['call_id']}"
-    parts = []
-    if item.get("role") == "assistant":
-        parts = dicts_in(item.get("content"))
-    text = "".join(str(part["text"]) for part in parts if part.get("text"))
-    if text:
-        return f"text {stable_id(text)}"
-    return ""
+    try:
+        return StoredInput(request.get("previous_response_id") or "", json_bytes(items))
+    except (ValueError, RecursionError):  # no number of JSON, or too deep: upstream will say so
+        return None
 
 
 # == 23 admission =============================================================
@@ -5339,6 +5430,8 @@ def error_response(error: BridgeError, headers: Mapping[str, str]) -> tuple[byte
     body = json_bytes(error.body()) + b"\n"
     head = {"x-qoo-bridge-error": error.by, **error.headers, "content-type": "application/json",
             "content-length": str(len(body)), **headers}
+    if "connection" in error.headers and "connection" in headers:
+        head["connection"] = f"{error.headers['connection']}, {headers['connection']}"
     return render_head(status_line(error.status), head.items()), body
 
 
@@ -5363,6 +5456,8 @@ class Exchange:
         self.path = plain_path(self.path_as_sent)
         self.client_headers = read_client_headers(head.headers)
         self.user_agent_kind = "codex" if self.client_headers.codex else "other"
+        record.method, record.path = head.method, self.path_as_sent
+        record.user_agent_kind = self.user_agent_kind
         self.extra_headers: dict[str, str] = {}  # of whatever response comes
         self.upgraded: Callable[..., None] | None = None  # WebSocketRelay.run, after a 101
         self.state = State.NEW
@@ -5622,19 +5717,19 @@ class ResponsesApi:
 
     def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
         self._codex = exchange.client_headers.codex
-        self._owner = exchange.client.key
+        self._owner = exchange.client.owner
         self._store = store
         self._max_bytes = max_bytes
         self._stored: StoredInput | None = None  # where the client counts on the store
         self.streamed = False  # the client wants a stream
 
-    def to_upstream(self, body: dict[str, Any], size: int) -> dict[str, Any]:
+    def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the request with all that it refers to; the same object when it refers to nothing.
 
         `size` is the body's, in bytes. Raises InvalidRequest and BodyTooLarge.
         """
         self.streamed = body.get("stream") is True
-        self._stored = stored_input(body, self._codex, size)
+        self._stored = stored_input(body, self._codex)
         return self._store.resolve(self._owner, body, self._max_bytes)
 
     def output(self) -> ResponsesOutput:
@@ -5662,22 +5757,23 @@ class ChatApi:
     PREFIX = "chatcmpl-"
 
     def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
-        self._owner = exchange.client.key
+        self._owner = exchange.client.owner
         self._store = store
+        self._history = ChatHistory()
         self._id = self.PREFIX + exchange.record.id
         self._created = int(time.time())
         self._model = ""
         self._include_usage = self._legacy_functions = False
         self.streamed = False  # the client wants a stream
 
-    def to_upstream(self, body: dict[str, Any], size: int) -> dict[str, Any]:
+    def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the Responses request. Raises InvalidRequest."""
         self.streamed = body.get("stream") is True
         self._model = body["model"]
         self._include_usage = wants_usage(body)
         self._legacy_functions = "functions" in body
         request = self._convert(body)
-        return {**request, "input": self._store.with_reasoning(self._owner, request["input"])}
+        return {**request, "input": self._store.with_reasoning(self._owner, self._history, request["input"])}
 
     def output(self) -> ResponsesOutput:
         """Return what turns upstream's events into what the client is sent."""
@@ -5691,7 +5787,7 @@ class ChatApi:
 
     def keep(self, response: dict[str, Any]) -> None:
         """Store the reasoning of a response, which a chat client cannot send back."""
-        self._store.keep_reasoning(self._owner, response.get("output"))
+        self._store.keep_reasoning(self._owner, self._history, response.get("output"))
 
     def _convert(self, body: dict[str, Any]) -> dict[str, Any]:
         return chat_request(body)
@@ -5775,7 +5871,11 @@ class Turns:
                 end, response = output.final()
                 exchange.record.events = output.count
                 exchange.record.observe_final(end, response)
-            api.keep(response)
+            if f"response.{end}" in STORED_EVENTS:
+                api.keep(response)
+            if output.assembler.overflowed:
+                log.warning("request %s: the items exceed %d bytes: `output` is not filled",
+                            exchange.record.id, MAX_EVENT)
             if api.streamed:
                 exchange.finish_stream(last)
             else:
@@ -5787,7 +5887,7 @@ class Turns:
         body = parse_json(raw)
         check_request(body)
         exchange.record.model = body["model"]
-        request = api.to_upstream(body, len(raw))
+        request = api.to_upstream(body)
         context = self.context(exchange, request)
         exchange.record.slug = context.slug
         return Attempt(request, raw if request is body else None, context)
@@ -5918,9 +6018,13 @@ class Turns:
         if LITE_HEADER in given:
             headers[LITE_HEADER] = given[LITE_HEADER]
         reply = self.account.open(method, path, headers, body, exchange.connection)
+        self.observe_headers(reply)
         if not 200 <= reply.status < 300:
             raise self.read_refusal(reply, exchange)
         exchange.release_body(self.budget)
+        if path == USAGE_PATH and not exchange.client.key:
+            exchange.send_json(200, limits_only(reply.read_all(MAX_REPLY, ERROR_BODY_SECONDS).json()))
+            return
         with reply:
             exchange.prepare_stream(reply.status, downstream_headers(reply.headers))
             while piece := reply.read(self.config.idle_timeout, exchange.connection):
@@ -5945,6 +6049,12 @@ def is_stream(reply: Reply) -> bool:
         reply.headers.get("content-encoding", "identity") == "identity"
 
 
+def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what everybody on an open LAN may know of the plan's usage: no email, no ids."""
+    return {name: value for name, value in usage.items()
+            if name in ("plan_type", "credits") or name.endswith(("rate_limit", "rate_limits"))}
+
+
 # == 26 websockets ============================================================
 # WebSocket to WebSocket: frames both ways.
 
@@ -5955,6 +6065,7 @@ class InFlight:
         self.record = record
         self.attempt: Attempt | None = attempt  # for a repair; None once its answer has begun
         self.begun = False  # the first event of its answer has gone to the client
+        self.previous = ""  # the response that it continues, where upstream may not know it
         self.stored = stored  # for the store, where the client counts on one
         self.assembler = ResponseAssembler()
         self.slot = contextlib.ExitStack()  # the key's place among its running requests
@@ -5979,6 +6090,7 @@ class WebSocketRelay:
         self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
         self._open = True
         self._end_of_rest = "cut"  # how what is in flight ends, when the connection does
+        self._errored = False  # an `error` has settled a request, whose response.failed may follow
         self._set_idle: Callable[[bool], None] = lambda idle: None
         self._log_request: Callable[[Record], None] = lambda record: None
 
@@ -6088,7 +6200,8 @@ class WebSocketRelay:
     def _new_record(self) -> Record:
         """Make the record of one response.create."""
         client = self._exchange.client
-        record = Record(client.address, "WS", self._exchange.path_as_sent)
+        record = Record(client.address)
+        record.method, record.path = "WS", self._exchange.path_as_sent
         record.key, record.status = client.key, 200
         record.user_agent_kind = self._exchange.user_agent_kind
         return record
@@ -6101,12 +6214,14 @@ class WebSocketRelay:
             raise TooManyRequests("too many requests are running on this connection", retry_after=5)
         context = self._turns.context(self._exchange, frame, websocket=True)
         record.slug = context.slug
-        stored = stored_input(frame, context.codex, len(raw))
+        stored = stored_input(frame, context.codex)
         resolved = frame
         if stored:
             resolved = self._resolve(frame)
         attempt = Attempt(resolved, raw if resolved is frame else None, context)
         in_flight = InFlight(record, attempt, stored)
+        if stored:
+            in_flight.previous = stored.previous
         slot = self._key_queue.slot(self._exchange.client.key, self._client, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
         return in_flight
@@ -6115,7 +6230,7 @@ class WebSocketRelay:
         """Expand a previous_response_id of another connection: upstream knows an id on its own one only."""
         if str(frame.get("previous_response_id")) in self._chains:
             return frame
-        owner, limit = self._exchange.client.key, self._turns.config.max_body
+        owner, limit = self._exchange.client.owner, self._turns.config.max_body
         return self._turns.store.resolve(owner, frame, limit)
 
     def _send_create(self, in_flight: InFlight) -> None:
@@ -6183,20 +6298,33 @@ class WebSocketRelay:
             self._pass(in_flight, payload)
             return
         parsed = or_empty(json_or_none(payload), dict)
-        if event_type(parsed) != "error" or not self._repair(in_flight, parsed):
+        kind = event_type(parsed)
+        if kind == "response.created":
+            self._errored = False
+        elif kind == "response.failed" and self._errored:
+            self._errored = False  # it ends the request that the `error` has settled, not the next one
+            self._exchange.send(encode_frame(OP_TEXT, payload))
+            return
+        if kind != "error" or not self._repair(in_flight, parsed):
             self._notable_event(in_flight, parsed, payload)
 
     def _notable_event(self, in_flight: InFlight, parsed: dict[str, Any], payload: bytes) -> None:
         """Pass on an event that adds to the response or ends it; its end is stored and logged."""
         kind = event_type(parsed)
         in_flight.assembler.add(parsed)
-        if kind in TERMINAL_EVENTS and in_flight.assembler.fill():
-            payload = json_bytes(in_flight.assembler.final)
-        if kind == "response.completed" and in_flight.stored is not None:
+        if kind in TERMINAL_EVENTS:
+            changed = in_flight.assembler.fill()
+            if in_flight.previous:
+                fields = {"previous_response_id": in_flight.previous}
+                changed = in_flight.assembler.set_fields(fields) or changed
+            if changed:
+                payload = json_bytes(in_flight.assembler.final)
+        if kind in STORED_EVENTS and in_flight.stored is not None:
             response = or_empty((in_flight.assembler.final or {}).get("response"), dict)
-            self._turns.store.keep_response(self._exchange.client.key, response, in_flight.stored)
+            self._turns.store.keep_response(self._exchange.client.owner, response, in_flight.stored)
         self._pass(in_flight, payload)
         if kind in TERMINAL_EVENTS or kind == "error":
+            self._errored = kind == "error"
             self._settle(kind.rpartition(".")[2], parsed)
 
     def _pass(self, in_flight: InFlight, payload: bytes) -> None:
@@ -6300,7 +6428,10 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
         reply.close()
         raise UpgradeRequired("upstream has no WebSocket; use POST")
     if reply.status != 101:
-        raise turns.read_refusal(reply, exchange)
+        error = turns.read_refusal(reply, exchange)
+        if error.status == 426:
+            error.headers.update(UpgradeRequired.always_sends)
+        raise error
     accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
     if not accepted or "sec-websocket-extensions" in reply.headers:
         reply.close()
@@ -6308,7 +6439,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     return reply
 
 
-NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|"type" ?: ?"error"')
+NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"|"type" ?: ?"error"')
 
 
 # == 27 pages =================================================================
@@ -6746,10 +6877,10 @@ class Bridge:
     def get_response(self, exchange: Exchange) -> None:
         """Answer with a response that is still in the store."""
         name = exchange.path[len("/responses/"):]
-        response = self.turns.store.get(exchange.client.key, "response", name)
+        response = self.turns.store.get(exchange.client.owner, "response", name)
         if response is None:
             raise NotFound(f"there is no response {name!r} (any more): the last ones are kept in memory only")
-        exchange.send_json(200, response)
+        exchange.send_response(200, {"content-type": "application/json"}, response)
 
     def _fetch_models(self, version: str, etag: str) -> BufferedReply:
         """Ask upstream for the model list, as a Codex of that version would."""
@@ -6889,8 +7020,10 @@ class Handler(socketserver.BaseRequestHandler):
             return
         connection = Connection(self.request)
         try:
-            while self._serve_request(connection) and not self.server.stopping.is_set():
-                pass
+            while not self.server.stopping.is_set():
+                exchange = self._read_request(connection)
+                if exchange is None or not self._answer(connection, exchange):
+                    break
         except (ClientLeft, OSError, EOFError) as exc:
             log.debug("a connection ended: %s", exc)  # no request is active: nothing to answer
         finally:
@@ -6906,54 +7039,56 @@ class Handler(socketserver.BaseRequestHandler):
             return False
         return True
 
-    def _serve_request(self, connection: Connection) -> bool:
-        """Read and answer one request; tell whether the connection goes on."""
+    def _read_request(self, connection: Connection) -> Exchange | None:
+        """Read a request's head, and answer what is invalid; None when the connection does not go on."""
         self.server.set_idle(self, True)
         if not connection.wait(IDLE_CLIENT):
-            return False
+            return None
         self.server.set_idle(self, False)
-        record = Record(str(self.client_address[0]))
+        started, head = time.monotonic(), b""
+        error: MalformedHttp
         try:
-            exchange = self._read_request(connection, record)
+            received = connection.read_head(started + HEAD_TIMEOUT)
+            if received == b"":
+                received = connection.read_head(started + HEAD_TIMEOUT)  # behind two empty lines
+            if received is None:
+                return None  # the client has ended the connection
+            head = received
+            client = Client(str(self.client_address[0]))
+            return Exchange(connection, parse_request(head), client, Record(client.address, started))
+        except TimeoutError:
+            error = SlowRequest(f"the head did not come within {HEAD_TIMEOUT} s")
         except MalformedHttp as exc:
-            self._refuse(connection, record, exc)
-            return False
-        if exchange is None:
-            return False
-        self.server.bridge.telemetry.begin(record)
+            error = exc
+        self._refuse(connection, error, head, started)
+        return None
+
+    def _answer(self, connection: Connection, exchange: Exchange) -> bool:
+        """Answer a request; tell whether the connection goes on."""
+        self.server.bridge.telemetry.begin(exchange.record)
         self.server.bridge.respond(exchange)
         if exchange.upgraded is not None:
             exchange.upgraded(functools.partial(self.server.set_idle, self), self.server.log_request)
             linger(connection)
             return False
-        self.server.log_request(record)
+        self.server.log_request(exchange.record)
         if exchange.persists():
             return True
         if exchange.state is not State.NEW:
             linger(connection)
         return False
 
-    def _read_request(self, connection: Connection, record: Record) -> Exchange | None:
-        """Read a request's head; None when the client has ended the connection. Raises MalformedHttp."""
-        try:
-            head = connection.read_head(time.monotonic() + HEAD_TIMEOUT)
-        except TimeoutError as exc:
-            raise SlowRequest(f"the request's head did not come within {HEAD_TIMEOUT} s") from exc
-        if head is None:
-            return None
-        parsed = parse_request(head)
-        record.method, record.path = parsed.method, parsed.target.partition("?")[0]
-        exchange = Exchange(connection, parsed, Client(str(self.client_address[0])), record)
-        record.user_agent_kind = exchange.user_agent_kind
-        return exchange
-
-    def _refuse(self, connection: Connection, record: Record, error: MalformedHttp) -> None:
-        """Answer what is no request, and end the connection."""
-        head, body = error_response(error, {"x-qoo-bridge-id": record.id, "connection": "close"})
+    def _refuse(self, connection: Connection, error: MalformedHttp, head: bytes, started: float) -> None:
+        """Answer invalid HTTP, and end the connection. A response to HEAD has no body."""
+        record = Record(str(self.client_address[0]), started)
+        match = REQUEST_LINE.match(head.decode("latin-1"))
+        if match:
+            record.method, record.path = match[1], match[2].partition("?")[0]
+        response, body = error_response(error, {"x-qoo-bridge-id": record.id, "connection": "close"})
         record.status = error.status
         record.fail(error)
         with contextlib.suppress(OSError):
-            connection.send(head + body, WRITE_TIMEOUT)
+            connection.send(response if head.startswith(b"HEAD ") else response + body, WRITE_TIMEOUT)
         self.server.log_request(record)
         linger(connection)
 

@@ -51,4 +51,5 @@ def test_parameter_and_retry_after() -> None:
 
 def test_headers_that_an_error_brings() -> None:
     assert q.InvalidKey("x").headers == {"www-authenticate": 'Bearer realm="qoo-bridge"'}
-    assert q.UpgradeRequired("x").headers == {"sec-websocket-version": "13"}
+    assert q.UpgradeRequired("x").headers == {
+        "sec-websocket-version": "13", "upgrade": "websocket", "connection": "Upgrade"}

@@ -228,12 +228,13 @@ def test_items_kept_as_bytes_count_too() -> None:
 
 def test_kept_bytes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (q.render_event(done(index, "x" * 50)) for index in (0, 1))
-    for limit, count in ((len(first) + len(second) - 1, 1), (len(first) + len(second), 2)):
+    for limit, overflowed in ((len(first) + len(second) - 1, True), (len(first) + len(second), False)):
         monkeypatch.setattr(q, "MAX_EVENT", limit)
         fold = folded(terminal())
         fold.keep(first)
         fold.keep(second)
-        assert fold.response()["output"] == ["x" * 50] * count
+        assert fold.response()["output"] == ([] if overflowed else ["x" * 50] * 2)  # all items or none
+        assert fold.overflowed is overflowed
 
 
 @pytest.mark.parametrize("event", [
@@ -286,7 +287,7 @@ def test_failures(event: Object, status: int, message: str) -> None:
 
 
 def test_a_terminal_event_counts_more_than_an_error() -> None:
-    assert folded({"type": "error", "message": "m"}, terminal()).response() == {"id": "resp_1"}
+    assert folded({"type": "error", "message": "m"}, terminal()).response() == {"id": "resp_1", "output": []}
 
 
 def test_odd_values_raise_nothing_else() -> None:

@@ -21,20 +21,29 @@ from conftest import LogLines, RunningBridge, Start
 from help import (
     BODY,
     CANARY,
+    CHAT,
     CODEX,
     EVENTS,
     FIRST,
     HOST,
     JSON_TYPE,
     LAST,
+    LITE,
+    MODEL,
     ORIGIN,
     POST,
+    RESPONSES,
     STREAM,
+    TEXT,
+    USER,
+    Object,
     ask,
     asking,
+    chunks,
     head,
     raw_request,
     refused,
+    script,
     until,
 )
 
@@ -886,3 +895,331 @@ def test_events_are_counted_while_they_come(bridge: RunningBridge, backend: wire
             assert client.read_event() is not None
         (row,) = wire.get(bridge.address, "/status").json["open"]
     assert row["events"] == 3
+
+
+WAYS = ("stream", "whole", "websocket")
+by_each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def one_piece(*events: wire.Event) -> bytes:
+    """Return events as one piece, which comes with one read."""
+    return b"".join(map(wire.sse_bytes, events))
+
+
+def final_response(bridge: RunningBridge, backend: wire.Backend, way: str, *events: wire.Event) -> Object:
+    """Have upstream answer with these events; return the response that a client has in the end."""
+    if way == "websocket":
+        backend.on_frame(lambda ws, _: ws.events(*events))
+        with contextlib.closing(wire.WebSocketClient(bridge.address)) as client:
+            assert client.connect(RESPONSES).status == 101
+            client.send_json({"type": "response.create", **MODEL, "input": []})
+            last: Object = client.read_turn()[-1]["response"]
+            return last
+    script(backend, wire.turn(*events))
+    reply = ask(bridge, {**MODEL, "input": "hi", "stream": way == "stream"})
+    assert reply.status == 200, reply.body
+    response: Object = wire.sse(reply.body)[-1]["response"] if way == "stream" else reply.json
+    return response
+
+
+# -- items whose text names an event ------------------------------------------
+
+NAMES = (
+    "response.completed",
+    "response.failed",
+    "response.incomplete",
+    "response.output_item.done",
+    '{"type":"response.completed","response":{"output":[]}}',
+    "event: response.completed\ndata: {}\n\n",
+)
+
+
+def items_that_say(text: str) -> list[wire.Item]:
+    """Return an item of each type that carries a text."""
+    return [
+        wire.reasoning_item(summary=f"it ends with {text}"),
+        wire.message_item(f"the stream ends with {text}."),
+        wire.call_item("grep", json.dumps({"pattern": text}), "call_1"),
+        wire.custom_call_item("sh", f"grep {text} *", "call_2"),
+    ]
+
+
+@by_each_way
+@pytest.mark.parametrize("name", NAMES)
+def test_item_that_names_an_event_is_in_the_output(
+    name: str, way: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    items = items_that_say(name)
+    response = final_response(bridge, backend, way, *wire.items_turn(*items))
+    assert response["output"] == items
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete"])
+@pytest.mark.parametrize("together", [False, True], ids=["event by event", "in one piece"])
+def test_item_that_names_an_event_is_in_the_output_of_any_end(
+    together: bool, kind: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    items = items_that_say("response.completed")
+    events = wire.items_turn(*items)
+    events[-1] = {**events[-1], "type": f"response.{kind}", "response": {**events[-1]["response"],
+                                                                         "status": kind}}
+    script(backend, wire.turn(one_piece(*events)) if together else wire.turn(*events))
+    sent = wire.sse(ask(bridge, STREAM).body)
+    assert [event["type"] for event in sent] == [event["type"] for event in events]
+    assert sent[-1]["response"]["output"] == items
+
+
+@by_each_way
+def test_call_that_names_an_event_can_be_continued(
+    way: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    call = wire.call_item("grep", '{"pattern": "response.completed"}', "call_1")
+    name = final_response(bridge, backend, way, *wire.items_turn(call))["id"]
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "none"}
+    reply = ask(bridge, {**MODEL, "input": [output], "previous_response_id": name})
+    assert reply.status == 200
+    last = [request for request in backend.requests if request.method == "POST"][-1]
+    assert [item.get("call_id") for item in last.json["input"]][-2:] == ["call_1", "call_1"]
+
+
+# -- a terminal event without output ------------------------------------------
+
+OUTPUTS: dict[str, Object] = {"missing": {}, "null": {"output": None}, "empty": {"output": []}}
+
+
+def ending(kind: str, **fields: Any) -> wire.Event:
+    """Return a terminal event whose response has these fields and no output but theirs."""
+    response = wire.response_object("resp_1", kind, usage=wire.USAGE)
+    if kind == "failed":
+        response["error"] = {"code": "server_error", "message": "broke"}
+    del response["output"]
+    return {"type": f"response.{kind}", "sequence_number": 9, "response": {**response, **fields}}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("kind", ["completed", "failed", "incomplete"])
+@by_each_way
+def test_response_has_an_output_in_any_case(
+    way: str, kind: str, output: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    if way == "whole" and kind == "failed":
+        way = "stream"  # in one piece it is an error
+    events = [wire.created("resp_1"), ending(kind, **OUTPUTS[output])]
+    assert final_response(bridge, backend, way, *events)["output"] == []
+
+
+@by_each_way
+def test_failed_response_has_the_items_that_came(
+    way: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    if way == "whole":
+        way = "stream"
+    item = wire.message_item("so far")
+    response = final_response(bridge, backend, way, *wire.items_turn(item)[:-1], ending("failed"))
+    assert response["output"] == [item]
+
+
+@pytest.mark.parametrize("codex", [False, True], ids=["other", "codex"])
+def test_codex_gets_the_output_too(codex: bool, bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses", wire.turn(wire.created("resp_1"), ending("failed")))
+    reply = ask(bridge, {**STREAM, "input": []}, LITE if codex else {})
+    assert wire.sse(reply.body)[-1]["response"]["output"] == []
+
+
+# -- a chat that fails midway --------------------------------------------------
+
+PIECES = [wire.created(), *({"type": "response.output_text.delta", "output_index": 0, "content_index": 0,
+                             "delta": word} for word in ("one", " two", " three", " four"))]
+FAILURES_2: dict[str, wire.Event] = {
+    "response.failed": wire.failed("server_error", "broke"),
+    "error": {"type": "error", "code": "server_error", "message": "broke"},
+    "nested error": {"type": "error", "error": {"code": "server_error", "message": "broke"}},
+}
+CUTS_2 = {"each alone": [1, 1, 1, 1, 1, 1], "the rest with the failure": [2, 4], "all in one": [6]}
+
+
+def in_pieces(sizes: list[int], *events: wire.Event) -> list[bytes]:
+    """Return events in pieces of so many."""
+    ends = [sum(sizes[:count + 1]) for count in range(len(sizes))]
+    return [one_piece(*events[end - size:end]) for end, size in zip(ends, sizes)]
+
+
+@pytest.mark.parametrize("cut", CUTS_2)
+@pytest.mark.parametrize("failure", FAILURES_2)
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_chat_gets_the_text_that_came_with_the_failure(
+    path: str, failure: str, cut: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/responses", wire.turn(*in_pieces(CUTS_2[cut], *PIECES, FAILURES_2[failure])))
+    body: Object = {"messages": [USER]} if path == CHAT else {"prompt": "hi"}
+    reply = ask(bridge, {**MODEL, "stream": True, **body}, path=path)
+    assert reply.status == 200
+    *parts, last = chunks(reply.body)
+    choices = [part["choices"][0] for part in parts]
+    texts = [choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices]
+    assert "".join(texts) == "one two three four"
+    assert last["error"]["code"] == "server_error"
+
+
+@pytest.mark.parametrize("cut", CUTS_2)
+def test_stream_gets_the_text_that_came_with_the_failure(
+    cut: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    events = [*PIECES, FAILURES_2["response.failed"]]
+    backend.on("/responses", wire.turn(*in_pieces(CUTS_2[cut], *events)))
+    sent = wire.sse(ask(bridge, STREAM).body)
+    assert [event["type"] for event in sent] == [event["type"] for event in events]
+
+
+# -- items above the bound ------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["stream", "whole"])
+@pytest.mark.parametrize("size", [100, 1500], ids=["below", "above"])
+def test_output_is_whole_or_not_filled(
+    size: int, way: str, start: Start, backend: wire.Backend, log_lines: LogLines,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_EVENT", 6000)
+    bridge = start()
+    items = [{"type": "compaction", "id": f"cmp_{number}", "text": "x" * size} for number in range(6)]
+    output = final_response(bridge, backend, way, *wire.items_turn(*items))["output"]
+    if size == 100:
+        assert output == items
+    elif output != items:  # one way may keep them all
+        assert output == []
+        assert log_lines.wait_for("WARNING")
+
+
+# -- answers without a body ---------------------------------------------------
+
+SIDE = "/v1/responses/compact"
+EMPTY = [(204, ()), (204, ("Content-Type: application/json",)), (204, ("Transfer-Encoding: chunked",))]
+
+
+@pytest.mark.parametrize(("status", "fields"), EMPTY)
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_answer_without_a_body_leaves_the_connection_in_step(
+    version: str, status: int, fields: tuple[str, ...], bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/responses/compact", wire.reply_raw(head(f"HTTP/1.1 {status} No Content", *fields), "keep"))
+    body = wire.dump({**MODEL, "input": []})
+    with wire.Client(bridge.address) as client:
+        client.send(head(f"POST {SIDE} HTTP/{version}", HOST, JSON_TYPE, "Connection: keep-alive",
+                         f"Content-Length: {len(body)}") + body)
+        client.send(head("GET /healthz HTTP/1.1", HOST, "Connection: close"))
+        reply = client.read_reply()
+        assert (reply.status, reply.body) == (status, b"")
+        assert (reply.header("transfer-encoding"), reply.header("content-length")) == (None, None)
+        assert client.read_reply().json["status"] == "ok"
+        assert client.reader.to_end() == b""
+
+
+# -- the WebSocket handshake that is refused ------------------------------------
+
+
+@pytest.mark.parametrize("reason", ["version", "upstream 404", "upstream 405", "upstream 426"])
+def test_refused_handshake_names_the_protocol(
+    reason: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    if reason != "version":
+        backend.websocket_status = int(reason.rpartition(" ")[2])
+    version = {"Sec-WebSocket-Version": "12"} if reason == "version" else {}
+    with contextlib.closing(wire.WebSocketClient(bridge.address)) as client:
+        reply = client.connect(RESPONSES, version)
+    assert reply.status == 426
+    assert reply.header("upgrade") == "websocket"  # RFC 9110, 15.5.22
+    tokens = [token.strip().lower() for token in (reply.header("connection") or "").split(",")]
+    assert "upgrade" in tokens  # RFC 9110, 7.8
+    assert reply.json["error"]["message"]
+
+
+# -- what is told while a stream runs -------------------------------------------
+
+
+def rows(bridge: RunningBridge) -> list[Object]:
+    """Return what runs, as /status has it."""
+    running: list[Object] = wire.get(bridge.address, "/status").json["open"]
+    return running
+
+
+def test_finished_request_is_told_before_the_next_one(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
+) -> None:
+    gate = threading.Event()
+    first, *rest = wire.text_turn()
+    backend.on("/responses", wire.gated(gate, [first], rest))
+    body = wire.dump(STREAM)
+    with wire.Client(bridge.address) as client:
+        client.send(head("GET /v1/models HTTP/1.1", HOST))
+        length = f"Content-Length: {len(body)}"
+        client.send(head(f"POST {RESPONSES} HTTP/1.1", HOST, JSON_TYPE, length) + body)
+        assert client.read_reply("GET").status == 200
+        assert client.read_head("POST").status == 200
+        assert client.read_event() == first
+        try:
+            log_lines.ended("/v1/models")
+            assert [row["path"] for row in rows(bridge)] == [RESPONSES]
+        finally:
+            gate.set()
+        assert client.read_events()[-1]["type"] == "response.completed"
+
+
+LIMITS = [*wire.SSE_HEADERS, ("x-codex-primary-used-percent", "12.5"), ("x-codex-plan-type", "pro"),
+          ("x-codex-primary-window-minutes", "300")]
+
+
+def test_plan_limits_are_told_while_the_first_stream_runs(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    left = threading.Event()
+
+    def reply(exchange: wire.Exchange) -> None:
+        exchange.head(200, LIMITS)
+        exchange.event(wire.created())
+        exchange.left(10)
+        left.set()
+
+    backend.on("/responses", reply)
+    with asking(bridge) as client:
+        assert client.read_head().status == 200
+        assert client.read_event()
+        limits = wire.get(bridge.address, "/status").json["rate_limits"]
+    assert limits["primary"]["used_percent"] == 12.5
+    assert left.wait(5)
+
+
+def test_plan_limits_of_a_side_route_are_told(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses/compact", wire.reply_json(200, {"output": []}, LIMITS[1:]))
+    assert wire.post(bridge.address, SIDE, {**MODEL, "input": []}).status == 200
+    assert wire.get(bridge.address, "/status").json["rate_limits"]["primary"]["used_percent"] == 12.5
+
+
+def test_plan_limits_say_when_they_were_last_seen() -> None:
+    telemetry = q.Telemetry()
+    fields = dict(LIMITS)
+    for now in (1000.0, 5000.0):
+        telemetry.rate_limits(fields, now)
+    assert telemetry.snapshot(6000.0)["rate_limits"]["seen"] == 5000.0
+
+
+def test_list_is_fetched_anew_while_the_stream_that_names_it_runs(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    assert wire.get(bridge.address, "/v1/models").status == 200
+    backend.catalog = [*backend.catalog, wire.model_entry("gpt-7", 0)]
+    left = threading.Event()
+
+    def reply(exchange: wire.Exchange) -> None:
+        exchange.head(200, [*wire.SSE_HEADERS, ("x-models-etag", backend.etag)])
+        exchange.event(wire.created())
+        exchange.left(10)
+        left.set()
+
+    backend.on("/responses", reply)
+    fetched = len([each for each in backend.requests if each.path == wire.full_path("/models")])
+    with asking(bridge) as client:
+        assert client.read_head().status == 200
+        assert client.read_event()
+        backend.wait_for(fetched + 1, "/models")
+    assert left.wait(5)

@@ -39,7 +39,7 @@ import qoo_bridge as q
 
 def test_log_needs_no_file_to_be_opened_later() -> None:
     code = ("import sys, encodings; sys.path.insert(0, sys.argv[1]); import qoo_bridge as q; "
-            "encodings.__path__ = []; q.log_line(q.Record('GET', '/'))")
+            "encodings.__path__ = []; q.log_line(q.Record('a'))")
     words = [sys.executable, "-I", "-S", "-B", "-c", code, str(Path(q.__file__).parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert (done.returncode, done.stderr) == (0, "")

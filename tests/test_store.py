@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import socket
+import sys
+import tracemalloc
+from typing import Any
 
 import pytest
 import wire
@@ -12,6 +17,7 @@ from help import (
     CHAT,
     MODEL,
     RESPONSES,
+    TEXT,
     USER,
     WAYS,
     Object,
@@ -179,9 +185,9 @@ def test_previous_response_is_replayed(stream: bool, bridge: RunningBridge, back
 
 def test_store_keeps_the_rest_when_one_is_too_large() -> None:
     store = q.Store(10_000)
-    store.put("ann", "turn", "small", 1, 100)
-    store.put("bob", "turn", "large", 2, 20_000)
-    assert (store.get("ann", "turn", "small"), store.get("bob", "turn", "large")) == (1, None)
+    store.put("ann", "turn", "small", b"1")
+    store.put("bob", "turn", "large", bytes(20_000))
+    assert (store.get("ann", "turn", "small"), store.get("bob", "turn", "large")) == (b"1", None)
 
 
 @pytest.mark.parametrize("previous", ["resp_unknown", "", 1, True, [], {}])
@@ -276,28 +282,28 @@ def test_turn_that_failed_midway_is_not_continued(bridge: RunningBridge, backend
 
 
 def test_least_recently_used_goes_first() -> None:
-    store = q.Store(4 * (1000 + 500))
+    store = q.Store(4 * (1000 + q.Store.ENTRY_BYTES))
     for name in "abcd":
-        store.put("ann", "item", name, name, 1000)
-    assert store.get("ann", "item", "a") == "a"  # used: b is the oldest now
-    store.put("ann", "item", "e", "e", 1000)
-    assert [store.get("ann", "item", name) for name in "abcde"] == ["a", None, "c", "d", "e"]
+        store.put("ann", "item", name, name.encode() * 1000)
+    assert store.get("ann", "item", "a") == b"a" * 1000  # used: b is the oldest now
+    store.put("ann", "item", "e", b"e" * 1000)
+    assert [store.get("ann", "item", name) is not None for name in "abcde"] == [True, False, True, True, True]
 
 
 def test_entry_that_is_put_again_counts_once() -> None:
-    store = q.Store(2 * (1000 + 500))
-    store.put("ann", "item", "a", "a", 1000)
+    store = q.Store(2 * (1000 + q.Store.ENTRY_BYTES))
+    store.put("ann", "item", "a", bytes(1000))
     for value in range(50):
-        store.put("ann", "item", "b", value, 1000)
-    assert [store.get("ann", "item", name) for name in "ab"] == ["a", 49]
+        store.put("ann", "item", "b", bytes([value]) * 1000)
+    assert [store.get("ann", "item", name) for name in "ab"] == [bytes(1000), bytes([49]) * 1000]
 
 
 def test_entry_above_the_bound_is_not_kept() -> None:
     store = q.Store(1000)
-    store.put("ann", "item", "a", "a", 1001)
+    store.put("ann", "item", "a", bytes(1001))
     assert store.get("ann", "item", "a") is None
-    store.put("ann", "item", "b", "b", 1)
-    assert store.get("ann", "item", "b") == "b"
+    store.put("ann", "item", "b", b"b")
+    assert store.get("ann", "item", "b") == b"b"
 
 
 @pytest.mark.parametrize("name", [None, 1, [], {}, True])
@@ -339,3 +345,336 @@ def test_references_do_not_grow_beyond_max_body(start: Start, backend: wire.Back
     respond(bridge, input="hi")
     ask(bridge, MODEL, input=[USER, *[{"type": reference, "id": message["id"]} for _ in range(500)]])
     assert max(len(request.body) for request in sent(backend)) <= 64 * 1024
+
+
+HERE, NEIGHBOUR = "127.0.0.1", "127.0.0.2"  # two machines of an open LAN
+KEY_ANN, KEY_BOB = "ann-0123456789abcdef", "bob-0123456789abcdef"
+TWO_KEYS = ("--api-key", f"ann={KEY_ANN}", "--api-key", f"bob={KEY_BOB}")
+SAID = "Done."
+SECRET = "gAAA-secret-thoughts"
+two_addresses = pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address of this host")
+
+
+class FromAddress(wire.WebSocketClient):
+    """A client that comes from an address of the test's choice."""
+
+    def __enter__(self) -> FromAddress:
+        return self
+
+    def __init__(self, address: wire.Address, source: str = HERE) -> None:
+        super().__init__(address)
+        self.sock.close()
+        self.sock = socket.create_connection(address, 5.0, (source, 0))
+        self.reader = wire.ClientReader(self.sock)
+
+
+def ask_from(
+    bridge: RunningBridge, source: str, path: str, body: Object, secret: str = ""
+) -> wire.RawReply:
+    """Send a request from an address and read the whole reply."""
+    with FromAddress(bridge.address, source) as client:
+        client.request("POST", path, {**MODEL, **body}, bearer(secret))
+        return client.read_reply()
+
+
+def get_from(bridge: RunningBridge, source: str, path: str) -> wire.RawReply:
+    """Send a GET from an address and read the whole reply."""
+    with FromAddress(bridge.address, source) as client:
+        client.request("GET", path)
+        return client.read_reply()
+
+
+def chat(*texts: str, system: str = "") -> Object:
+    """Return a chat request: the user and the assistant by turns."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+    first = [{"role": "system", "content": system}] if system else []
+    return {"messages": first + messages}
+
+
+def think_then(backend: wire.Backend, *items: wire.Item) -> wire.Item:
+    """Script a turn of a reasoning item and these; return the reasoning."""
+    reasoning = wire.reasoning_item(encrypted_content=SECRET)
+    script(backend, wire.turn(*wire.items_turn(reasoning, *items)))
+    return reasoning
+
+
+def went_up(backend: wire.Backend, text: str) -> bool:
+    """Tell whether the last turn that went upstream holds a text."""
+    return text in json.dumps(turns(backend)[-1])
+
+
+# -- chat: the reasoning of a text --------------------------------------------
+
+DRAFT, RENAME = "draft my resignation letter", "rename a file"
+OTHERS: dict[str, tuple[Object, Object]] = {  # one conversation, and another in which the same was said
+    "another beginning": (chat(DRAFT), chat(RENAME, SAID, "thanks")),
+    "another beginning, later on": (chat(DRAFT), chat(RENAME, "Which?", "a.txt", SAID, "thanks")),
+    "another system prompt": (chat("go", system=DRAFT), chat("go", SAID, "thanks", system=RENAME)),
+    "a text in parts": (
+        chat(DRAFT),
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": SAID}]}, USER]},
+    ),
+}
+WHO = {  # the keys and the addresses of the two that ask
+    "no key": (("", HERE), ("", HERE)),
+    "no key, two machines": (("", HERE), ("", NEIGHBOUR)),
+    "one key": ((KEY_ANN, HERE), (KEY_ANN, HERE)),
+    "one key, two machines": ((KEY_ANN, HERE), (KEY_ANN, NEIGHBOUR)),
+    "two keys": ((KEY_ANN, HERE), (KEY_BOB, HERE)),
+}
+
+
+@two_addresses
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("who", WHO)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_reasoning_of_a_text_stays_in_its_conversation(
+    stream: bool, who: str, other: str, start: Start, backend: wire.Backend
+) -> None:
+    asked = OTHERS[other]
+    bridge = start(*(TWO_KEYS if WHO[who][0][0] else ()))
+    think_then(backend, wire.message_item(SAID))
+    for body, (secret, source) in zip(asked, WHO[who]):
+        assert ask_from(bridge, source, CHAT, {**body, "stream": stream}, secret).status == 200
+    assert not went_up(backend, SECRET)
+    assert backend.refusals == []
+
+
+def test_reasoning_of_a_text_stays_on_its_branch(bridge: RunningBridge, backend: wire.Backend) -> None:
+    # Two conversations of one machine that begin alike: only what was said in between tells them apart.
+    script(backend, wire.turn(*wire.text_turn("Hello!")))
+    ask_from(bridge, HERE, CHAT, chat("hi"))
+    think_then(backend, wire.message_item(SAID))
+    ask_from(bridge, HERE, CHAT, chat("hi", "Hello!", DRAFT))
+    ask_from(bridge, HERE, CHAT, chat("hi", "Hello!", RENAME, SAID, "thanks"))
+    assert not went_up(backend, SECRET)
+
+
+def test_completions_leave_no_reasoning_to_a_chat(bridge: RunningBridge, backend: wire.Backend) -> None:
+    think_then(backend, wire.message_item(SAID))
+    assert ask_from(bridge, HERE, TEXT, {"prompt": DRAFT}).status == 200
+    assert ask_from(bridge, HERE, CHAT, chat(RENAME, SAID, "thanks")).status == 200
+    assert not went_up(backend, SECRET)
+
+
+@two_addresses
+@pytest.mark.parametrize("source", [HERE, NEIGHBOUR])
+def test_same_words_on_two_machines_are_two_conversations(
+    source: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    think_then(backend, wire.message_item(SAID))
+    ask_from(bridge, HERE, CHAT, chat("hi"))
+    ask_from(bridge, source, CHAT, chat("hi", SAID, "thanks"))
+    assert went_up(backend, SECRET) is (source == HERE)
+
+
+@pytest.mark.parametrize("system", ["", "be brief"])
+@pytest.mark.parametrize("first", ["hi", [{"type": "text", "text": "hi"}]], ids=["text", "parts"])
+def test_conversation_that_goes_on_has_its_own_reasoning(
+    first: Any, system: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    think_then(backend, wire.message_item(SAID))
+    begun = chat("hi", system=system)
+    begun["messages"][-1]["content"] = first
+    ask_from(bridge, HERE, CHAT, begun)
+    messages = [*begun["messages"], {"role": "assistant", "content": SAID}, USER]
+    ask_from(bridge, HERE, CHAT, {"messages": messages})
+    assert went_up(backend, SECRET)
+    messages += [{"role": "assistant", "content": "hi"}, USER]
+    ask_from(bridge, HERE, CHAT, {"messages": messages})
+    assert went_up(backend, SECRET)
+
+
+# -- all that is kept, without a key: by the client's address ---------------------
+
+
+def ids_of(items: list[Any]) -> list[str]:
+    """Name the types of some items."""
+    return [item["type"] for item in items]
+
+
+@two_addresses
+@pytest.mark.parametrize("source", [HERE, NEIGHBOUR])
+def test_reasoning_of_a_call_stays_on_its_machine(
+    source: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    think_then(backend, wire.call_item("a", "{}", "call_1"))
+    ask_from(bridge, HERE, CHAT, chat("hi"))
+    call = {"id": "call_1", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+    messages = [USER, {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}]
+    ask_from(bridge, source, CHAT, {"messages": messages})
+    assert ("reasoning" in ids_of(turns(backend)[-1]["input"])) is (source == HERE)
+
+
+@two_addresses
+@pytest.mark.parametrize(("source", "status"), [(HERE, 200), (NEIGHBOUR, 404)])
+def test_response_is_read_on_its_machine(source: str, status: int, bridge: RunningBridge) -> None:
+    name = ask_from(bridge, HERE, RESPONSES, {"input": "my own"}).json["id"]
+    assert get_from(bridge, source, f"{RESPONSES}/{name}").status == status
+
+
+@two_addresses
+@pytest.mark.parametrize(("source", "status"), [(HERE, 200), (NEIGHBOUR, 400)])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_response_is_continued_on_its_machine(
+    stream: bool, source: str, status: int, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    name = ask_from(bridge, HERE, RESPONSES, {"input": "my own words"}).json["id"]
+    body = {"input": "go on", "previous_response_id": name, "stream": stream}
+    assert ask_from(bridge, source, RESPONSES, body).status == status
+    assert len(turns(backend)) == (2 if status == 200 else 1)
+
+
+@two_addresses
+@pytest.mark.parametrize(("source", "kind"), [(HERE, "response.completed"), (NEIGHBOUR, "error")])
+def test_response_is_continued_on_its_machine_by_a_websocket(
+    source: str, kind: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    name = ask_from(bridge, HERE, RESPONSES, {"input": "my own words"}).json["id"]
+    with FromAddress(bridge.address, source) as client:
+        assert client.connect(RESPONSES).status == 101
+        client.send_json({"type": "response.create", **MODEL, "input": [], "previous_response_id": name})
+        assert client.read_turn()[-1]["type"] == kind
+    assert ("my own words" in json.dumps(backend.frames)) is (source == HERE)
+
+
+@two_addresses
+@pytest.mark.parametrize("source", [HERE, NEIGHBOUR])
+def test_reference_is_followed_on_its_machine(
+    source: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    reasoning = think_then(backend, wire.message_item(SAID))
+    ask_from(bridge, HERE, RESPONSES, {"input": "hi"})
+    reference = {"type": "item_reference", "id": reasoning["id"]}
+    assert ask_from(bridge, source, RESPONSES, {"input": [USER, reference]}).status == 200
+    assert went_up(backend, SECRET) is (source == HERE)
+
+
+@two_addresses
+def test_key_is_one_owner_on_all_its_machines(start: Start) -> None:
+    bridge = start(*TWO_KEYS)
+    name = ask_from(bridge, HERE, RESPONSES, {"input": "hi"}, KEY_ANN).json["id"]
+    body = {"input": "go on", "previous_response_id": name}
+    assert ask_from(bridge, NEIGHBOUR, RESPONSES, body, KEY_ANN).status == 200
+    assert ask_from(bridge, HERE, RESPONSES, body, KEY_BOB).status == 400
+
+
+def test_key_that_is_named_like_an_address_is_no_machine(start: Start) -> None:
+    bridge = start("--api-key", f"{NEIGHBOUR}={KEY_ANN}", "--api-key", f"{HERE}={KEY_BOB}")
+    name = ask_from(bridge, HERE, RESPONSES, {"input": "hi"}, KEY_ANN).json["id"]
+    body = {"input": "go on", "previous_response_id": name}
+    assert ask_from(bridge, HERE, RESPONSES, body, KEY_BOB).status == 400
+
+
+# -- what a stream says of itself, and what is kept of it --------------------------
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["output empty", "output given"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_previous_response_is_named_alike_in_the_answer_and_later(
+    stream: bool, empty: bool, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    script(backend, *[wire.turn(*wire.text_turn(text, empty_output=empty)) for text in "ab"])
+    previous = None
+    for _ in range(2):
+        body = {"input": "hi", "stream": stream, "previous_response_id": previous}
+        reply = ask_from(bridge, HERE, RESPONSES, body)
+        response = wire.sse(reply.body)[-1]["response"] if stream else reply.json
+        assert response["previous_response_id"] == previous
+        assert get_from(bridge, HERE, f"{RESPONSES}/{response['id']}").json == response
+        previous = response["id"]
+
+
+def test_previous_response_of_another_connection_is_named_on_a_websocket(bridge: RunningBridge) -> None:
+    name = ask_from(bridge, HERE, RESPONSES, {"input": "hi"}).json["id"]
+    with FromAddress(bridge.address) as client:
+        client.connect(RESPONSES)
+        for _ in range(2):  # the first is replayed by the bridge, the second known to upstream
+            create = {"type": "response.create", **MODEL, "input": [], "previous_response_id": name}
+            client.send_json(create)
+            response = client.read_turn()[-1]["response"]
+            assert get_from(bridge, HERE, f"{RESPONSES}/{response['id']}").json == response
+            assert response["previous_response_id"] == name
+            name = response["id"]
+
+
+ENDINGS = {
+    "completed": wire.completed("resp_1", output=[wire.message_item(SAID)]),
+    "failed": {"type": "response.failed", "sequence_number": 1, "response": wire.response_object(
+        "resp_1", "failed", error={"code": "server_error", "message": "broke"})},
+    "incomplete": {"type": "response.incomplete", "sequence_number": 1, "response": wire.response_object(
+        "resp_1", "incomplete", incomplete_details={"reason": "max_output_tokens"}, usage=wire.USAGE)},
+}
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_both_transports_keep_the_same_responses(
+    kind: str, start: Start, backend: wire.Backend
+) -> None:
+    events = [wire.created("resp_1"), ENDINGS[kind]]
+    kept = {}
+    for way in ("whole", "stream", "websocket"):
+        bridge = start()  # one each: nothing is left of the way before
+        if way == "websocket":
+            backend.on_frame(lambda ws, _: ws.events(*events))
+            with FromAddress(bridge.address) as client:
+                client.connect(RESPONSES)
+                client.send_json({"type": "response.create", **MODEL, "input": []})
+                client.read_turn()
+        else:
+            script(backend, wire.turn(*events))
+            ask_from(bridge, HERE, RESPONSES, {"input": "hi", "stream": way == "stream"})
+        continued = {"input": "go on", "previous_response_id": "resp_1"}
+        kept[way] = (get_from(bridge, HERE, f"{RESPONSES}/resp_1").status,
+                     ask_from(bridge, HERE, RESPONSES, continued).status)
+    assert len(set(kept.values())) == 1, kept
+    if kind != "failed":
+        assert kept["whole"] == (200, 200)
+
+
+# -- the bound is of memory --------------------------------------------------------
+
+SMALL_ITEMS: dict[str, Any] = {
+    "short messages": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+    "tiny objects": {"a": 1},
+    "empty lists": [],
+    "numbers": 1.5,
+    "words": "ab",
+}
+BOUND = 1_000_000  # bytes; what else a bridge keeps of a request is small beside it
+
+
+@pytest.mark.parametrize("kind", SMALL_ITEMS)
+def test_store_holds_no_more_memory_than_its_bound(
+    kind: str, start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(exchange: wire.Exchange) -> None:
+        wire.turn(*wire.items_turn())(exchange)  # each time another response
+
+    monkeypatch.setattr(q, "STORE_SIZE", BOUND)
+    monkeypatch.setattr(q.log, "propagate", False)  # pytest keeps each line
+    backend.always("/responses", answer)
+    bridge = start()
+    body = {"input": [SMALL_ITEMS[kind]] * 400}
+
+    def keep(count: int) -> str:
+        for _ in range(count):
+            reply = ask_from(bridge, HERE, RESPONSES, body)
+            assert reply.status == 200
+        with backend.changed:
+            backend.requests.clear()
+        gc.collect()
+        return str(reply.json["id"])
+
+    keep(2)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        newest = keep(60)
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert held <= 1.3 * BOUND
+    assert get_from(bridge, HERE, f"{RESPONSES}/{newest}").status == 200

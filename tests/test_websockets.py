@@ -906,7 +906,7 @@ def test_what_comes_with_or_without_a_request_is_passed_on(
 HOSTILE_EVENTS: list[Any] = [
     {"type": "response.failed", "response": "text"},
     {"type": "response.failed", "response": [1]},
-    {"type": "response.failed", "response": {"error": 7}},
+    {"type": "response.failed", "response": {"error": 7, "output": []}},
     {"type": "response.completed", "response": {"usage": [], "output": 3}},
     {"type": "response.completed", "response": None},
     {"type": "error", "error": "text"},
