@@ -1359,10 +1359,10 @@ class Connection:
         self._poller = self._watched = None
 
     def wait(self, seconds: float, client: Connection | None = None) -> bool:
-        """Wait until something can be read; False when `seconds` pass.
+        """Wait until this socket is readable; return False after `seconds`.
 
-        While waiting for upstream, `client` is watched: what it sends is read ahead, and when it leaves,
-        ClientLeft is raised. A client's FIN counts as leaving.
+        Meanwhile watch `client`: read ahead what the client sends. Raises ClientLeft when the client closes
+        its connection; a FIN counts as a close.
         """
         if self.buffer or (self._tls and self.sock.pending() > 0):
             return True
@@ -1378,13 +1378,13 @@ class Connection:
                 return False
 
     def receive(self, seconds: float, client: Connection | None = None) -> bytes | None:
-        """Wait as `wait` does, and read: None when there is nothing within `seconds`, b"" for the end.
+        """Return the next bytes: None if none arrive within `seconds`, b"" for the connection's end.
 
-        Raises ClientLeft, and OSError when the connection is broken.
+        Raises ClientLeft as `wait` does, and OSError for a broken connection.
         """
         while self.wait(seconds, client):
             raw = self.read()
-            if raw is not None:  # else it was a part of a TLS record, or a session ticket
+            if raw is not None:  # None: a part of a TLS record, or a TLS session ticket
                 return raw
         return None
 
@@ -2093,7 +2093,7 @@ class Credentials:
             refused = self._dead.get(tokens.refresh_token)
             raise NotSignedIn(refused or f"the sign-in has expired; {sign_in_hint(self.path)}")
         if time.monotonic() < self._retry_at:
-            raise BadUpstream(f"the sign-in server failed a moment ago; retrying in {REFRESH_PAUSE:g} s")
+            raise BadUpstream(f"the sign-in server did not refresh the token; retry in {REFRESH_PAUSE:g} s")
         with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
             tokens = self.current_tokens()
             if tokens.access_token != old.access_token:
@@ -2111,9 +2111,9 @@ class Credentials:
             self._retry_at = time.monotonic() + REFRESH_PAUSE
             raise
         self._on_refresh()
-        given = reply.json()
-        fresh = {key: given[key] for key in ("id_token", "access_token", "refresh_token")
-                 if isinstance(given.get(key), str) and given[key]}
+        granted = reply.json()
+        fresh = {key: granted[key] for key in ("id_token", "access_token", "refresh_token")
+                 if isinstance(granted.get(key), str) and granted[key]}
         if reply.status == 200 and fresh:
             with self._lock:
                 return self._save(old, fresh)
@@ -2504,7 +2504,7 @@ DROPPED_ITEM = object()  # marks an item to remove
 
 
 def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """Change each object in the input; DROPPED_ITEM takes it out. The same request comes back if all stay."""
+    """Map each object of the input; DROPPED_ITEM removes it. Return the same request if none changes."""
     items = request.get("input")
     if not isinstance(items, list):
         return request
@@ -2608,15 +2608,15 @@ def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop items that point at nothing under store=false, and then the ids that could demand those items.
+    """Drop items that refer to unstored ones, and then the ids that could require a dropped item.
 
-    A reasoning item with its ciphertext is complete and stays: the ciphertext is bound to the id (WIRE 4).
+    Keep a reasoning item that has its ciphertext, with its id: the ciphertext is bound to the id (WIRE 4).
     """
     def change(item: dict[str, Any]) -> Any:
         if points_at_nothing(item, context.strict):
             return DROPPED_ITEM
         item_type = or_empty(item.get("type"), str)
-        # The id of a message or a call can demand the reasoning item before it.
+        # The id of a message or a call can require the reasoning item before it.
         if context.strict or item_type == "message" or item_type.endswith(("_call", "_output")):
             return without(item, "id")
         return item
@@ -2630,7 +2630,7 @@ def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]
 
 
 def points_at_nothing(item: Any, strict: bool) -> bool:
-    """Tell whether an item refers to something that was never stored; `strict` suspects all reasoning."""
+    """Tell whether an item refers to an unstored one; with `strict`, every reasoning item counts as such."""
     if not isinstance(item, dict):
         return False
     if item.get("type") == "reasoning":
@@ -2662,7 +2662,7 @@ def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
 
 
 def conversation_hash(request: dict[str, Any], client: str) -> str:
-    """Return an id of what stays in a conversation: client, model, instructions, first user message."""
+    """Return a hash of a conversation's constants: client, model, instructions, first user message."""
     first: Any = None
     items = request.get("input")
     for item in items if isinstance(items, list) else ():
@@ -3608,30 +3608,30 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
 
 
 # == 15 fields ================================================================
-# Which header fields cross, up and down, and as whom a request is sent.
+# Which headers are forwarded, to upstream and to the client, and the identity that requests carry.
 
 CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
 PASSED_UP = frozenset((
     "originator", "session-id", "thread-id", "user-agent", "version", "x-client-request-id",
     "x-openai-subagent",
-))  # and x-codex-*, the names of which change with Codex; all else stays here
-NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # set by the bridge
-PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # of clients that are not Codex, too
-PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # and x-*, openai-*
+))  # also x-codex-*, whose names change with Codex's version; no other header is forwarded
+NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # the bridge sets its own
+PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # forwarded for every client
+PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # also x-*, openai-*
 NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy would obey the first two
 SESSION_HEADERS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
 
 
 class ClientHeaders(NamedTuple):
-    """What a client's headers say of itself."""
+    """What a client's headers say about the client."""
 
-    codex: bool  # it is a Codex, whose own values pass upstream unchanged
-    version: str  # of that Codex; "" when it does not say
-    session: str  # its session id, under any of its names; "" for none
+    codex: bool  # the client is Codex, whose own values are forwarded unchanged
+    version: str  # Codex's version; "" if the headers do not name it
+    session: str  # the session id, from any of SESSION_HEADERS; "" without one
 
 
 def read_client_headers(headers: Mapping[str, str]) -> ClientHeaders:
-    """Read what a request's headers, named in lower case, say of the client."""
+    """Read what a request's headers (with lower-case names) say about the client."""
     match = CODEX_AGENT.match(headers.get("user-agent", ""))
     codex = match is not None or headers.get("originator", "").lower().startswith("codex") \
         or "x-codex-turn-metadata" in headers or "x-codex-window-id" in headers
@@ -3640,22 +3640,22 @@ def read_client_headers(headers: Mapping[str, str]) -> ClientHeaders:
 
 
 class Identity(NamedTuple):
-    """As whom requests are sent for clients that are not Codex."""
+    """The originator and version that the bridge sends for clients that are not Codex."""
 
     originator: str
     version: str
 
     def headers(self) -> dict[str, str]:
-        """Return the headers that say so, for requests that no client asked for."""
+        """Return the identity's headers, for the bridge's own requests."""
         return {"version": self.version, "originator": self.originator, "user-agent": USER_AGENT}
 
 
 def upstream_headers(headers: Mapping[str, str], client: ClientHeaders, identity: Identity,
                      session: str) -> dict[str, str]:
-    """Choose, from a client's headers, those that go upstream, and add what Codex adds for ChatGPT.
+    """Select the client's headers to forward, and add the headers that Codex sends to ChatGPT.
 
-    An allow-list: what is not named here stays here, the client's credentials and addresses above all.
-    Sign-in, routing and framing are added when the request is sent.
+    This is an allow-list. It never forwards any other header, such as the client's credentials or addresses.
+    The sender adds the headers for sign-in, routing and framing.
     """
     passes = is_passed_up if client.codex else PASSED_FOR_ALL.__contains__
     passed = {name: value for name, value in headers.items() if value and passes(name)}
@@ -3672,7 +3672,7 @@ def upstream_headers(headers: Mapping[str, str], client: ClientHeaders, identity
 
 
 def is_passed_up(name: str) -> bool:
-    """Tell whether a header of a Codex goes upstream."""
+    """Tell whether Codex's header is forwarded to upstream."""
     return name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)
 
 
@@ -3683,14 +3683,14 @@ def routing_hint(request: Mapping[str, Any]) -> str:
 
 
 def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Choose, from upstream's fields, those that the client gets."""
+    """Select the upstream headers that the client gets."""
     return {name: value for name, value in headers.items() if not name.startswith(NOT_PASSED_DOWN)
             and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
 
 
 # == 16 events ================================================================
-# Server-sent events: bytes in, events out; the fold of events into one response. Bytes are cut at CR and LF
-# only: str.splitlines would split a text at U+2028.
+# Server-sent events: bytes in, events out; events in, one response out. Lines end only at CR or LF, because
+# str.splitlines would also split a text at U+2028.
 
 BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
 KEPT_EVENTS = ("response.output_item.done", "response.content_part.done", "response.output_text.done")
@@ -3703,22 +3703,22 @@ OUTPUT_INDEX = re.compile(rb'"output_index" ?: ?([0-9]{1,9})')
 
 
 class Events:
-    """Cut a stream of bytes into whole events; what is not whole yet is kept back."""
+    """A splitter of a byte stream into complete events; it keeps back an incomplete one."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []  # of the event that is not whole yet
-        self._size = 0  # of those parts, in bytes
-        self._has_cr = False  # a CR was seen: lines may end in other ways than LF
+        self._parts: list[bytes] = []  # parts of the incomplete event
+        self._size = 0  # bytes in those parts
+        self._has_cr = False  # the stream has a CR: lines may end in CRLF or CR
 
     def feed(self, payload: bytes) -> bytes:
-        """Return the bytes of all events that are whole now, as they came.
+        """Return the unchanged bytes of all events that are now complete.
 
         Raises BadUpstream for an event above MAX_EVENT.
         """
         if self._has_cr or b"\r" in payload:
             return self._feed_with_cr(payload)
         cut = payload.rfind(b"\n\n") + 2
-        if cut == 1:  # none in it; but a blank line may have been cut in two
+        if cut == 1:  # no blank line inside; but one may be split between two payloads
             cut = int(bool(self._parts) and self._parts[-1][-1:] == b"\n" == payload[:1])
         if cut == 0:
             self._keep(payload)
@@ -3750,13 +3750,13 @@ class Events:
         return events
 
     def _take(self, payload: bytes, cut: int) -> bytes:
-        """Return what was kept and `payload` up to `cut`; keep the rest."""
-        whole = payload if cut == len(payload) else payload[:cut]
+        """Return the kept parts and `payload` up to `cut`; keep the rest of `payload`."""
+        events = payload if cut == len(payload) else payload[:cut]
         if self._parts:
-            whole = self._drain() + whole
+            events = self._drain() + events
         if cut < len(payload):
             self._keep(payload[cut:])
-        return whole
+        return events
 
     def _drain(self) -> bytes:
         kept = b"".join(self._parts)
@@ -3771,19 +3771,19 @@ class Events:
             raise BadUpstream(f"upstream sent an event of more than {MAX_EVENT} bytes")
 
 
-def split_events(whole: bytes) -> list[bytes]:
-    """Split whole events' bytes into one piece an event, with its blank line."""
-    if b"\r" not in whole:
-        return [piece + b"\n\n" for piece in whole.split(b"\n\n")[:-1]]
+def split_events(events: bytes) -> list[bytes]:
+    """Split the bytes of complete events into single events, each with its blank line."""
+    if b"\r" not in events:
+        return [piece + b"\n\n" for piece in events.split(b"\n\n")[:-1]]
     pieces, at = [], 0
-    for match in BLANK_LINE.finditer(whole):
-        pieces.append(whole[at:match.end()])
+    for match in BLANK_LINE.finditer(events):
+        pieces.append(events[at:match.end()])
         at = match.end()
     return pieces
 
 
 def event_json(event: bytes) -> dict[str, Any] | None:
-    """Return the JSON object that an event carries; None when it carries none."""
+    """Return an event's JSON object; None without one."""
     lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
     parts = [line[5:] for line in lines if line.startswith(b"data:")]
     parsed = None
@@ -3795,22 +3795,22 @@ def event_json(event: bytes) -> dict[str, Any] | None:
 
 
 def event_type(parsed: Mapping[str, Any] | None) -> str:
-    """Return an event's JSON `type`: it counts, not the `event:` line (WIRE 5)."""
+    """Return an event's JSON `type`, which is decisive, not the `event:` line (WIRE 5)."""
     value = parsed.get("type") if parsed else None
     return value if isinstance(value, str) else ""
 
 
 def render_event(parsed: Mapping[str, Any]) -> bytes:
-    """Write an event as upstream writes them; a type that is no word does not get a line of its own."""
-    kind = event_type(parsed)
+    """Encode an event in upstream's form; omit the `event:` line if the type is not one word."""
+    type_name = event_type(parsed)
     name = b""
-    if re.fullmatch(r"[\w.-]{1,100}", kind, re.ASCII):
-        name = f"event: {kind}\n".encode()
+    if re.fullmatch(r"[\w.-]{1,100}", type_name, re.ASCII):
+        name = f"event: {type_name}\n".encode()
     return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
 
 
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
-KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients have timers on bytes; SDKs trip over an unknown event
+KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
 
 
 class ResponseAssembler:
@@ -3894,7 +3894,7 @@ class ResponseAssembler:
         return [items[place] for place in sorted(items)]
 
     def set_fields(self, fields: Mapping[str, Any]) -> bool:
-        """Set fields of the final event's response; tell whether anything changed."""
+        """Set fields of the terminal event's response; tell whether the response changed."""
         response = self.final.get("response") if self.final else None
         if self.final is None or not isinstance(response, dict):
             return False
@@ -3903,15 +3903,15 @@ class ResponseAssembler:
         return completed != response
 
     def failure(self) -> BridgeError:
-        """Return why there is no response: upstream's own error (429, 503, 400, 502), or that it was cut."""
+        """Return the reason for a missing response: upstream's error (429, 503, 400, 502), or truncation."""
         if self.final is not None:
             return failure(or_empty(self.final.get("response"), dict).get("error"))
         if self.error is not None:
             return failure(self.error)
-        return BadUpstream("upstream ended the answer without its terminal event")
+        return BadUpstream("upstream ended the stream without a terminal event")
 
     def response(self) -> dict[str, Any]:
-        """Return the one response object. Raises what `failure` returns."""
+        """Return the assembled response object. Raises what `failure` returns."""
         if self.final is None or event_type(self.final) == "response.failed":
             raise self.failure()
         self.fill()
@@ -3937,19 +3937,19 @@ def token_counts(response: Any) -> dict[str, int]:
 
 
 class ResponsesOutput:
-    """What a client of the Responses API is sent: upstream's events, the final one's `output` filled."""
+    """The output for a Responses API client: upstream's events, with the terminal event's `output` filled."""
 
     def __init__(self, codex: bool = False, final_fields: Mapping[str, Any] | None = None) -> None:
         self.assembler = ResponseAssembler()
-        self._final_fields = final_fields or {}  # of the final response, that upstream cannot know
-        self.count = 0  # of events
-        self.done = False  # the final event was seen: nothing may follow it
-        self.failure: BridgeError | None = None  # reported by upstream, to be raised
+        self._final_fields = final_fields or {}  # fields of the final response that upstream cannot know
+        self.count = 0  # events so far
+        self.done = False  # the terminal event has arrived: nothing may follow
+        self.failure: BridgeError | None = None  # a failure that upstream reported, for `relay` to raise
         self.filler = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
         self._events = Events()
 
     def final(self) -> tuple[str, dict[str, Any]]:
-        """Return the final event's last word (`completed`) and its response; "" and {} before it."""
+        """Return the last word of the terminal event's type (`completed`), and its response; else "", {}."""
         event = self.assembler.final
         if event is None:
             return "", {}
@@ -3957,7 +3957,7 @@ class ResponsesOutput:
         return event_type(event).rpartition(".")[2], response if isinstance(response, dict) else {}
 
     def feed(self, payload: bytes) -> bytes:
-        """Return what the client gets of upstream's next bytes: complete events only."""
+        """Return the client's bytes for upstream's next bytes: only complete events."""
         events = self._events.feed(payload)
         if NOTABLE_EVENT.search(events):
             return self._feed_notable(events)
@@ -3965,7 +3965,7 @@ class ResponsesOutput:
         return events
 
     def _feed_notable(self, events: bytes) -> bytes:
-        """Take the events apart: at least one of them looks like one that matters."""
+        """Split and handle complete events; at least one of them matches NOTABLE_EVENT."""
         pieces = []
         several = b"\r" in events or events.count(b"\n\n") > 1
         for event in split_events(events) if several else [events]:
@@ -3976,12 +3976,12 @@ class ResponsesOutput:
         return b"".join(pieces)
 
     def _replace(self, event: bytes) -> bytes:
-        """Return what the client gets in an event's place."""
+        """Return the client's bytes for one event."""
         parsed = None
         if TERMINAL_MARK.search(event):
             parsed = event_json(event)
         if parsed is None or event_type(parsed) not in TERMINAL_EVENTS:
-            self.assembler.keep(event)  # parsed only if the final event's output is empty
+            self.assembler.keep(event)  # parsed only if the terminal event's output is empty
             return event
         self.assembler.add(parsed)
         if self._complete():
@@ -3989,7 +3989,7 @@ class ResponsesOutput:
         return event
 
     def _complete(self) -> bool:
-        """Complete the final event's response; tell whether that changed it."""
+        """Complete the terminal event's response; tell whether the response changed."""
         self.done = True
         filled = self.assembler.fill()
         if self._final_fields:
@@ -3997,19 +3997,19 @@ class ResponsesOutput:
         return filled
 
     def render_error(self, error: BridgeError) -> bytes:
-        """Return the bytes to send when upstream fails. None here: the missing final event signals it."""
+        """Return the bytes to send if upstream fails; b"" here: the missing terminal event shows the cut."""
         return b""
 
 
 class ChatOutput(ResponsesOutput):
-    """What a streaming chat client is sent: Chat Completions chunks (or legacy completion chunks)."""
+    """The output for a streaming chat client: Chat Completions chunks or legacy completion chunks."""
 
     def __init__(self, stream: ChatStream) -> None:
         super().__init__()
         self._stream = stream
 
     def feed(self, payload: bytes) -> bytes:
-        """Return the chunks of upstream's next bytes; a failure among them is left in `failure`."""
+        """Return the chunks for upstream's next bytes; set `failure` if upstream reports one."""
         pieces = []
         for event in split_events(self._events.feed(payload)):
             self.count += 1
@@ -4028,12 +4028,12 @@ class ChatOutput(ResponsesOutput):
         return b"".join(pieces)
 
     def render_error(self, error: BridgeError) -> bytes:
-        """Return the error object that SDKs raise from within a stream."""
+        """Return the bytes of an error object, which SDKs raise as an exception."""
         return b"data: %b\n\n" % json_bytes(error.body())
 
 
 class JsonOutput(ResponsesOutput):
-    """Collects the events for one JSON response; the client gets nothing until then."""
+    """The output for one JSON response: collects the events; the client gets no bytes until their end."""
 
     def feed(self, payload: bytes) -> bytes:
         """Collect upstream's next bytes."""
@@ -4049,7 +4049,7 @@ class JsonOutput(ResponsesOutput):
 
 # == 17 frames ================================================================
 # Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
-# No extension is ever agreed on, so every reserved bit is an error.
+# The bridge never negotiates an extension, so every reserved bit is an error.
 
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 WEBSOCKET_VERSION = "13"
@@ -4059,20 +4059,20 @@ OP_CLOSE, OP_PING, OP_PONG = 0x8, 0x9, 0xA  # control frames: never fragmented, 
 OPCODES = frozenset((OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_PONG))
 
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1001, 1002, 1003
-CLOSE_NO_STATUS = 1005  # stands for a close frame without a code; never on the wire
+CLOSE_NO_STATUS = 1005  # means a close frame without a code; never sent
 CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_BAD_GATEWAY = 1007, 1009, 1014
-# What a close frame may say: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
+# Codes of a close frame: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 
-FIN_BIT, RESERVED_BITS, OPCODE_BITS = 0x80, 0x70, 0x0F  # of a frame's first byte
-MASK_BIT, LENGTH_BITS = 0x80, 0x7F  # of its second
-LENGTH_16, LENGTH_64 = 126, 127  # stand for a length that follows, in 16 or 64 bits
-SMALLEST_16, SMALLEST_64, LARGEST_64 = 126, 1 << 16, (1 << 63) - 1  # the shortest form is a must
+FIN_BIT, RESERVED_BITS, OPCODE_BITS = 0x80, 0x70, 0x0F  # in a frame's first byte
+MASK_BIT, LENGTH_BITS = 0x80, 0x7F  # in a frame's second byte
+LENGTH_16, LENGTH_64 = 126, 127  # mean that the length follows, in 16 or 64 bits
+SMALLEST_16, SMALLEST_64, LARGEST_64 = 126, 1 << 16, (1 << 63) - 1  # a length must use its shortest form
 HEAD_BYTES, MASK_BYTES, MAX_CONTROL_BYTES, MAX_REASON_BYTES = 2, 4, 125, 123
 
 
 class FrameError(Exception):
-    """A breach of RFC 6455 by the peer; `code` is the close code that it is answered with."""
+    """A violation of RFC 6455 by the peer; `code` is the close code to answer with."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -4080,14 +4080,14 @@ class FrameError(Exception):
 
 
 class Message(NamedTuple):
-    """One whole text or binary message, or one control frame."""
+    """One complete text or binary message, or one control frame."""
 
     opcode: int
     payload: bytes  # unmasked
 
 
 def is_upgrade(headers: Mapping[str, str]) -> bool:
-    """Tell whether headers, named in lower case, ask for a WebSocket, or agree to it."""
+    """Tell whether headers (with lower-case names) request or accept a WebSocket."""
     for name, token in (("connection", "upgrade"), ("upgrade", "websocket")):
         if token not in (part.strip().lower() for part in headers.get(name, "").split(",")):
             return False
@@ -4113,7 +4113,7 @@ def apply_mask(payload: bytes, mask: bytes) -> bytes:
 
 
 def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bool = True) -> bytes:
-    """Return one frame; a client's has a mask of four random bytes, new for each frame."""
+    """Return one frame. A client must pass a `mask` of four random bytes, new for each frame."""
     first = opcode | (FIN_BIT if fin else 0)
     mask_bit = MASK_BIT
     if mask is None:
@@ -4131,7 +4131,7 @@ def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bo
 
 
 def close_payload(code: int, reason: str = "") -> bytes:
-    """Return a close frame's payload, the reason cut to fit; CLOSE_NO_STATUS makes it empty."""
+    """Return a close frame's payload, with the reason truncated to fit; b"" for CLOSE_NO_STATUS."""
     if code == CLOSE_NO_STATUS:
         return b""
     cut = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
@@ -4139,12 +4139,12 @@ def close_payload(code: int, reason: str = "") -> bytes:
 
 
 def parse_close(payload: bytes) -> tuple[int, str]:
-    """Return the code and reason of a close frame; raises FrameError."""
+    """Return a close frame's code and reason. Raises FrameError."""
     if not payload:
         return CLOSE_NO_STATUS, ""
-    code = int.from_bytes(payload[:2], "big")  # of a single byte: less than any code
+    code = int.from_bytes(payload[:2], "big")  # a single byte gives a number below every code
     if code not in CLOSE_CODES:
-        raise FrameError(CLOSE_PROTOCOL_ERROR, f"close frame begins with {payload[:2]!r}, no close code")
+        raise FrameError(CLOSE_PROTOCOL_ERROR, f"invalid close code in close frame: {payload[:2]!r}")
     return code, _decode(payload[2:])
 
 
@@ -4152,15 +4152,15 @@ def _decode(text: bytes) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise FrameError(CLOSE_INVALID_TEXT, f"text is not UTF-8 at byte {exc.start}") from exc
+        raise FrameError(CLOSE_INVALID_TEXT, f"text is invalid UTF-8 at byte {exc.start}") from exc
 
 
 class FrameReader:
-    """Cut the bytes of one side of a connection into messages.
+    """A decoder of one side's bytes into messages.
 
-    `masked` says which side: a client must mask, a server must not. `max_message` bounds a message in bytes;
-    a frame's head is enough to refuse it. Look at `error` after each `feed`: what it returned came before the
-    error. Nothing is read after an error or a close frame.
+    `masked`: that side is a client, which must mask. `max_message` is the limit of a message in bytes; a
+    frame's head is enough to refuse a larger one. Check `error` after each `feed`: the returned messages came
+    before the error. After an error or a close frame, `feed` ignores all bytes.
     """
 
     def __init__(self, masked: bool, max_message: int) -> None:
@@ -4168,29 +4168,29 @@ class FrameReader:
         self._masked = masked
         self._max_message = max_message
         self._done = False
-        self._pending = bytearray()  # a frame that has begun
-        self._wanted_bytes = 0  # of it, until there is more to tell
-        self._opcode = OP_CONTINUATION  # of the message that has begun, once a fragment of it is here
-        self._payload = bytearray()  # its fragments
+        self._pending = bytearray()  # the incomplete frame
+        self._wanted_bytes = 0  # size that `_pending` must reach before it is parsed again
+        self._opcode = OP_CONTINUATION  # opcode of the incomplete message; OP_CONTINUATION without one
+        self._payload = bytearray()  # fragments of the incomplete message
 
     def feed(self, received: bytes) -> list[Message]:
-        """Return the messages and control frames that these bytes complete, in their order."""
+        """Return the messages and control frames that these bytes complete, in order."""
         messages: list[Message] = []
         if self._pending:
             self._pending += received
             if len(self._pending) < self._wanted_bytes:
-                return messages  # nothing is copied yet: a frame in small pieces takes linear time
+                return messages  # without a copy, so that a frame in small pieces takes linear time
             received = bytes(self._pending)
             self._pending = bytearray()
         try:
             self._cut(received, messages)
         except FrameError as exc:
-            # A new one: the traceback of the one raised would hold the bytes, in a cycle.
+            # A new error: the raised one's traceback would keep the bytes in memory, in a reference cycle.
             self.error, self._done = FrameError(exc.code, str(exc)), True
         return messages
 
     def _cut(self, wire: bytes, messages: list[Message]) -> None:
-        """Append the messages that end in `wire`; keep the frame that only begins there."""
+        """Append the messages that end in `wire`; keep an incomplete last frame."""
         start = 0
         while not self._done:
             payload_start, end = self._span(wire, start)
@@ -4205,7 +4205,7 @@ class FrameReader:
                 self._done = message.opcode == OP_CLOSE
 
     def _span(self, wire: bytes, start: int) -> tuple[int, int]:
-        """Return where a frame's payload starts and ends: beyond `wire` while bytes are missing."""
+        """Return the start and end of a frame's payload; the end is beyond `wire` while bytes are missing."""
         payload_start = start + HEAD_BYTES
         if payload_start > len(wire):
             return payload_start, payload_start
@@ -4219,20 +4219,20 @@ class FrameReader:
                 return payload_start, payload_start
             size = int.from_bytes(wire[payload_start - width : payload_start], "big")
             if not smallest <= size <= LARGEST_64:
-                raise FrameError(CLOSE_PROTOCOL_ERROR, f"length {size} may not stand in {width} bytes")
+                raise FrameError(CLOSE_PROTOCOL_ERROR, f"length {size} must not be encoded in {width} bytes")
         if first & OPCODE_BITS < OP_CLOSE and len(self._payload) + size > self._max_message:
-            raise FrameError(CLOSE_TOO_BIG, f"message has more than {self._max_message} bytes")
+            raise FrameError(CLOSE_TOO_BIG, f"message is above {self._max_message} bytes")
         payload_start += MASK_BYTES if self._masked else 0
         return payload_start, payload_start + size
 
     def _check_head(self, first: int, second: int) -> None:
-        """Raise FrameError unless these two bytes may begin the next frame."""
+        """Check a frame's first two bytes. Raises FrameError."""
         breach = self._breach(first & OPCODE_BITS, first, second)
         if breach:
             raise FrameError(CLOSE_PROTOCOL_ERROR, f"frame {first:#04x} {second:#04x} {breach}")
 
     def _breach(self, opcode: int, first: int, second: int) -> str:
-        """Return which rule of RFC 6455 these two bytes break; "" for none."""
+        """Return the rule of RFC 6455 that these two bytes violate; "" for none."""
         if first & RESERVED_BITS or opcode not in OPCODES:
             return "has a reserved bit or opcode"
         if (second & MASK_BIT != 0) != self._masked:
@@ -4245,7 +4245,7 @@ class FrameReader:
         return ""
 
     def _take(self, frame: bytes, payload_start: int) -> Message | None:
-        """Return the message that this frame ends, or None if there is more to come."""
+        """Return the message that this frame completes; None if more fragments follow."""
         opcode, fin = frame[0] & OPCODE_BITS, frame[0] & FIN_BIT
         payload = frame[payload_start:]
         if self._masked:
@@ -4265,28 +4265,28 @@ class FrameReader:
 
 
 # == 18 access ================================================================
-# Who may come in: network, Host, Origin, key. The server asks, and answers with what is raised here.
+# Which clients are admitted: network, Host, Origin, key. The server calls this and sends the raised errors.
 
-LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # under which no web page is served
+LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # no public web page is below these
 
 
 class Policy(NamedTuple):
-    """What the options say of who may come in."""
+    """The access rules from the options."""
 
     networks: tuple[Any, ...]
     origins: tuple[str, ...]
-    hosts: tuple[str, ...]  # in lower case; this host's own names are among them
+    hosts: tuple[str, ...]  # in lower case, with this host's own name
 
 
 class Client(NamedTuple):
-    """Who sent a request."""
+    """The sender of a request."""
 
-    address: str  # of its machine
-    key: str = ""  # the name of its key; "" while the bridge is open
+    address: str  # the machine's IP address
+    key: str = ""  # the key's name; "" while the bridge is open
 
     @property
     def name(self) -> str:
-        """Return the name by which this client is told from others."""
+        """Return the name that identifies this client: its key's name, else its address."""
         return self.key or self.address
 
     @property
@@ -4297,7 +4297,7 @@ class Client(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def network_allows(address: str, networks: tuple[Any, ...]) -> bool:
-    """Tell whether an address may come in; loopback always may. IPv4 in IPv6 counts as IPv4."""
+    """Tell whether an address may connect; loopback always may. IPv4 in IPv6 counts as IPv4."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -4309,9 +4309,9 @@ def network_allows(address: str, networks: tuple[Any, ...]) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def host_allowed(value: str, names: tuple[str, ...]) -> bool:
-    """Tell whether a Host field names this bridge: an address, a single label, a local or known name.
+    """Tell whether a Host header names this bridge: an address, a single label, a local or known name.
 
-    A web page's own name that was made to resolve to this host (DNS rebinding) is none of these.
+    This blocks DNS rebinding, where a web page's own host name resolves to this host.
     """
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", value)
     if match is None:
@@ -4324,18 +4324,18 @@ def host_allowed(value: str, names: tuple[str, ...]) -> bool:
 
 
 def check_browser(method: str, headers: Mapping[str, str], policy: Policy) -> None:
-    """Refuse what a web page sends, unless its origin is allowed. Raises Forbidden.
+    """Refuse a web page's request unless its origin is allowed. Raises Forbidden.
 
-    One with an allowed origin, or with none, passes; a browser's POST must be JSON: that was preflighted.
+    A request without an Origin passes. A browser's POST must be JSON, because a browser preflights JSON.
     """
     origin = headers.get("origin")
     if origin is not None and origin not in policy.origins:
-        raise Forbidden("web pages may not call this bridge; --allow-origin names those that may")
+        raise Forbidden("this web page may not use the bridge; --allow-origin permits its origin")
     if not host_allowed(headers.get("host", "localhost"), policy.hosts):
-        raise Forbidden(f"this bridge is not reached as {headers.get('host')!r}; --allow-host adds a name")
+        raise Forbidden(f"{headers.get('host')!r} is not a name of this bridge; --allow-host adds a name")
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if method == "POST" and content_type != "application/json" and is_from_browser(headers):
-        raise Forbidden("a browser's POST must be application/json")
+        raise Forbidden("a browser's POST must have the content type application/json")
 
 
 def is_from_browser(headers: Mapping[str, str]) -> bool:
@@ -4346,24 +4346,24 @@ def is_from_browser(headers: Mapping[str, str]) -> bool:
 def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
     """Return the name of the client's key. Raises InvalidKey.
 
-    Every key is compared, each in constant time, so that the time taken tells nothing.
+    Compare every key in constant time, so that the duration reveals nothing.
     """
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = [bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
     if not any(given):
-        raise InvalidKey("this bridge wants a key: `Authorization: Bearer …` or `x-api-key: …`")
-    found = ""
+        raise InvalidKey("this bridge requires a key: send `Authorization: Bearer …` or `x-api-key: …`")
+    name = ""
     for key in keys:
-        for text in given:  # an SDK sends a Bearer whatever else it is told to send
+        for text in given:  # an SDK always sends a Bearer, even beside another key header
             if hmac.compare_digest(text.encode("utf-8", "replace"), key.secret.encode("utf-8")):
-                found = key.name
-    if not found:
-        raise InvalidKey("this bridge does not know that key")
-    return found
+                name = key.name
+    if not name:
+        raise InvalidKey("unknown API key")
+    return name
 
 
 def cors_headers(headers: Mapping[str, str], policy: Policy, preflight: bool) -> dict[str, str]:
-    """Return the CORS answer to an allowed origin; nothing for any other."""
+    """Return the CORS headers for an allowed origin; {} for any other."""
     origin = headers.get("origin")
     if origin is None or origin not in policy.origins:
         return {}
@@ -4375,7 +4375,7 @@ def cors_headers(headers: Mapping[str, str], policy: Policy, preflight: bool) ->
 
 
 def read_key_file(text: str) -> tuple[NamedSecret, ...]:
-    """Read lines of NAME=SECRET; # begins a comment. Raises ValueError, naming the line's number only."""
+    """Read lines of NAME=SECRET; # begins a comment. Raises ValueError, with the line number only."""
     keys = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -4394,20 +4394,20 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 
 
 # == 19 catalog ===============================================================
-# The live model list and the aliases. Nothing is bundled: without a list, requests pass without its rules.
+# The live model list and the aliases. No list is bundled; without one, no catalogue rule applies to requests.
 
 class ModelList(NamedTuple):
-    """One model list, as upstream gave it."""
+    """One model list from upstream."""
 
     raw: dict[str, Any]
     entries: dict[str, dict[str, Any]]  # by slug
-    models: dict[str, Model]  # the same, as the rules need them
+    models: dict[str, Model]  # by slug: the facts that the rules need
     etag: str
     created: int  # Unix time at which this bridge first had a list
 
 
 def parse_model_list(reply: BufferedReply, created: int) -> ModelList:
-    """Read upstream's `{"models": [...]}`. Raises BadUpstream when it is something else."""
+    """Read upstream's `{"models": [...]}`. Raises BadUpstream for any other form."""
     raw = reply.json_or_raise()
     models = raw.get("models")
     if not isinstance(models, list):
@@ -4419,7 +4419,7 @@ def parse_model_list(reply: BufferedReply, created: int) -> ModelList:
 
 
 def model_priority(entry: Mapping[str, Any]) -> float:
-    """Return an entry's `priority`; the lowest is the catalogue's first."""
+    """Return an entry's `priority`; the model with the lowest comes first."""
     priority = finite_number(entry.get("priority"))
     if priority is None:
         return 1e9
@@ -4427,13 +4427,13 @@ def model_priority(entry: Mapping[str, Any]) -> float:
 
 
 def visible_models(models: ModelList) -> list[dict[str, Any]]:
-    """Return the entries that are meant to be shown, best first."""
+    """Return the entries that clients may see, best first."""
     shown = [entry for entry in models.entries.values() if entry.get("visibility", "list") == "list"]
     return sorted(shown, key=model_priority)
 
 
 def read_model(entry: Mapping[str, Any]) -> Model:
-    """Return what the rules need of a catalogue entry."""
+    """Return the facts of a catalogue entry that the rules need."""
     tiers = entry.get("service_tiers")
     return Model(
         str(entry.get("slug")), entry.get("use_responses_lite") is True,
@@ -4443,7 +4443,7 @@ def read_model(entry: Mapping[str, Any]) -> Model:
 
 
 def alias_target(models: ModelList, target: str) -> str:
-    """Return what an alias's target means: that slug, else the best that begins with it, else the best."""
+    """Return the slug for an alias's target: that slug, else the best with that prefix, else the best."""
     slugs = [str(entry["slug"]) for entry in visible_models(models)]
     if target in models.entries or not slugs:
         return target
@@ -4451,12 +4451,12 @@ def alias_target(models: ModelList, target: str) -> str:
 
 
 class Catalog:
-    """The model lists, one a client version, fetched in the background and kept while upstream fails.
+    """The model lists, one per client version, fetched in the background and kept if a fetch fails.
 
-    `_changed` (a condition) guards the fields; one fetch a version runs at a time.
+    `_changed` (a condition) guards the fields. At most one fetch per version runs at a time.
     """
 
-    VERSIONS = 8  # lists kept: Codex clients of so many versions
+    VERSIONS = 8  # lists kept, each for one version of Codex clients
 
     def __init__(self, fetch: Callable[[str, str], BufferedReply], aliases: Mapping[str, str],
                  version: str) -> None:
@@ -4465,16 +4465,16 @@ class Catalog:
         self.version = version
         self._changed = threading.Condition()
         self._lists: dict[str, ModelList] = {}
-        self._fetched_at: dict[str, float] = {}  # version -> monotonic time of the last fetch that ended
+        self._fetched_at: dict[str, float] = {}  # version -> monotonic time at which the last fetch ended
         self._problem: dict[str, BridgeError] = {}  # version -> why the last fetch failed
         self._fetching: set[str] = set()
-        self._seen_etag = ""  # the last ETag of a response for which the list was fetched anew
-        self.refused: dict[str, str] = {}  # alias -> why it is not used
+        self._seen_etag = ""  # the last ETag of a reply that caused a new fetch
+        self.refused: dict[str, str] = {}  # ignored alias -> reason
 
     def get(self, version: str = "", wait: float = 0) -> ModelList | None:
-        """Return a version's list; fetch it in the background when it is old.
+        """Return a version's list; fetch an old one again in the background.
 
-        Without one, wait `wait` seconds for the first fetch, but not once that has failed.
+        Without a list, wait up to `wait` seconds for the first fetch, unless that has already failed.
         """
         version = version or self.version
         pause = REFRESH_PAUSE
@@ -4488,7 +4488,7 @@ class Catalog:
             return self._lists.get(version)
 
     def cached(self, version: str) -> ModelList | None:
-        """Return a version's list if it is at hand, kept fresh by `get`."""
+        """Return a version's list, which `get` keeps fresh; None if it was never fetched."""
         if version in self._lists:
             return self.get(version)
         return None
@@ -4502,13 +4502,13 @@ class Catalog:
         return models
 
     def refresh_soon(self, version: str = "") -> None:
-        """Fetch in a thread of its own, unless a fetch is running."""
+        """Fetch a version's list in a background thread, unless its fetch is already running."""
         version = version or self.version
         if self._claim(version):
             threading.Thread(target=self._refresh, args=(version,), name="catalog", daemon=True).start()
 
     def refresh(self) -> None:
-        """Fetch the list anew, or wait for the fetch that is running; CATALOG_WAIT at most."""
+        """Fetch the list again, or wait up to CATALOG_WAIT for the running fetch."""
         if self._claim(self.version):
             self._refresh(self.version)
         else:
@@ -4516,10 +4516,10 @@ class Catalog:
                 self._changed.wait_for(lambda: self.version not in self._fetching, CATALOG_WAIT)
 
     def observe_etag(self, etag: str) -> None:
-        """Fetch anew when a response names another list than ours (`x-models-etag`)."""
+        """Fetch the list again if a reply's `x-models-etag` differs from the list's ETag."""
         models = self._lists.get(self.version)
         if models and models.etag and etag not in (models.etag, self._seen_etag):
-            self._seen_etag = etag  # asked for once: the list's own ETag may be written in another way
+            self._seen_etag = etag  # fetch only once: the list's own ETag may have another notation
             self.refresh_soon()
 
     def _claim(self, version: str) -> bool:
@@ -4530,9 +4530,9 @@ class Catalog:
             return True
 
     def _refresh(self, version: str) -> None:
-        """Fetch a version's list and keep it. The caller has claimed it."""
+        """Fetch a version's list and keep it. Call `_claim` first."""
         old = models = self._lists.get(version)
-        problem: BridgeError | None = BadUpstream("the model list could not be asked for")
+        problem: BridgeError | None = BadUpstream("cannot fetch the model list")
         try:
             reply = self._fetch(version, old.etag if old else "")
             if reply.status != 304 or old is None:
@@ -4548,7 +4548,7 @@ class Catalog:
                 self._changed.notify_all()
 
     def _keep(self, version: str, models: ModelList | None, problem: BridgeError | None) -> None:
-        """Keep what a fetch brought, and forget the versions that were asked for longest ago."""
+        """Keep a fetch's result, and forget the versions with the oldest fetches."""
         self._fetched_at.pop(version, None)
         self._fetched_at[version] = time.monotonic()
         self._problem.pop(version, None)
@@ -4563,12 +4563,12 @@ class Catalog:
         self._refuse_shadows(models)
 
     def _refuse_shadows(self, models: ModelList | None) -> None:
-        """Do without an alias that has a real model's name: that model could not be reached any more."""
+        """Drop an alias that has a real model's name, because it would make that model unreachable."""
         shadows = [name for name in self._aliases if models and name in models.entries]
         for alias in shadows:
-            self.refused[alias] = f"the alias {alias} is not used: the catalogue has a model of that name"
+            self.refused[alias] = f"ignoring the alias {alias}: the catalogue has a model of that name"
             log.error("%s", self.refused[alias])
-        # A new one, because others may be going through the old.
+        # A new dict, because other threads may be iterating over the old one.
         self._aliases = {name: target for name, target in self._aliases.items() if name not in shadows}
 
     def is_alias(self, name: Any) -> bool:
@@ -4576,9 +4576,9 @@ class Catalog:
         return isinstance(name, str) and name in self._aliases
 
     def lookup(self, name: str, client_version: str, needed: bool) -> tuple[str, Model | None]:
-        """Return as `resolve` does, from the list that fits a client best; wait for one where it is `needed`.
+        """Return what `resolve` does, from the client's best list; wait for a list if `needed`.
 
-        A Codex knows the models of its own version's list, if it has asked for that.
+        A Codex client uses the list of its own version, if it has fetched that list.
         """
         models = self.cached(client_version) if client_version else None
         if models is None:
@@ -4587,9 +4587,9 @@ class Catalog:
         return self.resolve(name, models)
 
     def resolve(self, name: str, models: ModelList | None) -> tuple[str, Model | None]:
-        """Return the slug that a model's name means, and what the catalogue knows of it.
+        """Return the slug for a model's name, and the slug's catalogue entry.
 
-        Without a list, an alias means its target literally; an unknown model is passed on as it is.
+        Without a list, an alias means its literal target. An unknown model's name stays unchanged.
         """
         slug = self._aliases.get(name, name)
         if models is None:
@@ -4599,33 +4599,33 @@ class Catalog:
         return slug, models.models.get(slug)
 
     def aliases(self, models: ModelList | None) -> dict[str, str]:
-        """Return each alias and the slug that it means now."""
+        """Return each alias with its current slug."""
         return {name: self.resolve(name, models)[0] for name in self._aliases}
 
     def openai_list(self, models: ModelList) -> list[dict[str, Any]]:
-        """Return the OpenAI shape: the visible models and the aliases."""
+        """Return the visible models and the aliases in OpenAI's shape."""
         names = [entry["slug"] for entry in visible_models(models)] + list(self._aliases)
         shared = {"object": "model", "created": models.created, "owned_by": "openai"}
         return [{"id": name, **shared} for name in names]
 
     def codex_list(self, models: ModelList) -> dict[str, Any]:
-        """Return the Codex shape: upstream's own, plus its target's entry under each alias's name."""
+        """Return the list in Codex's shape: upstream's list, plus each alias with its target's entry."""
         extra = [{**models.entries[slug], "slug": name, "display_name": name}
                  for name, slug in self.aliases(models).items() if slug in models.entries]
         return {**models.raw, "models": [*models.raw["models"], *extra]}
 
 
 # == 20 telemetry =============================================================
-# What the bridge tells about itself: the log line, /status, /metrics.
-# Called when a request begins and when it ends, never for an event.
+# What the bridge reports about itself: the log line, /status, /metrics.
+# Called at a request's begin and end, never for a single event.
 
-LABEL_VALUES = 32  # distinct values one label of /metrics may take; the rest are counted as "other"
-TEXT_CHARS = 80  # kept of a text that a peer chose: model, path, error code
+LABEL_VALUES = 32  # distinct values of one /metrics label; all others count as "other"
+TEXT_CHARS = 80  # characters kept of a peer's text: model, path, error code
 RECENT_REQUESTS = 50
 HOUR_MINUTES = 60
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 TOKEN_KINDS = ("input", "cached", "output", "reasoning")  # cached is part of input, reasoning of output
-TOKEN_LIMIT = 2**53  # from here on a browser cannot hold the number: not a count, an upstream's mistake
+TOKEN_LIMIT = 2**53  # a browser cannot represent this count or a larger one; upstream sent it by mistake
 CLIENT_SUMS = ("requests", "failed_requests", "events", "sent_bytes", *TOKEN_KINDS)
 TEXTS = ("id", "client", "key", "method", "path", "user_agent_kind", "model", "slug", "end", "error_by",
          "error_code")
@@ -4635,35 +4635,35 @@ LIMIT_GAUGES = {  # column of a window: metric, factor to the metric's unit
     "window_minutes": ("rate_limit_window_seconds", 60),
     "reset_at": ("rate_limit_reset_timestamp_seconds", 1),
 }
-METRIC_HELP = {  # of the metrics whose name does not say it
-    "failed_requests_total": "Requests that ended with an error, whoever made it.",
-    "responses_total": "Requests by the status that was sent and the way the reply ended.",
-    "errors_total": "Errors by who made them and their code.",
-    "tokens_total": "Tokens that upstream reported; cached is part of input, reasoning of output.",
-    "first_byte_seconds": "Time from a request to the first byte of its reply's body.",
-    "request_seconds": "Time from a request to the end of its reply.",
-    "rate_limit_used_ratio": "Share of the plan's window that is used.",
+METRIC_HELP = {  # for metrics whose name needs an explanation
+    "failed_requests_total": "Requests that ended with an error of the bridge or of upstream.",
+    "responses_total": "Requests by the status sent and by how the response ended.",
+    "errors_total": "Errors by source (bridge or upstream) and code.",
+    "tokens_total": "Tokens that upstream reported; input includes cached, output includes reasoning.",
+    "first_byte_seconds": "Time from a request to the first byte of its response's body.",
+    "request_seconds": "Time from a request to the end of its response.",
+    "rate_limit_used_ratio": "Used share of the plan's window.",
 }
-QUIET = frozenset({"", "healthz", "metrics", "status"})  # last part of the paths that ask about the bridge
+QUIET = frozenset({"", "healthz", "metrics", "status"})  # last part of paths about the bridge itself
 
 Labels = tuple[tuple[str, str], ...]
-Sample = tuple[str, Mapping[str, str], float]  # what follows the metric's name, labels, value
+Sample = tuple[str, Mapping[str, str], float]  # suffix of the metric's name, labels, value
 
 
 class Record:
-    """What is told about one request. It is written by the request's thread, and read in this room only.
+    """The log entry of one request. The request's thread writes it, and only this room reads it.
 
-    No dataclass: that module's imports would cost a tenth of the start.
+    It is not a dataclass, because the module's imports would cost a tenth of the start.
     """
 
     def __init__(self, client: str = "", started: float | None = None) -> None:
         self.id = next_id()
         self.client = client  # its address
-        self.key = ""  # the key's name
+        self.key = ""  # the name of the client's key
         self.method = self.path = "-"
         self.user_agent_kind = ""  # "codex" or "other"
-        self.model = ""  # as the client named it
-        self.slug = ""  # as it went upstream
+        self.model = ""  # the model that the client named
+        self.slug = ""  # the model that upstream got
         self.rules: tuple[str, ...] = ()
         self.repairs: tuple[str, ...] = ()
         self.status = 0
@@ -4678,15 +4678,15 @@ class Record:
         self.error_code = ""
 
     def mark_first_byte(self) -> None:
-        """Say that the first byte of the response's body goes out now."""
+        """Record the current time as the time to the first byte of the response's body."""
         self.first_byte = time.monotonic() - self.started
 
     def fail(self, error: BridgeError, end: str = "error") -> None:
-        """Say which error the request ended with."""
+        """Record the error that ended the request."""
         self.end, self.error_by, self.error_code = end, error.by, error.code
 
     def observe_final(self, end: str, response: Mapping[str, Any]) -> None:
-        """Take usage and failure from a final event's response; `end` is the last word of its type."""
+        """Record usage and failure of a terminal event's response; `end` is the last word of its type."""
         self.end = end
         self.usage = token_counts(response)
         if end in ("failed", "error"):
@@ -4694,16 +4694,16 @@ class Record:
             self.error_code = str(or_empty(response.get("error"), dict).get("code") or "")
 
     def finish(self) -> None:
-        """Say that the request is over, if that was not said."""
+        """Record the request's end and duration, unless they are already recorded."""
         self.end = self.end or "completed"
         self.total = self.total or time.monotonic() - self.started
 
     @property
     def error(self) -> tuple[str, str]:
-        """Name who made the error and its code; two empty texts where there is none.
+        """Return the error's source and code; two empty texts without an error.
 
-        The bridge marks its own errors, so the rest is upstream's. A client that leaves and an
-        incomplete answer are no errors.
+        The bridge marks its own errors, so all others are upstream's. A client that leaves is not an
+        error; an incomplete answer is not one either.
         """
         if not (self.error_by or self.status >= 400 or self.end in FAILED_ENDS):
             return "", ""
@@ -4712,7 +4712,7 @@ class Record:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Return what of the usage is a count."""
+        """Return the valid token counts of the usage."""
         counts = {}
         for kind in TOKEN_KINDS:
             n = self.usage.get(kind)
@@ -4722,18 +4722,18 @@ class Record:
 
 
 def _printable(text: object) -> str:
-    """Replace what JSON in UTF-8 or a line of /metrics cannot carry: lone surrogates, control characters."""
+    """Replace characters that JSON in UTF-8 or /metrics cannot carry: lone surrogates, control characters."""
     text = text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
-"".encode("unicode_escape")  # loads the codec; tried first when no file can be opened, it is missing for good
+"".encode("unicode_escape")  # loads the codec now: a first load without a free file descriptor fails forever
 
 
 def _word(*texts: object) -> str:
-    """Write a value of the log line: ASCII, no spaces, several joined by commas, none as a dash."""
+    """Return a value of the log line: ASCII without spaces; texts are joined by commas; none is a dash."""
     words = []
     for text in texts:
         word = text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
@@ -4742,7 +4742,7 @@ def _word(*texts: object) -> str:
 
 
 def log_line(record: Record) -> str:
-    """Describe a finished request in one line. Nothing of its header or body is in it but the model."""
+    """Return a finished request's log line. The model is its only value from the request's body."""
     first_byte = "-" if record.first_byte is None else f"{record.first_byte * 1000:.0f}ms"
     client = _word(record.client) + (f"/{_word(record.key)}" if record.key else "")
     tokens = [f"{kind}:{n}" for kind, n in record.tokens.items()]
@@ -4759,9 +4759,9 @@ def log_line(record: Record) -> str:
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """Turn a record into JSON values: texts printable, the usage checked, the error named."""
+    """Convert a record to JSON values: printable texts, valid token counts, the error's source and code."""
     row = vars(record).copy()
-    del row["started"]  # means nothing outside of this process
+    del row["started"]  # a monotonic time, meaningless outside this process
     row["error_by"], row["error_code"] = record.error
     for name in TEXTS:
         text = row[name]
@@ -4774,7 +4774,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _header_number(text: object) -> float | None:
-    """Read a plain decimal number; float() would take nan, inf and 1_0 as well."""
+    """Read a plain decimal number; float() would also accept nan, inf and 1_0."""
     plain = isinstance(text, str) and re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,12})?", text.strip())
     if plain:
         return float(plain[0])
@@ -4782,44 +4782,44 @@ def _header_number(text: object) -> float | None:
 
 
 def parse_rate_limits(headers: Mapping[str, str]) -> dict[str, Any]:
-    """Read the plan's limits from a reply's header (WIRE 5). A value of the wrong form is left out."""
-    found = {name.lower(): value for name, value in headers.items()}
+    """Read the plan's limits from a reply's headers (WIRE 5); skip invalid values."""
+    lowered = {name.lower(): value for name, value in headers.items()}
     limits: dict[str, Any] = {}
     for window in ("primary", "secondary"):
         columns = {
-            column: _header_number(found.get(f"x-codex-{window}-{column.replace('_', '-')}"))
+            column: _header_number(lowered.get(f"x-codex-{window}-{column.replace('_', '-')}"))
             for column in LIMIT_GAUGES
         }
         if columns["used_percent"] is not None:
             limits[window] = columns
     credit_names = ("has_credits", "unlimited", "balance")
-    credits = {name: found.get(f"x-codex-credits-{name.replace('_', '-')}") for name in credit_names}
+    credits = {name: lowered.get(f"x-codex-credits-{name.replace('_', '-')}") for name in credit_names}
     if any(credits.values()):
         limits["credits"] = {name: _printable(text) for name, text in credits.items() if text}
-    if found.get("x-codex-plan-type"):
-        limits["plan_type"] = _printable(found["x-codex-plan-type"])
+    if lowered.get("x-codex-plan-type"):
+        limits["plan_type"] = _printable(lowered["x-codex-plan-type"])
     return limits
 
 
 def is_quiet(path: str) -> bool:
-    """Tell whether a request only asks about the bridge: an open page would crowd out all else."""
+    """Tell whether a path is about the bridge itself; an open status page would crowd out other requests."""
     return path.rstrip("/").rpartition("/")[2] in QUIET
 
 
 class Telemetry:
-    """Keep counters, open streams, recent requests and the last rate limits, all of bounded size."""
+    """The counters, open streams, recent requests and last rate limits, all of bounded size."""
 
     def __init__(self) -> None:
         self._born = time.monotonic()
-        self._lock = threading.Lock()  # guards every field below; nothing under it blocks or calls out
+        self._lock = threading.Lock()  # guards every field below; its holder never blocks or calls out
         self._open: dict[str, Record] = {}
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT_REQUESTS)
         self._minutes: dict[int, dict[str, int]] = {}  # by unix time // 60
         self._counters: dict[tuple[str, Labels], int] = {}
         self._label_values: dict[str, set[str]] = {}
-        self._durations: dict[tuple[str, str], list[float]] = {}  # by name and path: counts, then the sum
+        self._durations: dict[tuple[str, str], list[float]] = {}  # (name, path) -> counts, then the sum
         self._limits: dict[str, Any] = {}
-        self._last_headers: list[str] = []  # by the last reply, of the limits
+        self._last_headers: list[str] = []  # limit headers of the last reply
 
     def begin(self, record: Record) -> None:
         """Show a request as running."""
@@ -4828,9 +4828,9 @@ class Telemetry:
                 self._open[record.id] = record
 
     def finish(self, record: Record, now: float) -> bool:
-        """Count a request that has ended at the Unix time `now`; tell whether it is of interest.
+        """Count a request that ended at the Unix time `now`; tell whether the log should show it.
 
-        The record is not kept.
+        The record itself is not kept.
         """
         record.finish()
         row = {**_row(record), "time": now}
@@ -4844,26 +4844,26 @@ class Telemetry:
         return not quiet or record.status >= 400
 
     def discard(self, record: Record) -> None:
-        """Take back `begin`, for what turned out to be no request."""
+        """Undo `begin`, for a connection that became a WebSocket."""
         with self._lock:
             self._open.pop(record.id, None)
 
     def count(self, name: str, n: int = 1, **labels: str) -> None:
-        """Add to the counter that /metrics calls qoo_bridge_{name}_total."""
+        """Add to the counter qoo_bridge_{name}_total of /metrics."""
         with self._lock:
             named = [(label, self._known(label, _printable(labels[label]))) for label in sorted(labels)]
             key = name, tuple(named)
             self._counters[key] = self._counters.get(key, 0) + n
 
     def rate_limits(self, headers: Mapping[str, str], now: float) -> None:
-        """Take over the plan's limits where a reply tells them."""
+        """Keep the plan's limits from a reply's headers, if they name any."""
         limits = parse_rate_limits(headers)
         if limits:
             with self._lock:
                 self._limits = {**self._limits, **limits, "seen": now}
 
     def snapshot(self, now: float) -> dict[str, Any]:
-        """Give everything at the unix time `now` as JSON values; the dict is the caller's to add to."""
+        """Return everything at the Unix time `now` as JSON values; the caller may add to the dict."""
         clock = time.monotonic()
         with self._lock:
             running = list(self._open.values())
@@ -4894,10 +4894,10 @@ class Telemetry:
             ],
         }
 
-    # The methods below want the lock held.
+    # Call the methods below with the lock held.
 
     def _known(self, label: str, value: str, admit: bool = True) -> str:
-        """Return the value if it is among the label's first LABEL_VALUES, else "other"."""
+        """Return the value if it is one of the label's first LABEL_VALUES values, else "other"."""
         values = self._label_values.setdefault(label, set())
         if admit and len(values) < LABEL_VALUES:
             values.add(value)
@@ -4912,7 +4912,7 @@ class Telemetry:
 
     def _add_minute(self, row: Mapping[str, Any]) -> None:
         minute = int(row["time"] // 60)
-        if minute not in self._minutes:  # a clock set back leaves minutes of the future: they go as well
+        if minute not in self._minutes:  # also drops future minutes, which a clock set back leaves
             hour = range(minute - HOUR_MINUTES + 1, minute)
             self._minutes = {m: sums for m, sums in self._minutes.items() if m in hour}
             self._minutes[minute] = {"requests": 0, "errors": 0, "tokens": 0}
@@ -4922,8 +4922,8 @@ class Telemetry:
         sums["tokens"] += row["usage"].get("input", 0) + row["usage"].get("output", 0)
 
     def _add_totals(self, row: Mapping[str, Any]) -> None:
-        # What the bridge itself refused may not claim a label's value: a stranger who tries
-        # paths, models and addresses would use them up.
+        # A request that the bridge refused must not add a label value: otherwise a stranger who tries
+        # many paths, models and addresses could use up all values.
         admit = row["error_by"] != "bridge"
         client = ("client", self._known("client", row["key"] or row["client"], admit))
         model = ("model", self._known("model", row["slug"] or row["model"], admit))
@@ -4948,7 +4948,7 @@ class Telemetry:
 
 
 def _client_sums(counters: Iterable[tuple[tuple[str, Labels], int]]) -> list[dict[str, Any]]:
-    """Add the counters up by client, the busiest first."""
+    """Sum the counters by client, the busiest client first."""
     rows: dict[str, dict[str, Any]] = {}
     for (name, labels), n in counters:
         named = dict(labels)
@@ -4961,7 +4961,7 @@ def _client_sums(counters: Iterable[tuple[tuple[str, Labels], int]]) -> list[dic
 
 
 def _label_pairs(labels: Mapping[str, str]) -> str:
-    """Write labels as `{a="b"}`. Backslash, quote and line end are escaped (exposition format 0.0.4)."""
+    """Return labels as `{a="b"}`, with backslash, quote and line end escaped (exposition format 0.0.4)."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in labels.items())
     if pairs:
@@ -4980,7 +4980,7 @@ def _histogram_samples(histogram: Mapping[str, Any]) -> Iterable[Sample]:
 
 
 def metrics_text(snapshot: Mapping[str, Any]) -> str:
-    """Write a snapshot in Prometheus' text exposition format 0.0.4."""
+    """Return a snapshot in Prometheus' text exposition format 0.0.4."""
     families: dict[str, dict[str, list[Sample]]] = {"gauge": {}, "counter": {}, "histogram": {}}
     gauges = families["gauge"]
     gauges["info"] = [("", {"version": snapshot["version"]}, 1)]
@@ -4997,16 +4997,16 @@ def metrics_text(snapshot: Mapping[str, Any]) -> str:
     for histogram in snapshot["histograms"]:
         families["histogram"].setdefault(histogram["name"], []).extend(_histogram_samples(histogram))
     lines = []
-    for kind, members in families.items():
+    for metric_type, members in families.items():
         for name, samples in members.items():
             lines.append(f"# HELP qoo_bridge_{name} {METRIC_HELP.get(name, name.replace('_', ' '))}")
-            lines.append(f"# TYPE qoo_bridge_{name} {kind}")
+            lines.append(f"# TYPE qoo_bridge_{name} {metric_type}")
             lines += [f"qoo_bridge_{name}{end}{_label_pairs(labels)} {n}" for end, labels, n in samples]
     return "\n".join(lines) + "\n"
 
 
 def next_id() -> str:
-    """Return a short id for the log."""
+    """Return a short random id for the log."""
     return os.urandom(4).hex()
 
 
@@ -5014,9 +5014,9 @@ def next_id() -> str:
 # Standard error and bridge.log.
 
 class Log(logging.Handler):
-    """Writes a line to standard error and to bridge.log: mode 0600, rotated at LOG_SIZE, one old file kept.
+    """A log handler for standard error and bridge.log (mode 0600, rotated at LOG_SIZE, one old file kept).
 
-    The two handlers of the standard library would format every line twice.
+    Two handlers of the standard library would format every line twice.
     """
 
     def __init__(self, path: str) -> None:
@@ -5025,27 +5025,27 @@ class Log(logging.Handler):
         self._file = -1
         self._size = 0
         self.problem = ""
-        self._second = (0, "")  # a second and its text, which costs as much as the rest of a line
+        self._second = (0, "")  # a second and its text; formatting it costs as much as the rest of a line
         if path:
             self._open()
 
     def _open(self) -> None:
         try:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.chmod(self._path, 0o600)  # also one that was there
+            os.chmod(self._path, 0o600)  # for a file that already existed
             self._size = os.fstat(self._file).st_size
         except OSError as exc:
             self._file = -1
             self.problem = f"cannot write {self._path} ({exc.strerror}); logging to standard error only"
 
     def emit(self, entry: logging.LogRecord) -> None:
-        """Write one line; a log that cannot be written stops nothing."""
+        """Write one line; ignore errors of the log, so that a full disk stops no request."""
         if self._second[0] != int(entry.created):
             now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.created))
             self._second = (int(entry.created), now)
         text = f"{self._second[1]},{int(entry.msecs):03d} {entry.levelname} {self.format(entry)}\n"
         line = text.encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no standard error at all
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: sys.stderr is None
             sys.stderr.buffer.write(line)
             sys.stderr.buffer.flush()
         if self._file < 0:
@@ -5067,26 +5067,26 @@ class Log(logging.Handler):
 
 
 def set_up_log(config: Config) -> None:
-    """Log to standard error, and to the log file unless it is `-` or cannot be written."""
+    """Log to standard error, and to the log file unless --log-file is `-` or the file cannot be written."""
     handler = Log("" if config.log_file == "-" else config.log_file)
     log.addHandler(handler)
     log.setLevel(config.log_level.upper())
     log.propagate = False
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # in no line of ours
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line shows these
     if handler.problem:
         log.warning("%s", handler.problem)
 
 
 def discard_output() -> None:
-    """Let what is still to be printed go nowhere: its reader has left."""
+    """Redirect standard output to the null device, because its reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # == 22 store =================================================================
-# What the backend does not store, for clients that count on it.
+# The last responses, for clients that rely on a storage that the backend does not have.
 
 class Store:
-    """What the backend does not store, for clients that count on it: the conversations of the last responses.
+    """The last responses and their conversations, because the backend stores none.
 
     JSON bytes, bounded in their sum, least recently used out first. An owner (a client's key or address) is
     part of every name, so that nobody reads what is another's. `_lock` guards the entries and their sum.
@@ -5108,7 +5108,7 @@ class Store:
             if replaced is not None:
                 self._held -= len(replaced) + self.ENTRY_BYTES
             if size > self._limit:
-                return  # it would drive all others out, and then itself
+                return  # it would evict all other entries, and then itself
             self._entries[owner, kind, name] = value
             self._held += size
             while self._held > self._limit:
@@ -5178,15 +5178,15 @@ class Store:
         return next((item for item in items if item.get("id") == item_id), None)
 
     def _replay(self, owner: str, name: Any) -> tuple[int, list[Any]]:
-        """Walk back from a response to where it began; return the conversation's size in bytes, its items."""
+        """Follow a response's links back to the first turn; return the conversation's size and its items."""
         size = 0
         turns: list[list[Any]] = []
         seen: set[str] = set()
         while name != "" or not turns:
             turn, response = self.get(owner, "turn", name), self.get(owner, "response", name)
             if turn is None or response is None or name in seen:
-                raise InvalidRequest("previous_response_id is not known (any more) to this bridge, which "
-                                     "keeps the last conversations in memory only", "previous_response_id")
+                raise InvalidRequest("unknown previous_response_id: this bridge keeps only the last "
+                                     "conversations, in memory; send the full input", "previous_response_id")
             seen.add(name)
             previous, _, items = turn.partition(b"\n")
             name = json.loads(previous)
@@ -5221,9 +5221,9 @@ class Store:
 
 
 class StoredInput(NamedTuple):
-    """What the store keeps of a request."""
+    """The part of a request that the store keeps."""
 
-    previous: str  # the response that it continues; "" for none
+    previous: str  # id of the response that the request continues; "" for none
     items: bytes  # a JSON list in one line
 
 
@@ -5252,12 +5252,12 @@ class ChatHistory:
 
 
 def is_reference(item: Any) -> bool:
-    """Tell whether an item only names another one."""
+    """Tell whether an item is only a reference to another item."""
     return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
 def stored_input(request: dict[str, Any], codex: bool) -> StoredInput | None:
-    """Return what the store keeps of a request; None where the client does not count on a store."""
+    """Return the part of a request to store; None for Codex and for store=false, which need no store."""
     if codex or request.get("store") is False:
         return None
     items = input_to_list(request, Context()).get("input", [])
@@ -5268,54 +5268,54 @@ def stored_input(request: dict[str, Any], codex: bool) -> StoredInput | None:
 
 
 # == 23 admission =============================================================
-# How much may run at once: memory for bodies, requests a key; and the keys themselves.
+# Limits on what runs at once: memory for request bodies, requests per key. And the keys themselves.
 
 class Budget:
-    """A bound on the request bodies held at once, in bytes. `_lock` guards the sum."""
+    """A limit on the bytes of request bodies in memory at once. `_lock` guards the sum."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._held = 0
         self._lock = threading.Lock()
-        self.expanding = threading.Lock()  # one body at a time: what it comes to is counted only then
+        self.expanding = threading.Lock()  # decompress one body at a time: only then is its size known
 
     def take(self, size: int) -> None:
-        """Take room. Raises Overloaded when there is none."""
+        """Reserve bytes. Raises Overloaded beyond the limit."""
         with self._lock:
             if self._held + size > self._limit:
-                raise Overloaded("this bridge holds as many request bodies as it may", retry_after=5)
+                raise Overloaded("too many large requests at once; retry in 5 s", retry_after=5)
             self._held += size
 
     def give(self, size: int) -> None:
-        """Give room back."""
+        """Release bytes."""
         with self._lock:
             self._held -= size
 
 
 def load_key_file(path: str) -> tuple[tuple[NamedSecret, ...], int]:
-    """Return the keys in a file, and its permission bits. Raises OSError and ValueError."""
+    """Return a file's keys and the file's permission bits. Raises OSError and ValueError."""
     with open(path, encoding="utf-8") as file:
         return read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
 
 
 class KeyRing:
-    """The keys of the options and of --api-key-file, which is read anew when it changes.
+    """The keys of --api-key and --api-key-file; the file is reread when it changes.
 
-    `_lock` guards what was read.
+    `_lock` guards the file's keys and signature.
     """
 
     def __init__(self, given: tuple[NamedSecret, ...], path: str) -> None:
         self._given = given
         self._path = path
         self._lock = threading.Lock()
-        self._signature: Any = UNREAD  # of the file when it was read
+        self._signature: Any = UNREAD  # the file's signature when it was last read
         self._from_file: tuple[NamedSecret, ...] = ()
-        self.locked = bool(given or path)  # a key is asked for; a file without keys opens nothing
+        self.locked = bool(given or path)  # clients need a key; with an empty file no key works
 
     def keys(self) -> tuple[NamedSecret, ...]:
-        """Return the keys that open the door now.
+        """Return the currently valid keys.
 
-        Raises BridgeError when the file cannot be read and no keys of it are known, see `locked`.
+        Raises BridgeError if the file is unreadable and none of its keys were loaded earlier.
         """
         if not self._path:
             return self._given
@@ -5328,28 +5328,28 @@ class KeyRing:
             except (OSError, ValueError) as exc:
                 reason = exc.strerror if isinstance(exc, OSError) else str(exc)
                 if not self._from_file:
-                    log.error("the key file %s cannot be read: %s", self._path, reason)
-                    raise BridgeError("the bridge's key file cannot be read; its log says why") from exc
-                log.error("%s cannot be read (%s): the keys read before stay", self._path, reason)
+                    log.error("cannot read the key file %s: %s", self._path, reason)
+                    raise BridgeError("the bridge cannot read its key file; its log has the reason") from exc
+                log.error("cannot read %s (%s); keeping the previously loaded keys", self._path, reason)
             return self._given + self._from_file
 
     def reread(self) -> None:
-        """Read the file at its next use, whatever its date says."""
+        """Reread the file at its next use, even if it looks unchanged."""
         self._signature = UNREAD
 
     def _read(self) -> None:
         self._from_file, mode = load_key_file(self._path)
         if os.name == "posix" and mode & 0o077:
-            log.warning("others on this host can read %s: chmod 600 it", self._path)
+            log.warning("other users of this host can read %s: run chmod 600 on it", self._path)
 
 
 class KeyQueue:
-    """How many requests of a key run at once; more wait their turn, first come, first served.
+    """The limit of requests that run at once per key; further requests wait in order of arrival.
 
     `_lock` guards the counts and the queues.
     """
 
-    QUEUE = 64  # requests of one key that wait, at most
+    QUEUE = 64  # waiting requests per key, at most
     WAIT = 120  # seconds that a request waits, at most
 
     def __init__(self, limits: Mapping[str, int]) -> None:
@@ -5360,7 +5360,7 @@ class KeyQueue:
 
     def slot(self, name: str, client: Connection,
              wait: bool = True) -> contextlib.AbstractContextManager[None]:
-        """Hold one of the key's places. Raises TooManyRequests, and ClientLeft when the client goes."""
+        """Hold one of the key's slots. Raises TooManyRequests, and ClientLeft if the client leaves."""
         if name not in self._limits:
             return contextlib.nullcontext()
         return self._hold(name, client, self.QUEUE if wait else 0)
@@ -5380,7 +5380,7 @@ class KeyQueue:
                 self._running[name] = self._running.get(name, 0) + 1
                 return
             if len(queue) >= longest:
-                raise TooManyRequests(f"the queue of key {name!r} is full", retry_after=10)
+                raise TooManyRequests(f"too many requests wait for key {name!r}; retry later", retry_after=10)
             ticket = threading.Event()
             queue.append(ticket)
         until = time.monotonic() + self.WAIT
@@ -5395,12 +5395,12 @@ class KeyQueue:
                 given = ticket not in queue
                 if not given:
                     queue.remove(ticket)
-            if given:  # its place came in the same moment
+            if given:  # the slot arrived at the same moment: pass it on
                 self._leave(name)
             raise
 
     def _leave(self, name: str) -> None:
-        """Hand the place to the one that has waited longest."""
+        """Pass the slot to the request that has waited longest."""
         with self._lock:
             queue = self._queues[name]
             if queue:
@@ -5410,14 +5410,14 @@ class KeyQueue:
 
 
 # == 24 exchange ==============================================================
-# One request of a client and the answer to it; the copy of upstream's reply to the client as it comes.
+# One client request and its response; the relay, which copies upstream's reply to the client piece by piece.
 
 def plain_path(path: str) -> str:
-    """Return a path without `/v1` (once or twice) and without a slash at its end."""
+    """Return a path without `/v1` (once or twice) and without a final slash."""
     for _ in range(2):
         if path == "/v1" or path.startswith("/v1/"):
             path = path[3:]
-    return path.removesuffix("/") or "/"  # a slash at the end means nothing here
+    return path.removesuffix("/") or "/"  # `/models/` is `/models`
 
 
 def status_line(status: int) -> str:
@@ -5426,7 +5426,7 @@ def status_line(status: int) -> str:
 
 
 def error_response(error: BridgeError, headers: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """Return head and body of the response that an error becomes; `headers` are added to the head."""
+    """Return head and body of an error's response; the head includes `headers`."""
     body = json_bytes(error.body()) + b"\n"
     head = {"x-qoo-bridge-error": error.by, **error.headers, "content-type": "application/json",
             "content-length": str(len(body)), **headers}
@@ -5436,16 +5436,16 @@ def error_response(error: BridgeError, headers: Mapping[str, str]) -> tuple[byte
 
 
 class State(enum.Enum):
-    """How far the response to one request has got."""
+    """The progress of the response to one request."""
 
     NEW = "nothing is decided"
-    HEAD_READY = "a stream's head waits for its first piece; an error can still take its place"
-    STREAMING = "the head is out: the status cannot change"
-    DONE = "the response is out"
+    HEAD_READY = "a stream's head waits for the first piece; an error can still replace that head"
+    STREAMING = "the head is sent: the status cannot change"
+    DONE = "the response is sent"
 
 
 class Exchange:
-    """One request of a client, and the response to it. The connection's thread uses it."""
+    """One client request and its response. Only the connection's thread uses it."""
 
     def __init__(self, connection: Connection, head: RequestHead, client: Client, record: Record) -> None:
         self.connection = connection
@@ -5458,46 +5458,46 @@ class Exchange:
         self.user_agent_kind = "codex" if self.client_headers.codex else "other"
         record.method, record.path = head.method, self.path_as_sent
         record.user_agent_kind = self.user_agent_kind
-        self.extra_headers: dict[str, str] = {}  # of whatever response comes
+        self.extra_headers: dict[str, str] = {}  # headers for the response, whatever its status
         self.upgraded: Callable[..., None] | None = None  # WebSocketRelay.run, after a 101
         self.state = State.NEW
         self._stream_head: tuple[int, Mapping[str, str]] = (200, {})  # status and headers of a stream
         self._chunked = False
-        self._first = True  # no piece of a stream is out
+        self._first = True  # no piece of the stream is sent yet
         self._bare = head.method == "HEAD"  # the response has no body
         self._client_keeps = keeps_connection(head.minor, head.headers)
-        self._aborted = False  # the connection ends with this response
+        self._aborted = False  # the connection closes after this response
         self._length = body_length(head.headers)
         if self._length == -1 and not head.minor:
-            raise MalformedHttp("HTTP/1.0 has no Transfer-Encoding")
+            raise MalformedHttp("an HTTP/1.0 request must not have Transfer-Encoding")
         self._unread = bool(self._length)
-        self._held_bytes = 0  # of the body, that count against the budget
+        self._held_bytes = 0  # bytes of the body that the budget counts
 
     @property
     def started(self) -> bool:
-        """Tell whether the first byte of the response is out."""
+        """Tell whether the first byte of the response is sent."""
         return self.state in (State.STREAMING, State.DONE)
 
     def persists(self) -> bool:
         """Tell whether the connection can carry another request.
 
-        It cannot behind an unread body, which would be parsed as the next request.
+        After an unread body it cannot: the server would parse the body as the next request.
         """
         return self._client_keeps and not self._unread and not self._aborted
 
     def abort(self) -> None:
-        """End the connection with this response: it is malformed, cut, or nobody reads it."""
+        """Close the connection after this response: the request is malformed, or the response is cut."""
         self._aborted = True
 
     def identify(self, key: str) -> None:
-        """Take over the name of the client's key."""
+        """Set the name of the client's key."""
         self.client = self.client._replace(key=key)
         self.record.key = key
 
     # -- the request's body
 
     def read_body(self, limit: int, budget: Budget) -> bytes:
-        """Read the whole body, decompressed, of at most `limit` bytes.
+        """Read and decompress the body, of at most `limit` bytes.
 
         Raises BodyTooLarge, SlowRequest, Overloaded, ClientLeft, and what `decompress` raises.
         """
@@ -5528,12 +5528,12 @@ class Exchange:
         return body
 
     def _hold(self, budget: Budget, size: int) -> None:
-        """Take room for a part of the body. Raises Overloaded."""
+        """Reserve memory for a part of the body. Raises Overloaded."""
         budget.take(size)
         self._held_bytes += size
 
     def release_body(self, budget: Budget) -> None:
-        """Give the body's room back, when it is no longer held."""
+        """Release the body's memory. Call this when nothing refers to the body any more."""
         if self._held_bytes:
             budget.give(self._held_bytes)
             self._held_bytes = 0
@@ -5550,12 +5550,12 @@ class Exchange:
             if raw is not None:
                 raise ClientLeft("client_closed")
             if not self.connection.wait(until - time.monotonic()):
-                raise SlowRequest("the request's body came too slowly")
+                raise SlowRequest(f"the request body arrived too slowly: send at least {BODY_RATE} bytes/s")
 
     # -- a response in one piece
 
     def send_response(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
-        """Send a whole response."""
+        """Send a complete response."""
         if status in (204, 304):
             self._bare = True
         else:
@@ -5563,7 +5563,7 @@ class Exchange:
         self._send_whole(status, self._render_head(status, headers), body)
 
     def send_json(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
-        """Send a whole response in JSON."""
+        """Send a complete response in JSON."""
         headers = {**(headers or {}), "content-type": "application/json"}
         self.send_response(status, headers, json_bytes(value) + b"\n")
 
@@ -5586,12 +5586,12 @@ class Exchange:
     # -- a stream
 
     def prepare_stream(self, status: int, headers: Mapping[str, str]) -> None:
-        """Have a stream's head ready. It is sent with the first piece or filler: until then errors can be."""
+        """Set a stream's head, for the first piece or filler; until that is sent, an error can replace it."""
         self._stream_head = (status, headers)
         self.state = State.HEAD_READY
 
     def write(self, payload: bytes, last: bool = False) -> None:
-        """Send a piece of a prepared stream: before the first its head, behind the last its end."""
+        """Send a piece of a prepared stream; put the head before the first piece, the end after the last."""
         if self._bare or not payload:
             return
         self.record.bytes += len(payload)
@@ -5610,7 +5610,7 @@ class Exchange:
         self.send(payload)
 
     def write_silence(self, filler: bytes) -> None:
-        """Send what keeps a waiting client waiting, if it is to get a stream."""
+        """Send a keepalive to a waiting client, if the response is a stream."""
         if self._bare or self.state in (State.NEW, State.DONE):
             return
         head = self._begin_stream() if self.state is State.HEAD_READY else b""
@@ -5640,7 +5640,7 @@ class Exchange:
         return self._render_head(status, headers)
 
     def start_websocket(self, accept: str, headers: Mapping[str, str]) -> None:
-        """Accept a client's WebSocket handshake; nothing else can follow on this connection."""
+        """Accept a client's WebSocket handshake; this connection then carries no other request."""
         self.state = State.DONE
         headers = {**headers, "connection": "Upgrade", "upgrade": "websocket", "sec-websocket-accept": accept}
         self.send(self._render_head(101, headers))
@@ -5670,12 +5670,11 @@ class Exchange:
 
 def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: float,
           idle_timeout: float) -> bytes:
-    """Copy a reply to the client up to its final event; return the piece with that event, not sent yet.
+    """Copy a reply to the client, except its last piece; return that piece, which has the terminal event.
 
-    So the caller can store the response before the client knows of its end. Silence of `keepalive` seconds is
-    filled. Raises ClientLeft, the failure that upstream reported, BadUpstream when upstream ends without the
-    final event, UpstreamTimeout when it is silent for `idle_timeout` seconds. Upstream's connection is closed
-    then.
+    The caller stores the response before it sends that piece. After `keepalive` seconds of silence, send a
+    filler. Raises ClientLeft, upstream's reported failure, BadUpstream if upstream ends without a terminal
+    event, UpstreamTimeout after `idle_timeout` seconds of silence; each closes upstream's connection.
     """
     last_read = last_write = time.monotonic()
     timeout = min(keepalive, idle_timeout)
@@ -5698,7 +5697,7 @@ def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: 
                 raise output.assembler.failure()
             elif now - last_read >= idle_timeout:
                 raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
-            if now - last_write >= keepalive:  # silence, or an event that comes in drops
+            if now - last_write >= keepalive:  # silence, or an event that arrives in small pieces
                 exchange.write_silence(output.filler)
                 last_write = now
     except BaseException:
@@ -5707,52 +5706,52 @@ def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: 
 
 
 # == 25 turns =================================================================
-# A model request upstream, until it is accepted.
+# Model requests, sent until upstream accepts them.
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
 
 
 class ResponsesApi:
-    """A request to the Responses API: upstream's own form, but for what the store remembers."""
+    """A request to the Responses API: upstream's own form, except for references to the store."""
 
     def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
         self._codex = exchange.client_headers.codex
         self._owner = exchange.client.owner
         self._store = store
         self._max_bytes = max_bytes
-        self._stored: StoredInput | None = None  # where the client counts on the store
-        self.streamed = False  # the client wants a stream
+        self._stored: StoredInput | None = None  # the input to store; None if the client needs no store
+        self.streamed = False  # the client requested a stream
 
     def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the request with all that it refers to; the same object when it refers to nothing.
+        """Return the request with its references resolved; the same object without references.
 
-        `size` is the body's, in bytes. Raises InvalidRequest and BodyTooLarge.
+        `size` is the body's size in bytes. Raises InvalidRequest and BodyTooLarge.
         """
         self.streamed = body.get("stream") is True
         self._stored = stored_input(body, self._codex)
         return self._store.resolve(self._owner, body, self._max_bytes)
 
     def output(self) -> ResponsesOutput:
-        """Return what turns upstream's events into what the client is sent."""
+        """Return the converter of upstream's events to the client's bytes."""
         fields = {}
         if self._stored is not None:
-            fields["previous_response_id"] = self._stored.previous or None  # upstream was not told
+            fields["previous_response_id"] = self._stored.previous or None  # upstream does not know the id
         if self.streamed:
             return ResponsesOutput(self._codex, fields)
         return JsonOutput(final_fields=fields)
 
     def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
-        """Return the one JSON object that answers a request without a stream."""
+        """Return the JSON response for a request without a stream."""
         return response
 
     def keep(self, response: dict[str, Any]) -> None:
-        """Store the response. Call before the client knows of its end."""
+        """Store the response. Call this before the client gets the terminal event."""
         if self._stored is not None:
             self._store.keep_response(self._owner, response, self._stored)
 
 
 class ChatApi:
-    """A request to Chat Completions: translated, and its events translated back."""
+    """A request to Chat Completions, translated to Responses; its events are translated back."""
 
     PREFIX = "chatcmpl-"
 
@@ -5764,7 +5763,7 @@ class ChatApi:
         self._created = int(time.time())
         self._model = ""
         self._include_usage = self._legacy_functions = False
-        self.streamed = False  # the client wants a stream
+        self.streamed = False  # the client requested a stream
 
     def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the Responses request. Raises InvalidRequest."""
@@ -5776,17 +5775,17 @@ class ChatApi:
         return {**request, "input": self._store.with_reasoning(self._owner, self._history, request["input"])}
 
     def output(self) -> ResponsesOutput:
-        """Return what turns upstream's events into what the client is sent."""
+        """Return the converter of upstream's events to the client's bytes."""
         if self.streamed:
             return ChatOutput(self._stream())
         return JsonOutput()
 
     def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
-        """Return the one JSON object that answers a request without a stream."""
+        """Return the JSON response for a request without a stream."""
         return chat_completion(response, self._id, self._created, self._model, self._legacy_functions)
 
     def keep(self, response: dict[str, Any]) -> None:
-        """Store the reasoning of a response, which a chat client cannot send back."""
+        """Store a response's reasoning, because a chat client cannot send reasoning back."""
         self._store.keep_reasoning(self._owner, self._history, response.get("output"))
 
     def _convert(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -5802,7 +5801,7 @@ class CompletionApi(ChatApi):
     PREFIX = "cmpl-"
 
     def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
-        """Return the one JSON object that answers a request without a stream."""
+        """Return the JSON response for a request without a stream."""
         return text_completion(response, self._id, self._created, self._model)
 
     def _convert(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -5813,7 +5812,7 @@ class CompletionApi(ChatApi):
 
 
 class Attempt:
-    """One model request on its way upstream, by either transport: what to send next, what was repaired."""
+    """One model request to upstream, over HTTP or a WebSocket: its next payload and its repairs."""
 
     def __init__(self, request: dict[str, Any], raw: bytes | None, context: Context) -> None:
         self.request = request  # in the Responses form, before the rules
@@ -5821,12 +5820,12 @@ class Attempt:
         self.rules: tuple[str, ...] = ()
         self.repairs: tuple[str, ...] = ()
         self.normalized = request
-        self._raw = raw  # the client's own bytes of the request; None where they are not the same
+        self._raw = raw  # the client's own bytes, if they are this request; else None
 
     def next_payload(self, *left_out: str) -> bytes:
-        """Return the bytes to send now: the client's own if no rule changes the request.
+        """Return the bytes to send now: the client's own bytes if no rule changes the request.
 
-        Fields in `left_out` are not sent. Raises InvalidRequest.
+        Omit the fields in `left_out`. Raises InvalidRequest.
         """
         request = without(self.request, *left_out) if left_out else self.request
         self.normalized, self.rules = normalize(request, self.context)
@@ -5836,7 +5835,7 @@ class Attempt:
 
 
 class Turns:
-    """Model requests: from the client's body to upstream's reply, and the reply back to the client."""
+    """The handler of model requests: client's body to upstream, upstream's reply to the client."""
 
     def __init__(self, config: Config, account: Account, catalog: Catalog, telemetry: Telemetry) -> None:
         self.config = config
@@ -5847,15 +5846,15 @@ class Turns:
         self.budget = Budget(MAX_BODIES)
         self.store = Store(STORE_SIZE)
         self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
-        local = parse_target(config.upstream)[0].host in LOOPBACK  # no line that compression would relieve
+        local = parse_target(config.upstream)[0].host in LOOPBACK  # compression saves nothing on this host
         self._compresses = config.compress == "on" or (config.compress == "auto" and not local)
 
     def serve(self, make_api: Callable[..., ResponsesApi | ChatApi], exchange: Exchange) -> None:
-        """Answer a model request of either API, by a stream or by one JSON object."""
+        """Answer a model request of any API, with a stream or with one JSON object."""
         api = make_api(exchange, self.store, self.config.max_body)
         attempt = self._read_attempt(api, exchange)
         reply = self.send_until_accepted(attempt, exchange)
-        del attempt  # nothing of the request is held while it is answered, but what the store needs
+        del attempt  # frees the request during the response, except the part that the store needs
         exchange.release_body(self.budget)
         headers, output = downstream_headers(reply.headers), api.output()
         if api.streamed:
@@ -5893,7 +5892,7 @@ class Turns:
         return Attempt(request, raw if request is body else None, context)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
-        """Gather what the rules may know."""
+        """Return the rules' context."""
         headers, client, name = exchange.head.headers, exchange.client_headers, request["model"]
         metadata = request.get("client_metadata") or {}
         lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
@@ -5907,7 +5906,7 @@ class Turns:
             strict=self.config.continuity == "strict", dropped=self._learned.get(slug, frozenset()))
 
     def send_until_accepted(self, attempt: Attempt, exchange: Exchange) -> Reply:
-        """Send a request upstream, with each known repair of a refusal, until a stream answers.
+        """Send a request upstream, and again after each known repair of a refusal, until a stream comes.
 
         Raises UpstreamRefusal and other BridgeErrors, and ClientLeft.
         """
@@ -5926,12 +5925,12 @@ class Turns:
                 try:
                     raise error
                 finally:
-                    del error  # its traceback holds this frame: a cycle would keep the request's body
+                    del error  # error -> traceback -> this frame -> error would keep the request in memory
             record.repairs, record.slug = attempt.repairs, attempt.context.slug
             exchange.extra_headers["x-qoo-bridge-repaired"] = ", ".join(attempt.repairs)
 
     def _pack(self, attempt: Attempt, exchange: Exchange, payload: bytes) -> tuple[dict[str, str], bytes]:
-        """Return the headers of a request upstream, and its body, compressed where that pays."""
+        """Return a request's upstream headers, and its body, compressed if large."""
         request, context = attempt.normalized, attempt.context
         session = context.session or str(request.get("prompt_cache_key"))
         headers = upstream_headers(exchange.head.headers, exchange.client_headers, self.identity, session)
@@ -5946,20 +5945,20 @@ class Turns:
         return headers, payload
 
     def observe_headers(self, reply: Reply) -> None:
-        """Take from a reply's head what it says of the plan's limits and of the model list."""
+        """Read the plan's limits and the model list's ETag from a reply's headers."""
         self.telemetry.rate_limits(reply.headers, time.time())
         etag = reply.headers.get("x-models-etag")
         if etag:
             self.catalog.observe_etag(etag)
 
     def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
-        """Turn a reply that is no stream into the error to raise."""
+        """Return the error for a reply that is not a stream. Raises what `Reply.read_body` raises."""
         with reply:
             body = reply.read_body(MAX_ERROR_BODY, ERROR_BODY_SECONDS, exchange.connection)
         headers = reply.headers
         coding = headers.get("content-encoding", "identity")
         if coding != "identity":
-            body = f"in the content coding {coding[:40]!r}, which was not asked for".encode()
+            body = f"unrequested Content-Encoding {coding[:40]!r}".encode()
         error = refusal(reply.status, headers.get("content-type", ""), body, headers.get("retry-after"))
         resets_at = finite_number(error.error.get("resets_at"))
         if reply.status == 429 and resets_at is not None:
@@ -5972,7 +5971,7 @@ class Turns:
         return error
 
     def repair(self, attempt: Attempt, error: UpstreamRefusal) -> bool:
-        """Change a refused attempt so that it may be accepted; tell whether there is a known way."""
+        """Repair a refused attempt; tell whether a known repair changed it."""
         if error.status not in (400, 404, 422) or len(attempt.repairs) >= MAX_REPAIRS:
             return False
         matched = match_repair(f"{error.message} {error.code}")
@@ -5993,18 +5992,18 @@ class Turns:
         return True
 
     def _repair_form(self, attempt: Attempt) -> Context:
-        """Fetch the model list anew; a repair only if it says something else of the model than before."""
+        """Fetch the model list again; return the context with the model's current entry."""
         self.catalog.refresh()
         slug, model = self.catalog.resolve(attempt.request["model"], self.catalog.get())
         return attempt.context._replace(slug=slug, model=model)
 
     def _learn(self, slug: str, dropped: frozenset[str]) -> None:
-        """Remember what upstream refused for a model, for so many models as there can be."""
+        """Remember the parameters that upstream refused for a model, up to 64 each for up to 64 models."""
         if len(self._learned) < 64 and len(dropped) <= 64:
             self._learned[slug] = dropped
 
     def pass_on(self, exchange: Exchange) -> None:
-        """Pass a side request on with this host's sign-in, and its reply back as it comes."""
+        """Forward a side request with this host's sign-in, and copy its reply back piece by piece."""
         method, path = SIDE_ROUTES[exchange.path]
         body = b""
         if method == "POST":
@@ -6034,7 +6033,7 @@ class Turns:
             exchange.finish_stream()
 
     def _without_alias(self, body: bytes) -> bytes:
-        """Put the model in the place of an alias; all else of a side request is passed on as it is."""
+        """Replace an alias in a side request's body with the model; leave the rest unchanged."""
         request = json_or_none(body)
         if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
             return body
@@ -6043,7 +6042,7 @@ class Turns:
 
 
 def is_stream(reply: Reply) -> bool:
-    """Tell whether a reply is what was asked for: 200 and server-sent events, not compressed."""
+    """Tell whether a reply is a stream as requested: 200, server-sent events, not compressed."""
     content_type = reply.headers.get("content-type", "text/event-stream")
     return reply.status == 200 and "event-stream" in content_type and \
         reply.headers.get("content-encoding", "identity") == "identity"
@@ -6056,10 +6055,10 @@ def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # == 26 websockets ============================================================
-# WebSocket to WebSocket: frames both ways.
+# One WebSocket to the client, one to upstream, and frames both ways.
 
 class InFlight:
-    """One response.create that is being answered."""
+    """One response.create without a complete answer."""
 
     def __init__(self, record: Record, attempt: Attempt, stored: StoredInput | None) -> None:
         self.record = record
@@ -6068,15 +6067,15 @@ class InFlight:
         self.previous = ""  # the response that it continues, where upstream may not know it
         self.stored = stored  # for the store, where the client counts on one
         self.assembler = ResponseAssembler()
-        self.slot = contextlib.ExitStack()  # the key's place among its running requests
-        self.chain_fields: dict[str, str] = {}  # tools and instructions of its chain with it, as JSON
+        self.slot = contextlib.ExitStack()  # holds the key's slot
+        self.chain_fields: dict[str, str] = {}  # the chain's tools and instructions from here on, as JSON
 
 
 class WebSocketRelay:
-    """One WebSocket: the client on one side, the backend on the other. The connection's thread uses it."""
+    """A relay between the client's and the backend's WebSocket. Only the connection's thread uses it."""
 
-    CHAINS = 64  # responses whose chain is known, the newest
-    IN_FLIGHT = 32  # requests that run at once
+    CHAINS = 64  # newest responses whose chain fields are kept
+    IN_FLIGHT = 32  # requests that may run at once
 
     def __init__(self, turns: Turns, key_queue: KeyQueue, exchange: Exchange, reply: Reply) -> None:
         self._turns = turns
@@ -6084,20 +6083,20 @@ class WebSocketRelay:
         self._exchange = exchange
         self._client, self._upstream = exchange.connection, reply.connection
         self._in_flight: deque[InFlight] = deque()  # oldest first: answers come in the order of the requests
-        # response id -> what its chain was given of tools and instructions
+        # response id -> its chain's tools and instructions, as JSON
         self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
         self._from_client = FrameReader(masked=True, max_message=turns.config.max_body)
         self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
         self._open = True
-        self._end_of_rest = "cut"  # how what is in flight ends, when the connection does
+        self._end_of_rest = "cut"  # the `end` of requests in flight at the connection's end
         self._errored = False  # an `error` has settled a request, whose response.failed may follow
         self._set_idle: Callable[[bool], None] = lambda idle: None
         self._log_request: Callable[[Record], None] = lambda record: None
 
     def run(self, set_idle: Callable[[bool], None], log_request: Callable[[Record], None]) -> None:
-        """Pass frames on, both ways, until either side goes; then the other is closed.
+        """Forward frames both ways until one side ends; then close the other side.
 
-        `set_idle` is told whether no request is running, `log_request` gets each finished record.
+        `set_idle` gets whether no request is running; `log_request` gets each finished record.
         """
         self._set_idle, self._log_request = set_idle, log_request
         try:
@@ -6111,7 +6110,7 @@ class WebSocketRelay:
         finally:
             while self._in_flight:
                 self._settle(self._end_of_rest)
-            linger(self._upstream)  # a close over unread frames would be a reset, and lose the close frame
+            linger(self._upstream)  # closing with unread frames would reset TCP and lose our close frame
             self._upstream.close()
 
     def _pass_frames(self, keepalive: float, idle_timeout: float) -> None:
@@ -6123,28 +6122,29 @@ class WebSocketRelay:
                 last_read = now
                 self._read(self._upstream, self._from_upstream, self._upstream_message)
             elif now - last_read > idle_timeout:
-                self._close(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, "upstream was silent for too long")
+                reason = f"upstream was silent for {idle_timeout:g} s"
+                self._close(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, reason)
             elif now - max(last_read, last_ping) >= keepalive:
-                last_ping = now  # whatever the client does: its own frames tell nothing of upstream
+                last_ping = now  # even if the client sends frames: those say nothing about upstream
                 self._exchange.send(encode_frame(OP_PING, b""))
                 self._to_upstream(OP_PING, b"")
             if client_ready and self._open:
                 self._read(self._client, self._from_client, self._client_message)
 
     def _wait(self, seconds: float) -> tuple[bool, bool]:
-        """Wait for either side; tell whether the client's, whether upstream's bytes are there."""
+        """Wait for either side; return whether the client's and whether upstream's bytes are available."""
         client_ready, upstream_ready = self._client.has_buffered(), self._upstream.has_buffered()
         if not client_ready and not upstream_ready:
             upstream_ready, client_ready = self._upstream.poll(seconds, self._client)
         return client_ready, upstream_ready
 
     def _read(self, connection: Connection, reader: FrameReader, handle: Callable[[Message], None]) -> None:
-        """Read what is there and handle the messages in it; a breach of the protocol ends the connection."""
+        """Read the available bytes and handle their messages; close both sides after a protocol error."""
         from_client = connection is self._client
         try:
             raw = connection.read()
         except OSError as exc:
-            log.debug("a WebSocket broke: %s", describe_error(exc))
+            log.debug("WebSocket connection failed: %s", describe_error(exc))
             raw = b""
         if raw is None:
             return
@@ -6159,7 +6159,7 @@ class WebSocketRelay:
             self._close_after_breach(reader.error, from_client)
 
     def _close_after_breach(self, error: FrameError, from_client: bool) -> None:
-        """Close both sides because one broke the protocol; the other one is told that it was not at fault."""
+        """Close both sides after a protocol error; the code for the innocent side blames the other one."""
         log.info("invalid WebSocket frame from %s: %s", "the client" if from_client else "upstream", error)
         if from_client:
             self._close(error.code, CLOSE_GOING_AWAY, str(error))
@@ -6178,10 +6178,10 @@ class WebSocketRelay:
             code, reason = parse_close(message.payload)
             self._close(code, code, reason)
         elif message.opcode == OP_BINARY:
-            self._close(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "text frames are wanted")
+            self._close(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "send text frames, not binary ones")
 
     def _client_text(self, raw: bytes) -> None:
-        """Pass a client's frame on; a response.create is normalized like a request."""
+        """Forward a client's frame; normalize a response.create like a request."""
         record = self._new_record()
         try:
             frame = parse_json(raw)
@@ -6198,7 +6198,7 @@ class WebSocketRelay:
         self._send_create(in_flight)
 
     def _new_record(self) -> Record:
-        """Make the record of one response.create."""
+        """Return a new record for one response.create."""
         client = self._exchange.client
         record = Record(client.address)
         record.method, record.path = "WS", self._exchange.path_as_sent
@@ -6227,14 +6227,14 @@ class WebSocketRelay:
         return in_flight
 
     def _resolve(self, frame: dict[str, Any]) -> dict[str, Any]:
-        """Expand a previous_response_id of another connection: upstream knows an id on its own one only."""
+        """Expand a previous_response_id of another connection, because upstream knows it only there."""
         if str(frame.get("previous_response_id")) in self._chains:
             return frame
         owner, limit = self._exchange.client.owner, self._turns.config.max_body
         return self._turns.store.resolve(owner, frame, limit)
 
     def _send_create(self, in_flight: InFlight) -> None:
-        """Normalize a response.create and send it: its own bytes if no rule changes it."""
+        """Normalize a response.create and send it; send the client's own bytes if no rule changes it."""
         attempt = in_flight.attempt
         if attempt is None:
             return
@@ -6249,9 +6249,9 @@ class WebSocketRelay:
             self._set_idle(not self._in_flight)
 
     def _known_to_chain(self, in_flight: InFlight, attempt: Attempt) -> set[str]:
-        """Return which of tools and instructions a frame only repeats, where the bridge makes its lite form.
+        """Return the fields (tools, instructions) that a frame repeats from its chain; only for lite models.
 
-        They belong to the connection's chain, which a `previous_response_id` continues (WIRE 6).
+        Upstream keeps both for the connection's chain, which `previous_response_id` continues (WIRE 6).
         Raises InvalidRequest.
         """
         frame, model = attempt.request, attempt.context.model
@@ -6267,7 +6267,7 @@ class WebSocketRelay:
         return {key for key in given if earlier.get(key) == given[key]}
 
     def _refuse(self, record: Record, error: BridgeError) -> None:
-        """Answer a frame that is not sent on with an `error` frame."""
+        """Answer a frame with an `error` frame instead of forwarding it."""
         record.status = error.status
         record.fail(error)
         event = {"type": "error", "status": error.status, **error.body()}
@@ -6288,7 +6288,7 @@ class WebSocketRelay:
             self._exchange.send(encode_frame(OP_BINARY, message.payload))
 
     def _upstream_text(self, payload: bytes) -> None:
-        """Pass an event on as it came; look into those that matter."""
+        """Forward an event unchanged; parse it first if it matches NOTABLE_FRAME."""
         if not self._in_flight:
             self._exchange.send(encode_frame(OP_TEXT, payload))
             return
@@ -6336,19 +6336,19 @@ class WebSocketRelay:
         self._exchange.send(frame)
 
     def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
-        """Send a refused frame once more where its refusal has a known repair; tell whether that was done."""
+        """Repair and resend a refused frame if its refusal has a known repair; tell whether that happened."""
         status, error = event.get("status"), or_empty(event.get("error"), dict) or event
         refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
         attempt = in_flight.attempt
         if attempt is None or not self._turns.repair(attempt, refused):
             return False
         in_flight.record.repairs, in_flight.record.slug = attempt.repairs, attempt.context.slug
-        self._in_flight.rotate(-1)  # its answer comes after those that were asked for meanwhile
+        self._in_flight.rotate(-1)  # its answer now comes after those of all other requests
         self._send_create(in_flight)
         return True
 
     def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
-        """The oldest response.create has its answer, or gets none: log it and free its place."""
+        """Log the oldest response.create and free its slot: it has its answer, or the connection ended."""
         in_flight = self._in_flight.popleft()
         in_flight.slot.close()
         record, event = in_flight.record, event or {}
@@ -6376,14 +6376,14 @@ class WebSocketRelay:
         self._upstream.send(encode_frame(opcode, payload, mask=os.urandom(4)), WRITE_TIMEOUT)
 
     def _close_after_cut(self, reason: str) -> None:
-        """Close both sides because one has gone; 1001 is a clean end to many clients, which a cut is not."""
+        """Close both sides because one is gone; a cut never sends 1001, which many take for a clean end."""
         to_client = CLOSE_GOING_AWAY
         if self._in_flight:
             to_client = CLOSE_BAD_GATEWAY
         self._close(to_client, CLOSE_GOING_AWAY, reason)
 
     def _close(self, to_client: int, to_upstream: int, reason: str) -> None:
-        """Close both sides with a close frame each; this answers a close frame too."""
+        """Send a close frame to both sides; it also answers a received close frame."""
         self._open = False
         with contextlib.suppress(OSError):
             self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
@@ -6392,20 +6392,20 @@ class WebSocketRelay:
 
 
 def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> None:
-    """Answer a WebSocket handshake, once the backend has accepted one too; `exchange.upgraded` passes frames.
+    """Answer a WebSocket handshake after the backend has accepted ours; set `exchange.upgraded`.
 
-    Raises BridgeError; 426 makes a Codex go on over HTTP at once (WIRE 6).
+    Raises BridgeError; after a 426 Codex falls back to HTTP at once (WIRE 6).
     """
     headers = exchange.head.headers
     if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
-        raise MethodNotAllowed("GET /responses is for WebSockets; POST is for requests", allow="POST")
+        raise MethodNotAllowed("GET /responses requires a WebSocket handshake; use POST", allow="POST")
     if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
-        raise UpgradeRequired("only version 13 of the WebSocket protocol is spoken here")
+        raise UpgradeRequired("unsupported WebSocket version: use version 13")
     if not valid_key(headers.get("sec-websocket-key", "")):
-        raise InvalidRequest("sec-websocket-key is not 16 bytes in base64")
+        raise InvalidRequest("Sec-WebSocket-Key must be 16 bytes in base64")
     reply = open_upstream_websocket(turns, exchange)
     try:
-        turns.telemetry.discard(exchange.record)  # each response.create on it has its own record
+        turns.telemetry.discard(exchange.record)  # each response.create has its own record
         accept = accept_key(headers["sec-websocket-key"])
         exchange.start_websocket(accept, downstream_headers(reply.headers))
     except BaseException:
@@ -6415,7 +6415,7 @@ def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> N
 
 
 def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
-    """Do the WebSocket handshake with the backend. Raises its refusal, and UpgradeRequired if it has none."""
+    """Do the WebSocket handshake with upstream. Raises its refusal; UpgradeRequired for 404, 405, 501."""
     client = exchange.client_headers
     key = base64.b64encode(os.urandom(16)).decode("ascii")
     session = client.session or stable_id(exchange.record.id)
@@ -6426,7 +6426,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     turns.observe_headers(reply)
     if reply.status in (404, 405, 501):
         reply.close()
-        raise UpgradeRequired("upstream has no WebSocket; use POST")
+        raise UpgradeRequired("upstream does not support WebSockets; use POST")
     if reply.status != 101:
         error = turns.read_refusal(reply, exchange)
         if error.status == 426:
@@ -6443,10 +6443,10 @@ NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"|"type"
 
 
 # == 27 pages =================================================================
-# The status page, and what to paste on another machine.
+# The status page, and the clients' configuration.
 
-# The page holds no value: its script asks for `status` every 2 s and makes text nodes of what it gets.
-# It is the same for everybody, so it can be sent before a key is asked for.
+# The page contains no values: its script fetches `status` every 2 s and shows the values as text nodes.
+# The page is the same for every client, so it needs no key.
 PAGE_STYLE = """
 :root { color-scheme: light dark; --back: #f7f7f5; --card: #fff; --line: #e4e3de; --text: #21211f;
   --soft: #6b6a65; --fill: #2f6f8f; --warn: #a86400; --bad: #b3362b; --good: #3b7d4f }
@@ -6493,21 +6493,21 @@ form { display: flex; gap: 8px; max-width: 480px }
 PAGE_SCRIPT = r"""
 "use strict";
 const $ = id => document.getElementById(id), STORED = "qoo-bridge-key";
-const whole = new Intl.NumberFormat("en");
+const integer = new Intl.NumberFormat("en");
 const short = new Intl.NumberFormat("en", {notation: "compact", maximumFractionDigits: 1});
 const brief = (text, most = 36) => text.length > most ? text.slice(0, most - 1) + "…" : text;
 const percent = (part, all) => all ? (100 * part / all).toFixed(1) + " %" : "";
 const near = seconds => Math.abs(seconds) < 64800;
 let key = "", asking = false, timer;
-try { key = sessionStorage.getItem(STORED) || ""; } catch { /* no storage: the page alone keeps it */ }
+try { key = sessionStorage.getItem(STORED) || ""; } catch { /* no storage: only this page keeps the key */ }
 
-function el(tag, look, ...children) {  // a string among the children becomes text, never markup
+function el(tag, look, ...children) {  // a string child becomes text, never markup
   const node = document.createElement(tag);
   if (look) node.className = look;
   node.append(...children);
   return node;
 }
-function put(id, ...children) {  // leaves what has not changed, so that a selection stays
+function put(id, ...children) {  // replaces only changed nodes, so that a text selection stays
   const fresh = $(id).cloneNode(false);
   fresh.append(...children);
   if (!fresh.isEqualNode($(id))) $(id).replaceChildren(...fresh.childNodes);
@@ -6540,16 +6540,17 @@ function result(row) {
 }
 
 function tiles(s) {
-  const tile = (title, value, note, look) =>
-    el("p", "", el("span", "soft", title), el("b", look, value), el("span", "soft", note));
+  const tile = (title, value, detail, look) =>
+    el("p", "", el("span", "soft", title), el("b", look, value), el("span", "soft", detail));
   const sum = s.totals, sign = s.sign_in, hour = s.hour.reduce((n, minute) => n + minute.requests, 0);
   const left = typeof sign.expires_in !== "number" ? "" :
-    sign.expires_in > 0 ? "token good for " + span(sign.expires_in) : "token expired";
-  const good = sign.state === "ok", notes = [sign.plan, left, sign.message].filter(Boolean).join(" · ");
-  put("tiles", tile("Sign-in", good ? "signed in" : sign.state, notes, good ? "good" : "bad"),
+    sign.expires_in > 0 ? "token expires in " + span(sign.expires_in) : "token expired";
+  const signedIn = sign.state === "ok";
+  const details = [sign.plan, left, sign.message].filter(Boolean).join(" · ");
+  put("tiles", tile("Sign-in", signedIn ? "signed in" : sign.state, details, signedIn ? "good" : "bad"),
     tile("Running", s.open.length, "now"),
-    tile("Requests", whole.format(sum.requests), whole.format(hour) + " in the last hour"),
-    tile("Errors", whole.format(sum.failed_requests), percent(sum.failed_requests, sum.requests)),
+    tile("Requests", integer.format(sum.requests), integer.format(hour) + " in the last hour"),
+    tile("Errors", integer.format(sum.failed_requests), percent(sum.failed_requests, sum.requests)),
     tile("Tokens", short.format(sum.input + sum.output),
       sum.input ? percent(sum.cached, sum.input) + " of input cached" : ""));
 }
@@ -6560,7 +6561,7 @@ function limit(w, now) {
   const title = !minutes ? "window" : minutes % 1440 ? span(minutes * 60).replace(" 0 min", "") :
     minutes / 1440 + " d";
   const when = w.reset_at && clock(w.reset_at, near(left));
-  const reset = !when ? "" : over ? "was reset at " + when : "resets " + when + ", in " + span(left);
+  const reset = !when ? "" : over ? "reset at " + when : "resets " + when + ", in " + span(left);
   return el("div", "gap", el("div", "pair", title, el("b", "", Math.round(used) + " %")),
     el("div", "bar", fill), el("small", "soft", reset));
 }
@@ -6568,8 +6569,8 @@ function plan(s) {
   const limits = s.rate_limits, balance = limits.credits && limits.credits.balance;
   const parts = [limits.primary, limits.secondary].filter(Boolean).map(w => limit(w, s.now));
   const notes = [limits.plan_type && "plan " + limits.plan_type, balance && "credits " + balance,
-    limits.seen && "seen " + span(Math.max(0, s.now - limits.seen)) + " ago"];
-  if (!parts.length) parts.push(el("p", "soft", "Upstream tells the limits with its first reply."));
+    limits.seen && "as of " + span(Math.max(0, s.now - limits.seen)) + " ago"];
+  if (!parts.length) parts.push(el("p", "soft", "The limits appear after upstream's first reply."));
   put("plan", ...parts, el("small", "soft", notes.filter(Boolean).join(" · ")));
 }
 function shape(tag, attributes, ...children) {
@@ -6583,12 +6584,12 @@ function plot(title, minutes, column, errors) {
   const bar = (i, height, look, ...tip) =>
     shape("rect", {x: i * 10, y: 100 - height, width: 8, height, "class": look}, ...tip);
   const bars = minutes.flatMap((minute, i) => {
-    const failed = errors ? minute.errors : 0, note = failed ? ", errors " + failed : "";
-    const tip = shape("title", {}, clock(minute.time, true) + ": " + short.format(values[i]) + note);
+    const failed = errors ? minute.errors : 0, suffix = failed ? ", errors " + failed : "";
+    const tip = shape("title", {}, clock(minute.time, true) + ": " + short.format(values[i]) + suffix);
     return [bar(i, values[i] * scale, ""), bar(i, failed * scale, "err"), bar(i, 100, "hit", tip)];
   });
-  const all = short.format(values.reduce((a, b) => a + b, 0)), note = ", at most " + short.format(top);
-  return el("div", "gap", el("div", "pair", title, el("small", "soft", all + note + " a minute")),
+  const sum = short.format(values.reduce((a, b) => a + b, 0)), peak = ", peak " + short.format(top);
+  return el("div", "gap", el("div", "pair", title, el("small", "soft", sum + peak + " per minute")),
     shape("svg", {viewBox: "0 0 600 100", preserveAspectRatio: "none"}, ...bars));
 }
 function catalog(c) {
@@ -6596,7 +6597,7 @@ function catalog(c) {
   put("catalog", el("p", "", c.models.join(", ")), el("p", "", aliases.join(", ")));
 }
 function render(s) {
-  const count = name => row => whole.format(row[name]), tokens = name => row => short.format(row[name]);
+  const count = name => row => integer.format(row[name]), tokens = name => row => short.format(row[name]);
   const who = row => brief(row.key || row.client || "–", 26);
   const used = row => row.usage.input === undefined ? "" :
     short.format(row.usage.input) + " → " + short.format(row.usage.output || 0);
@@ -6605,16 +6606,16 @@ function render(s) {
   plan(s);
   put("hour", plot("Requests", s.hour, "requests", true), plot("Tokens", s.hour, "tokens", false),
     el("small", "pair soft", el("span", "", clock(s.hour[0].time, true)), el("span", "", "now")));
-  table("open", "Nothing is running.", s.open, ["Model", "any", model], ["Client", "", who],
+  table("open", "No request is running.", s.open, ["Model", "any", model], ["Client", "", who],
     ["Age", "n", row => span(row.age)], ["Events", "n", count("events")]);
-  table("clients", "No client yet.", s.clients, ["Client", "any", who], ["Requests", "n", count("requests")],
+  table("clients", "No clients yet.", s.clients, ["Client", "any", who], ["Requests", "n", count("requests")],
     ["Errors", "n", count("failed_requests")], ["In", "n", tokens("input")],
     ["Cached", "n wide", tokens("cached")], ["Out", "n", tokens("output")]);
-  table("recent", "No request yet.", s.recent, ["Time", "t", row => clock(row.time, near(s.now - row.time))],
+  table("recent", "No requests yet.", s.recent, ["Time", "t", row => clock(row.time, near(s.now - row.time))],
     ["Client", "who any", who], ["Model", "model any", model], ["Path", "wide any", row => brief(row.path)],
     ["First byte", "n wide", row => row.first_byte === null ? "" : span(row.first_byte)],
     ["Total", "n", row => span(row.total)], ["Tokens", "n wide", used], ["Result", "", result]);
-  table("errors", "No errors.", s.errors, ["By", "", row => row.by], ["Code", "any", row => row.code],
+  table("errors", "No errors.", s.errors, ["Source", "", row => row.by], ["Code", "any", row => row.code],
     ["Count", "n", count("count")]);
   catalog(s.catalog);
   put("client_config", s.client_config);
@@ -6629,8 +6630,8 @@ function ask(why) {
 async function refresh() {
   const headers = key ? {authorization: "Bearer " + key} : {};
   const reply = await fetch("status", {headers, cache: "no-store", signal: AbortSignal.timeout(10000)});
-  if (reply.status === 401) return ask(key ? "This key was refused." : "This bridge asks for a key.");
-  if (!reply.ok) throw new Error("status " + reply.status);
+  if (reply.status === 401) return ask(key ? "Unknown key. Enter another one." : "Enter this bridge's key.");
+  if (!reply.ok) throw new Error("HTTP status " + reply.status);
   render(await reply.json());
   $("main").hidden = false;
 }
@@ -6638,7 +6639,7 @@ async function tick() {
   let trouble = "";
   clearTimeout(timer);
   if (!asking && !document.hidden) {
-    await refresh().catch(error => { trouble = "no answer: " + error.message; });
+    await refresh().catch(error => { trouble = "no reply: " + error.message; });
   }
   put("state", trouble || (asking ? "waiting for the key" : "live"));
   $("state").className = trouble ? "bad" : "soft";
@@ -6648,12 +6649,12 @@ async function tick() {
 $("door").addEventListener("submit", event => {
   event.preventDefault();
   key = $("key").value.trim();
-  if (!/^[!-~]+$/.test(key)) return ask("A key is made of ASCII letters, digits and signs.");
+  if (!/^[!-~]+$/.test(key)) return ask("A key has only visible ASCII characters, no spaces.");
   try { sessionStorage.setItem(STORED, key); } catch { /* as above */ }
   ask("");
   tick();
 });
-$("copy").addEventListener("click", () => {  // not navigator.clipboard: a browser has it on https only
+$("copy").addEventListener("click", () => {  // navigator.clipboard exists only on https pages
   getSelection().selectAllChildren($("client_config"));
   document.execCommand("copy");
 });
@@ -6664,7 +6665,7 @@ PAGE = f"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{PAGE_STYLE}</style></head><body>
 <header><h1>qoo-bridge</h1><span id="version" class="soft"></span><span id="state"></span></header>
-<noscript>This page shows what /status answers, by a script.</noscript>
+<noscript>This page needs JavaScript to show the values of /status.</noscript>
 <section id="ask" hidden><h2 id="why"></h2><form id="door">
 <input id="key" type="password" aria-labelledby="why" autocomplete="off"><button>Show</button>
 </form></section>
@@ -6677,7 +6678,7 @@ PAGE = f"""<!doctype html>
 <section class="all"><h2>Recent requests</h2><div id="recent"></div></section>
 <section><h2>Errors</h2><div id="errors"></div></section>
 <section><h2>Models</h2><div id="catalog"></div></section>
-<section class="all"><h2 class="pair">For a new client <button id="copy">Copy</button></h2>
+<section class="all"><h2 class="pair">Configuration of a new client <button id="copy">Copy</button></h2>
 <pre id="client_config"></pre></section>
 </main><script>{PAGE_SCRIPT}</script></body></html>
 """
@@ -6685,7 +6686,7 @@ PAGE = f"""<!doctype html>
 
 @functools.lru_cache(maxsize=1)
 def page_csp() -> str:
-    """Return the page's Content-Security-Policy: its own style and script by hash, /status, nothing else."""
+    """Return the page's Content-Security-Policy: only its own style and script (by hash), and /status."""
     digests = (hashlib.sha256(text.encode()).digest() for text in (PAGE_STYLE, PAGE_SCRIPT))
     style, script = (base64.b64encode(digest).decode() for digest in digests)
     return (
@@ -6694,7 +6695,7 @@ def page_csp() -> str:
     )
 
 
-# -- what to paste on another machine
+# -- the clients' configuration
 
 CODEX_CONFIG = """\
 # 1. Add to ~/.codex/config.toml (for a ~/.qoo home: ~/.qoo/config.toml)
@@ -6737,33 +6738,33 @@ CLIENT_CONFIGS = {
 }
 
 
-def client_config(kind: str, url: str, locked: bool, model: str) -> str:
-    """Return what to paste on another machine for one kind of client.
+def client_config(client: str, url: str, locked: bool, model: str) -> str:
+    """Return the configuration to paste on another machine, for one of CLIENT_CONFIGS.
 
-    Any word serves as Codex's token while the bridge is open; a variable not set would be an error (WIRE 7).
+    While the bridge is open, Codex gets any literal token: an unset env_key variable is an error (WIRE 7).
     """
     auth = 'env_key = "QOO_BRIDGE_KEY"  # export it: the key you were given' if locked else \
         'experimental_bearer_token = "lan"'
     key = "$QOO_BRIDGE_KEY"
-    if kind == "litellm":
+    if client == "litellm":
         key = "os.environ/QOO_BRIDGE_KEY"
-    return CLIENT_CONFIGS[kind].format(
+    return CLIENT_CONFIGS[client].format(
         url=url, model=model, auth=auth, key=key if locked else "lan",
         header='-H "authorization: Bearer $QOO_BRIDGE_KEY" ' if locked else "")
 
 
 def default_model(config: Config) -> str:
-    """Return the model that a client is offered: the first alias."""
+    """Return the model for a client's configuration: the first alias."""
     return next(iter(config.alias))
 
 
 # == 28 routes ================================================================
-# Which path is answered by what.
+# Path and method -> handler; and one request from its head to its error.
 
 class Bridge:
-    """The parts of one running bridge, put together; `respond` answers one request."""
+    """One running bridge with all its parts; `respond` answers one request."""
 
-    on_fault: Callable[[BaseException], None] | None = None  # tests collect what no handler may raise
+    on_fault: Callable[[BaseException], None] | None = None  # tests collect unhandled exceptions here
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -6782,7 +6783,7 @@ class Bridge:
         self.routes_by_id = {"/models/": self.get_model, "/responses/": self.get_response}
 
     def _routes(self) -> dict[str, dict[str, Action]]:
-        """Return the routes: path -> method -> what answers it. HEAD is GET, OPTIONS is answered for all."""
+        """Return the routes: path -> method -> handler. HEAD uses GET's handler; every path has OPTIONS."""
         serve, accept = self.turns.serve, accept_websocket
         return {
             "/responses": {"POST": functools.partial(serve, ResponsesApi),
@@ -6801,7 +6802,7 @@ class Bridge:
     # -- one request
 
     def respond(self, exchange: Exchange) -> None:
-        """Answer one request; every failure becomes a response, if one can still be given."""
+        """Answer one request; turn every failure into a response, unless a response has already begun."""
         record = exchange.record
         try:
             action = self._route(exchange)
@@ -6815,7 +6816,7 @@ class Bridge:
             exchange.abort()
         except BridgeError as exc:
             self._fail(exchange, exc)
-        except Exception as exc:  # whatever it is, the client gets a response and the server lives
+        except Exception as exc:  # after any exception the client gets a response and the server goes on
             log.exception("unhandled exception in request %s", record.id)
             where = f"see request {record.id} in bridge.log"
             self._fail(exchange, BridgeError(f"internal error ({type(exc).__name__}), {where}"))
@@ -6825,7 +6826,7 @@ class Bridge:
             exchange.release_body(self.turns.budget)
 
     def _fail(self, exchange: Exchange, error: BridgeError) -> None:
-        """Answer with an error; a stream that has begun is left without its end, so that the cut is seen."""
+        """Answer with an error; leave a stream that has begun without its end, to show the client the cut."""
         if exchange.started:
             exchange.record.fail(error, "cut")
             exchange.abort()
@@ -6837,7 +6838,7 @@ class Bridge:
             exchange.abort()
 
     def _route(self, exchange: Exchange) -> Action:
-        """Check who sends a request, and return what answers it.
+        """Check the client's access, and return the request's handler.
 
         Raises Forbidden, InvalidKey, NotFound, MethodNotAllowed.
         """
@@ -6856,46 +6857,46 @@ class Bridge:
             return self.options
         action = methods.get("GET" if method == "HEAD" else method)
         if action is None:
-            raise MethodNotAllowed(f"{path} takes {', '.join(methods)}, not {method}",
+            raise MethodNotAllowed(f"{path} does not support {method}: use {', '.join(methods)}",
                                    allow=allowed_methods(methods))
         return action
 
     def _methods(self, path: str) -> dict[str, Action] | None:
-        """Return what answers a path, by method; None when nothing does."""
+        """Return a path's handlers by method; None for an unknown path."""
         for prefix, action in self.routes_by_id.items():
             if path.startswith(prefix) and "/" not in path[len(prefix):]:
                 return self.routes.get(path) or {"GET": action}
         return self.routes.get(path)
 
     def options(self, exchange: Exchange) -> None:
-        """Answer OPTIONS, a browser's preflight among them."""
+        """Answer OPTIONS, including a browser's preflight."""
         methods = self._methods(exchange.path) or {}
         exchange.send_response(204, {"allow": allowed_methods(methods)}, b"")
 
     # -- responses and models
 
     def get_response(self, exchange: Exchange) -> None:
-        """Answer with a response that is still in the store."""
+        """Answer with a stored response."""
         name = exchange.path[len("/responses/"):]
         response = self.turns.store.get(exchange.client.owner, "response", name)
         if response is None:
-            raise NotFound(f"there is no response {name!r} (any more): the last ones are kept in memory only")
+            raise NotFound(f"no such response: {name!r} (this bridge keeps only the last ones, in memory)")
         exchange.send_response(200, {"content-type": "application/json"}, response)
 
     def _fetch_models(self, version: str, etag: str) -> BufferedReply:
-        """Ask upstream for the model list, as a Codex of that version would."""
-        known = {}
+        """Request the model list from upstream, as a Codex of that version does."""
+        condition = {}
         if etag:
-            known = {"if-none-match": etag}
+            condition = {"if-none-match": etag}
         path = f"/models?client_version={urllib.parse.quote(version, safe='')}"
-        return self.account.get(path, {**known, "version": version})
+        return self.account.get(path, {**condition, "version": version})
 
     def get_models(self, exchange: Exchange) -> None:
-        """Answer with the model list: the Codex shape with `client_version`, else the OpenAI shape."""
+        """Answer with the model list: in Codex's shape for a `client_version` query, else in OpenAI's."""
         query = urllib.parse.parse_qs(exchange.query)
         version = query.get("client_version", [""])[0]
         if version and not re.fullmatch(r"[0-9A-Za-z.-]{1,40}", version):
-            raise InvalidRequest("client_version is not a version", "client_version")
+            raise InvalidRequest(f"client_version must be a version, not {version[:40]!r}", "client_version")
         models = self.catalog.require(version)
         if version:
             value = self.catalog.codex_list(models)
@@ -6909,35 +6910,35 @@ class Bridge:
             exchange.send_response(200, {"content-type": "application/json", "etag": etag}, body)
 
     def get_model(self, exchange: Exchange) -> None:
-        """Answer with one model or alias in the OpenAI shape."""
+        """Answer with one model or alias in OpenAI's shape."""
         name = exchange.path[len("/models/"):]
         for model in self.catalog.openai_list(self.catalog.require()):
             if model["id"] == urllib.parse.unquote(name):
                 return exchange.send_json(200, model)
-        raise NotFound(f"there is no model {name!r}")
+        raise NotFound(f"no such model: {name!r} (see /v1/models)")
 
     # -- about the bridge
 
     def get_health(self, exchange: Exchange) -> None:
-        """Say that the bridge lives; nothing else, because no key is asked for here."""
+        """Answer that the bridge is alive; say nothing more, because this path needs no key."""
         exchange.send_json(200, {"status": "ok", "version": __version__})
 
     def get_client_config(self, exchange: Exchange) -> None:
-        """Answer with what to paste on another machine, as text."""
+        """Answer with a client's configuration, as text."""
         text = self._client_config(exchange.path.rpartition("/")[2], exchange)
         exchange.send_response(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
 
     def _client_config(self, client: str, exchange: Exchange) -> str:
-        """Write a client's block; the address under which it reached us is the one that works for it."""
+        """Return a client's configuration, with the address that this client used to reach the bridge."""
         host, port = exchange.connection.sock.getsockname()[:2]
-        own = exchange.head.headers.get("host") or authority(host, port)  # HTTP/1.0 names none
+        own = exchange.head.headers.get("host") or authority(host, port)  # HTTP/1.0 may lack a Host
         scheme = "http"
         if self.config.tls_cert:
             scheme = "https"
         return client_config(client, f"{scheme}://{own}/v1", self.key_ring.locked, default_model(self.config))
 
     def status(self) -> dict[str, Any]:
-        """Return everything that the status page shows; nothing secret is in it."""
+        """Return the values of the status page, without any secret."""
         now = time.time()
         snapshot = self.telemetry.snapshot(now)
         try:
@@ -6976,12 +6977,12 @@ class Bridge:
     # -- beside the requests
 
     def reread(self) -> None:
-        """Read the key file and the sign-in at their next use, whatever their dates say."""
+        """Reread the key file and the sign-in at their next use, even if they look unchanged."""
         self.key_ring.reread()
         self.account.reread()
 
     def warm_up(self, stop: threading.Event) -> None:
-        """Wait for a sign-in; then open a connection, ask for routing and model list, all ahead of need."""
+        """Wait for a sign-in; then open a connection and fetch routing and model list, before any request."""
         while True:
             try:
                 self.account.warm_up()
@@ -6997,16 +6998,16 @@ Action = Callable[[Exchange], None]
 
 
 def allowed_methods(methods: Iterable[str]) -> str:
-    """Return the Allow field of a route."""
+    """Return the Allow header's value for a route."""
     listed = list(methods)
     return ", ".join([*listed, *(["HEAD"] if "GET" in listed else []), "OPTIONS"])
 
 
 # == 29 server ================================================================
-# Threads, a bound on them, and an end that lets running streams end.
+# Threads, their limit, and a shutdown that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
-    """One client connection, in a thread of its own: request after request until either side ends it."""
+    """One client connection in its own thread: request after request, until either side closes it."""
 
     server: Server
     client_address: tuple[Any, ...]
@@ -7025,17 +7026,17 @@ class Handler(socketserver.BaseRequestHandler):
                 if exchange is None or not self._answer(connection, exchange):
                     break
         except (ClientLeft, OSError, EOFError) as exc:
-            log.debug("a connection ended: %s", exc)  # no request is active: nothing to answer
+            log.debug("client connection ended: %s", exc)  # no request is active: nothing to answer
         finally:
             connection.close()
 
     def _handshake(self, context: ssl.SSLContext) -> bool:
-        """Do the TLS handshake, here in the connection's own thread; tell whether it succeeded."""
+        """Do the TLS handshake in the connection's own thread; tell whether the handshake succeeded."""
         self.request.settimeout(HEAD_TIMEOUT)
         try:
             self.request = context.wrap_socket(self.request, server_side=True)
         except (OSError, ValueError) as exc:
-            log.debug("no TLS with %s: %s", self.client_address[0], describe_error(exc))
+            log.debug("TLS handshake with %s failed: %s", self.client_address[0], describe_error(exc))
             return False
         return True
 
@@ -7094,7 +7095,7 @@ class Handler(socketserver.BaseRequestHandler):
 
 
 def server_tls(config: Config) -> ssl.SSLContext | None:
-    """Return the context that serves https; None without a certificate. Raises UsageError."""
+    """Return the server's TLS context; None without a certificate. Raises UsageError."""
     if not config.tls_cert:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -7108,28 +7109,28 @@ def server_tls(config: Config) -> ssl.SSLContext | None:
 
 
 def raise_file_limit(connections: int) -> None:
-    """Let the process have the files of so many connections, two each; macOS begins at 256 in all."""
+    """Raise the limit of open files to two per connection, plus the pool; macOS starts with 256 in total."""
     try:
         import resource
     except ImportError:
         return  # Windows has no such limit
-    wanted = 2 * connections + 2 * POOL_SIZE
+    files = 2 * connections + 2 * POOL_SIZE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+        files = min(files, hard)
+    if soft != resource.RLIM_INFINITY and soft < files:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, a thread each, up to --max-connections.
+    """The listening server, with one thread per connection, up to --max-connections.
 
-    `_lock` guards the connections; the idle ones are kept connections between two requests, oldest first.
+    `_lock` guards the connections. An idle connection is between two requests.
     """
 
     request_queue_size = 1024  # connections that wait to be accepted
-    allow_reuse_address = os.name != "nt"  # on Windows it would let two programs share the port
+    allow_reuse_address = os.name != "nt"  # on Windows SO_REUSEADDR would let two programs share the port
 
     def __init__(self, config: Config) -> None:
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -7137,13 +7138,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = threading.Event()
         self._limit = config.max_connections
         self._lock = threading.Condition()
-        self._open: dict[Any, Any] = {}  # accepted socket -> the one in use (TLS wraps it); all connections
+        self._open: dict[Any, Any] = {}  # accepted socket -> socket in use (TLS wraps it); all connections
         self.tls = server_tls(config)
-        self._waiting: dict[Any, Any] = {}  # handler -> its socket; those between two requests, oldest first
+        self._waiting: dict[Any, Any] = {}  # handler -> its socket, for idle connections, oldest first
         super().__init__((config.host, config.port), Handler)
 
     def server_bind(self) -> None:
-        """Bind; `::` takes IPv4 as well. HTTPServer's own would ask the name service for this host's name."""
+        """Bind the socket; `::` also gets IPv4. HTTPServer's method would look this host's name up in DNS."""
         if self.address_family == socket.AF_INET6 and hasattr(socket, "IPV6_V6ONLY"):
             with contextlib.suppress(OSError):
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -7151,7 +7152,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; pause when there is no file left for one: who waits would make us spin."""
+        """Accept a connection; pause without a free file descriptor, or select() would spin on it."""
         try:
             return super().get_request()
         except OSError as exc:
@@ -7160,9 +7161,9 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Refuse whom the networks do not allow, and a connection too many, before a thread is spent."""
+        """Refuse a client outside --allow or a connection beyond the limit, before a thread starts."""
         if not network_allows(str(client_address[0]), self.bridge.policy.networks):
-            return self._turn_away(request, Forbidden("this bridge does not serve your network; see --allow"))
+            return self._turn_away(request, Forbidden(f"{client_address[0]} is not in this bridge's --allow"))
         with self._lock:
             if len(self._open) >= self._limit:
                 self._close_idle()
@@ -7172,24 +7173,24 @@ class Server(http.server.ThreadingHTTPServer):
         return self._turn_away(request, Overloaded("all connections are in use", retry_after=2))
 
     def _turn_away(self, request: Any, error: BridgeError) -> bool:
-        """Answer with an error without reading anything, and without waiting."""
+        """Answer with an error, without waiting for the request."""
         head, body = error_response(error, {"connection": "close"})
         with contextlib.suppress(OSError):
             request.setblocking(False)
             request.send(head + body)
             request.shutdown(socket.SHUT_WR)
-            request.recv(READ_SIZE)  # what has come already must not turn the close into a reset
+            request.recv(READ_SIZE)  # closing with unread bytes would reset the connection
         return False
 
     def _close_idle(self) -> None:
         """Close the kept connection that has been idle longest. The caller holds `_lock`."""
         for handler, request in list(self._waiting.items())[:1]:
             del self._waiting[handler]
-            del self._open[handler.accepted]  # it no longer counts, though its thread has yet to end
+            del self._open[handler.accepted]  # the connection no longer counts, though its thread still runs
             shut_down(request)
 
     def set_idle(self, handler: Handler, idle: bool) -> None:
-        """Say whether a connection is between two requests."""
+        """Record whether a connection is between two requests."""
         with self._lock:
             if not idle:
                 self._waiting.pop(handler, None)
@@ -7202,7 +7203,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Forget a connection that has ended, and close it."""
         with self._lock:
             self._open.pop(request, None)
-            for handler in [known for known in self._waiting if known.accepted is request]:
+            for handler in [each for each in self._waiting if each.accepted is request]:
                 del self._waiting[handler]
             self._lock.notify_all()
         self.close_request(request)
@@ -7223,7 +7224,7 @@ class Server(http.server.ThreadingHTTPServer):
             log.log(level, "%s", log_line(record))
 
     def drain(self, seconds: float) -> bool:
-        """Stop accepting, let running requests end for so long; tell whether all of them did."""
+        """Stop accepting, and give running requests `seconds` to end; tell whether all of them ended."""
         with self._lock:
             self.stopping.set()
         self.shutdown()
@@ -7249,7 +7250,7 @@ class Server(http.server.ThreadingHTTPServer):
 # serve, client-config, new-key, login, litellm-config.
 
 def base_url(config: Config, port: int) -> str:
-    """Return the address that clients use."""
+    """Return the base URL that clients use."""
     host = config.host
     if config.host in ("0.0.0.0", "::", ""):
         host = lan_address()
@@ -7257,7 +7258,7 @@ def base_url(config: Config, port: int) -> str:
 
 
 def greeting(server: Server, config: Config) -> str:
-    """Say, in one line, where clients connect, whose plan they use, and who may."""
+    """Return the start-up line: the bridge's address, the plan, and whether clients need a key."""
     try:
         plan = server.bridge.account.sign_in().plan
         account = f"signed in to ChatGPT{f' ({plan})' if plan else ''}"
@@ -7265,25 +7266,25 @@ def greeting(server: Server, config: Config) -> str:
         account = f"not signed in yet: {sign_in_hint(config.auth_file)}"
     access = "open to the LAN: no key is set"
     if server.bridge.key_ring.locked:
-        access = "a key is asked for"
+        access = "clients need a key"
     return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {access}"
 
 
 def warn_of_access(server: Server, config: Config) -> None:
-    """Log what would make clients wonder: a key file that cannot be read, an odd --limit or --allow."""
+    """Warn about suspicious settings: an unreadable key file, a --limit without a key, a strange --allow."""
     try:
         keys = server.bridge.key_ring.keys()
     except BridgeError:
-        keys = ()  # the log has it
+        keys = ()  # KeyRing has logged the reason
     for name in sorted(config.limit.keys() - {key.name for key in keys}):
-        log.warning("--limit names %s, and there is no such key", name)
+        log.warning("--limit: no key has the name %s", name)
     address = lan_address()
     if not own_names_only(config.host) and not network_allows(address, config.allow):
-        log.warning("%s is in no network of --allow: the LAN is turned away", address)
+        log.warning("this host's address %s is not in --allow: LAN clients will get 403", address)
 
 
 def serve(config: Config, started: Callable[[Server], None] = lambda server: None) -> int:
-    """Serve until SIGTERM or Ctrl-C; running streams get DRAIN_SECONDS to end."""
+    """Serve until SIGTERM or Ctrl-C; then give running streams DRAIN_SECONDS to end."""
     set_up_log(config)
     raise_file_limit(config.max_connections)
     try:
@@ -7293,7 +7294,7 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
               + ("; is a bridge running already?" if exc.errno == errno.EADDRINUSE else ""), file=sys.stderr)
         return 1
     stop = threading.Event()
-    signals: list[int] = []  # a handler that took a lock could meet itself
+    signals: list[int] = []  # not an Event: a signal handler that takes a lock can deadlock with itself
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: signals.append(got))
     if hasattr(signal, "SIGHUP"):  # not on Windows
@@ -7312,7 +7313,7 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
 
 
 class Command(NamedTuple):
-    """One word of the command line."""
+    """One command of the command line."""
 
     name: str
     run: Callable[[Config, argparse.Namespace], int]
@@ -7320,51 +7321,51 @@ class Command(NamedTuple):
 
 
 def print_client_config(config: Config, words: argparse.Namespace) -> int:
-    """Print what to paste on another machine."""
-    kind = words.words[0] if words.words else "codex"
-    if kind not in CLIENT_CONFIGS:
-        raise UsageError(f"client-config: one of {', '.join(CLIENT_CONFIGS)}, not {kind!r}")
+    """Print a client's configuration, to paste on another machine."""
+    client = words.words[0] if words.words else "codex"
+    if client not in CLIENT_CONFIGS:
+        raise UsageError(f"client-config: must be one of {', '.join(CLIENT_CONFIGS)}, not {client!r}")
     locked = KeyRing(config.api_key, config.api_key_file).locked
     model = words.model or default_model(config)
-    print(client_config(kind, base_url(config, config.port), locked, model), end="")
+    print(client_config(client, base_url(config, config.port), locked, model), end="")
     return 0
 
 
 def new_key(config: Config, words: argparse.Namespace) -> int:
-    """Make a key, and print the line for the key file and the line for the client."""
+    """Generate a key; print its line for the key file and its line for the client."""
     if len(words.words) != 1:
-        raise UsageError("new-key wants one name: new-key NAME")
+        raise UsageError("new-key needs exactly one name: new-key NAME")
     try:
         key = read_key(f"{words.words[0]}=qoo-{base64.urlsafe_b64encode(os.urandom(24)).decode('ascii')}")
     except ValueError as exc:
         raise UsageError(f"new-key: {exc}") from exc
-    print(f"# a line for the bridge's --api-key-file (chmod 600):\n{key.name}={key.secret}\n"
-          f"# and for the client's shell:\nexport QOO_BRIDGE_KEY={key.secret}")
+    print(f"# add this line to the bridge's --api-key-file (chmod 600):\n{key.name}={key.secret}\n"
+          f"# run this line in the client's shell:\nexport QOO_BRIDGE_KEY={key.secret}")
     return 0
 
 
 def login(config: Config, words: argparse.Namespace) -> int:
-    """Sign this host in to ChatGPT by a code typed in any browser, and write auth.json."""
+    """Sign this host in to ChatGPT with a code typed in any browser, and write auth.json."""
     fetch = Upstream(config.connect_timeout, config.idle_timeout).fetch
     try:
         sign_in = device_sign_in(fetch, config.issuer, config.auth_file, lambda text: print(text, flush=True))
     except KeyboardInterrupt:
-        print("\nstopped; nothing was changed")
+        print("\ncancelled; auth.json is unchanged")
         return 130
     except BridgeError as exc:
         print(f"not signed in: {exc.message}", file=sys.stderr)
         return 1
     except OSError as exc:
-        print(f"not signed in: {config.auth_file} cannot be written: {describe_error(exc)}", file=sys.stderr)
+        print(f"not signed in: cannot write {config.auth_file}: {describe_error(exc)}", file=sys.stderr)
         return 1
     account = _printable(sign_in.email) or f"account {sign_in.account or 'without an id'}"
     plan = _printable(sign_in.plan) or "unknown"
-    print(f"Signed in as {account}, plan {plan}; written to {config.auth_file}")
+    print(f"Signed in as {account}, plan {plan}; saved to {config.auth_file}")
     return 0
 
 
-LITELLM_KEY = b"master key of the LiteLLM beside qoo-bridge"  # what the bridge's key signs to make that key
-# `openai/NAME` serves both of LiteLLM's own endpoints, chat completions and responses.
+LITELLM_KEY = b"master key of the LiteLLM beside qoo-bridge"  # HMAC message: derives LiteLLM's key
+# `openai/NAME` works for both of LiteLLM's own endpoints, chat completions and responses.
 LITELLM_MODEL = """\
   - model_name: {}
     litellm_params:
@@ -7374,13 +7375,13 @@ LITELLM_MODEL = """\
 
 
 def own_url(config: Config) -> str:
-    """Return the address under which this host reaches its own bridge."""
+    """Return the base URL at which this host reaches its own bridge."""
     every = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
     return base_url(config._replace(host=every.get(config.host, config.host)), config.port)
 
 
 def get_from_own_bridge(config: Config, path: str, key: str = "") -> BufferedReply:
-    """Send a GET to the bridge that runs on this host. Raises BadUpstream and UpstreamTimeout."""
+    """Send a GET to the bridge on this host. Raises BadUpstream and UpstreamTimeout."""
     parts = urllib.parse.urlsplit(own_url(config))
     headers = {"authorization": f"Bearer {key}"} if key else {}
     upstream = Upstream(10, 10, own_bridge=True)
@@ -7393,16 +7394,16 @@ def get_from_own_bridge(config: Config, path: str, key: str = "") -> BufferedRep
 
 
 def own_models(config: Config, key: str) -> list[str]:
-    """Return the models and aliases that the running bridge offers. Raises BridgeError."""
+    """Return the running bridge's models and aliases. Raises BridgeError."""
     reply = get_from_own_bridge(config, "/v1/models", key)
     names = [str(model.get("id")) for model in dicts_in(reply.json_or_raise().get("data"))]
     if not names:
-        raise BadUpstream(f"{own_url(config)} has no models")
+        raise BadUpstream(f"the bridge on {own_url(config)} lists no models")
     return names
 
 
 def litellm_config(config: Config, words: argparse.Namespace) -> int:
-    """Print a litellm.yaml with the running bridge's models; JSON's strings are YAML's too."""
+    """Print a litellm.yaml with the running bridge's models; JSON strings are valid YAML."""
     try:
         keys = KeyRing(config.api_key, config.api_key_file).keys()
         key = next((key.secret for key in keys if key.name == "litellm"), keys[0].secret if keys else "")
@@ -7412,25 +7413,25 @@ def litellm_config(config: Config, words: argparse.Namespace) -> int:
         return 1
     models = [LITELLM_MODEL.format(*map(json.dumps, (name, f"openai/{name}", own_url(config), key or "lan")))
               for name in names]
-    door = "dangerously_permit_weak_or_unset_master_key: true"  # the bridge is open, and so is this
+    access = "dangerously_permit_weak_or_unset_master_key: true"  # LiteLLM is open because the bridge is open
     if key:
-        door = f'master_key: "sk-{hmac.new(key.encode("ascii"), LITELLM_KEY, "sha256").hexdigest()}"'
-    # A model is one deployment here: to rest it after an error would shut all clients out.
-    print("\n".join(["model_list:", *models, "general_settings:", f"  {door}",
+        access = f'master_key: "sk-{hmac.new(key.encode("ascii"), LITELLM_KEY, "sha256").hexdigest()}"'
+    # A model has only one deployment here: a cooldown after an error would lock every client out.
+    print("\n".join(["model_list:", *models, "general_settings:", f"  {access}",
                      "router_settings:", "  disable_cooldowns: true"]))
     return 0
 
 
 def own_names_only(host: str) -> bool:
-    """Tell whether an address is of use on this host alone."""
+    """Tell whether an address is a loopback name, which works only on this host."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 # == 31 doctor ================================================================
-# What stands between this host and an answer, and the one thing to do about it.
+# Checks of every step between this host and a reply, each with a remedy.
 
 class Finding(NamedTuple):
-    """What a check found: `ok`, `failed`, `none` (does not apply) or `skipped` (an earlier one failed)."""
+    """A check's result; `state` is ok, failed, none (does not apply) or skipped (an earlier check failed)."""
 
     state: str
     text: str
@@ -7441,13 +7442,13 @@ class Check(NamedTuple):
     """One line of the doctor's table."""
 
     name: str
-    needs: tuple[str, ...]  # the checks without which this one says nothing
+    needs: tuple[str, ...]  # checks that must pass first
     run: Callable[[Doctor], Finding]
-    todo: str = ""  # what to do when it fails without knowing better
+    todo: str = ""  # what to do after an exception
 
 
 class Doctor:
-    """What the checks share: a bridge that does not serve, and upstream's answer to a stranger."""
+    """The checks' shared state: a bridge that does not serve, and upstream's reply without a sign-in."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -7456,12 +7457,12 @@ class Doctor:
         self.login = sign_in_hint(config.auth_file)
 
     def examine(self, checks: Iterable[Check]) -> Iterator[tuple[Check, Finding]]:
-        """Run the checks in their order; one whose need is not met is skipped."""
+        """Run the checks in order; skip a check if one of its needs has failed."""
         unmet: set[str] = set()
         for check in checks:
             missing = [name for name in check.needs if name in unmet]
             try:
-                finding = Finding("skipped", f"not tried, see {missing[0]}") if missing else check.run(self)
+                finding = Finding("skipped", f"skipped, see {missing[0]}") if missing else check.run(self)
             except (BridgeError, OSError) as exc:
                 finding = Finding("failed", describe_error(exc), check.todo)
             if finding.state in ("failed", "skipped"):
@@ -7474,27 +7475,27 @@ class Doctor:
 
 
 def check_python(doctor: Doctor) -> Finding:
-    """Name the interpreter."""
+    """Show the interpreter's version."""
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("ok", f"{version}, {ssl.OPENSSL_VERSION}, {sys.platform}")  # an older one ends at import
+    return Finding("ok", f"{version}, {ssl.OPENSSL_VERSION}, {sys.platform}")  # older ones fail at import
 
 
 def check_file(doctor: Doctor) -> Finding:
-    """Check that auth.json is there, can be read, is whole, and is a ChatGPT plan's."""
+    """Check that auth.json exists, is readable and complete, and holds a ChatGPT plan's sign-in."""
     path = doctor.config.auth_file
     try:
         doctor.bridge.account.sign_in()
     except NotSignedIn as exc:
         settings = keyring_setting(path)
         if settings:
-            return Finding("failed", f"there is no {path}: Codex keeps the sign-in in the system keyring",
-                           f'cli_auth_credentials_store = "file" in {settings}, then `codex login`')
+            return Finding("failed", f"{path} does not exist: Codex keeps the sign-in in the system keyring",
+                           f'set cli_auth_credentials_store = "file" in {settings}, then run `codex login`')
         return Finding("failed", exc.message.replace(f"; {doctor.login}", ""), doctor.login)
-    return Finding("ok", f"{path} is whole")
+    return Finding("ok", f"{path} is valid")
 
 
 def check_private(doctor: Doctor) -> Finding:
-    """Check that nobody else on this host can read the sign-in."""
+    """Check that other users of this host cannot read auth.json."""
     path = doctor.config.auth_file
     if os.name != "posix":
         return Finding("none", "not checked on this system")
@@ -7503,21 +7504,22 @@ def check_private(doctor: Doctor) -> Finding:
 
 
 def check_token(doctor: Doctor) -> Finding:
-    """Check how long the access token is still good; a bridge refreshes it."""
+    """Check when the access token expires; the bridge refreshes an expired one."""
     sign_in = doctor.bridge.account.sign_in()
     left = sign_in.expires - time.time()
     plan = f"plan {_printable(sign_in.plan) or 'unknown'}"
     if not sign_in.expires:
-        return Finding("none", f"{plan}; its expiry cannot be read")
+        return Finding("none", f"{plan}; the token's expiry is unknown")
     if left > 0:
-        return Finding("ok", f"{plan}; good for {format_duration(left)}, until {local_time(sign_in.expires)}")
+        when = local_time(sign_in.expires)
+        return Finding("ok", f"{plan}; the token expires in {format_duration(left)}, {when}")
     if sign_in.renewable:
-        return Finding("ok", f"{plan}; expired {format_duration(-left)} ago, to be refreshed")
+        return Finding("ok", f"{plan}; expired {format_duration(-left)} ago, the bridge will refresh it")
     return Finding("failed", f"{plan}; expired {format_duration(-left)} ago", doctor.login)
 
 
 def check_name(doctor: Doctor) -> Finding:
-    """Check that upstream's name is resolved; a proxy does that itself."""
+    """Check that upstream's host name resolves; with a proxy, check the proxy's name instead."""
     target, _ = parse_target(doctor.config.upstream)
     proxy = find_proxy(target)
     host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
@@ -7527,7 +7529,7 @@ def check_name(doctor: Doctor) -> Finding:
 
 
 def check_tls(doctor: Doctor) -> Finding:
-    """Reach upstream without the sign-in; say who vouches for it: a proxy that opens TLS does so itself."""
+    """Connect to upstream without the sign-in; show the certificate's issuer, which reveals a TLS proxy."""
     config = doctor.config
     url = f"{config.upstream}/models?client_version={config.client_version}"
     try:
@@ -7535,25 +7537,25 @@ def check_tls(doctor: Doctor) -> Finding:
     except BadUpstream as exc:
         if not isinstance(exc.__cause__, ssl.SSLCertVerificationError):
             raise
-        return Finding("failed", exc.message, "if a proxy opens TLS here: SSL_CERT_FILE=<its CA, a PEM file>")
+        return Finding("failed", exc.message, "if a proxy decrypts TLS: set SSL_CERT_FILE=<its CA (PEM)>")
     tls = reply.tls()
     doctor.anonymous_reply = reply.read_all(MAX_ERROR_BODY, 10)
     if tls is None:
-        return Finding("none", "plain http")
-    return Finding("ok", f"{tls[0]}; the certificate is issued by {_printable(tls[1]) or 'nobody'}")
+        return Finding("none", "http without TLS")
+    return Finding("ok", f"{tls[0]}; the certificate is issued by {_printable(tls[1]) or 'unknown'}")
 
 
 def check_cloudflare(doctor: Doctor) -> Finding:
-    """Check that upstream itself answers, and no web page in its place."""
+    """Check that upstream itself answers, and not a block page."""
     error = doctor.anonymous_reply.refusal()
     if error.code == "upstream_web_page" or error.status >= 500:
-        return Finding("failed", error.message, "try without VPN or proxy, or later")
+        return Finding("failed", error.message, "try again without VPN or proxy, or later")
     status = doctor.anonymous_reply.status
     return Finding("ok", f"reachable, no block page (HTTP {status} without sign-in, as expected)")
 
 
 def check_routing(doctor: Doctor) -> Finding:
-    """Check where the account's requests go."""
+    """Check the account's routing."""
     try:
         upstream, override = doctor.bridge.account.ask_routing()
     except NotSignedIn as exc:
@@ -7562,7 +7564,7 @@ def check_routing(doctor: Doctor) -> Finding:
 
 
 def check_models(doctor: Doctor) -> Finding:
-    """Check the model list, and what the aliases mean."""
+    """Check the model list, and show the aliases' models."""
     catalog = doctor.bridge.catalog
     models = catalog.require()
     aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(models).items())
@@ -7575,12 +7577,12 @@ def check_usage(doctor: Doctor) -> Finding:
     windows = dicts_in([limits.get(name) for name in ("primary_window", "secondary_window")])
     lines = [usage_line(window) for window in windows]
     if limits.get("limit_reached") is True:
-        return Finding("failed", "\n".join(lines), "the plan is used up: wait for the reset")
+        return Finding("failed", "\n".join(lines), "the plan's limit is reached: wait for the reset")
     return Finding("ok" if lines else "none", "\n".join(lines) or "the plan has no windows")
 
 
 def usage_line(window: Mapping[str, Any]) -> str:
-    """Write one window of the plan: its length, a bar, when it begins anew."""
+    """Return the line of one plan window: length, usage bar, reset time."""
     length, used, reset = (finite_number(window.get(key)) or 0 for key in (
         "limit_window_seconds", "used_percent", "reset_at"))
     full = round(min(max(used, 0), 100) / 5)
@@ -7589,7 +7591,7 @@ def usage_line(window: Mapping[str, Any]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Say a time span in its largest unit and the next one below."""
+    """Return a duration in its two largest units."""
     counts: list[str] = []
     rest = int(seconds)
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
@@ -7600,7 +7602,7 @@ def format_duration(seconds: float) -> str:
 
 
 def local_time(unix: float) -> str:
-    """Write a Unix time as this host's clock shows it."""
+    """Return a Unix time in this host's local time."""
     try:
         return time.strftime("%a %d %b %H:%M", time.localtime(unix))
     except (OverflowError, OSError, ValueError):
@@ -7608,23 +7610,23 @@ def local_time(unix: float) -> str:
 
 
 def check_port(doctor: Doctor) -> Finding:
-    """Check that the port is free, or a bridge's already."""
+    """Check that the port is free, or that a bridge uses it."""
     config = doctor.config
     try:
         reply = get_from_own_bridge(config, "/healthz")
         if reply.status == 200 and reply.json().get("status") == "ok":
             version = _printable(reply.json().get("version"))
-            return Finding("ok", f"a bridge runs on {config.port}, version {version}")
+            return Finding("ok", f"a bridge runs on port {config.port}, version {version}")
     except BadUpstream as exc:
         if isinstance(exc.__cause__, OSError):  # nothing listens there
             check_can_listen(config.host, config.port)
-            return Finding("ok", f"{config.port} is free")
+            return Finding("ok", f"port {config.port} is free")
     return Finding("failed", f"port {config.port} is used by another program",
-                   "end it, or take another --port")
+                   "stop that program, or choose another --port")
 
 
 def check_access(doctor: Doctor) -> Finding:
-    """Check the files of the keys and of the certificate."""
+    """Check the key file and the certificate's files."""
     config = doctor.config
     path = config.api_key_file
     try:
@@ -7632,30 +7634,30 @@ def check_access(doctor: Doctor) -> Finding:
         if not path:
             return Finding("none", f"{len(config.api_key)} keys" if config.api_key else "open: no key is set")
         keys, mode = load_key_file(path)
-    except UsageError as exc:  # it names the option
-        return Finding("failed", describe_error(exc), "name the right file")
+    except UsageError as exc:  # the message names the option
+        return Finding("failed", describe_error(exc), "correct the option or the file")
     except (OSError, ValueError) as exc:
-        return Finding("failed", f"{path}: {describe_error(exc)}", "name the right file")
+        return Finding("failed", f"{path}: {describe_error(exc)}", "correct the file or --api-key-file")
     readable = os.name == "posix" and mode & 0o077
     return Finding("failed" if readable else "ok", f"{len(keys)} keys in {path}, mode {mode:04o}",
                    f"chmod 600 {path}")
 
 
 def check_lan(doctor: Doctor) -> Finding:
-    """Check the address under which other machines reach this host."""
+    """Check the address at which other machines reach this host."""
     config = doctor.config
     if own_names_only(config.host):
-        return Finding("none", f"--host {config.host} serves this host alone")
+        return Finding("none", f"--host {config.host} serves only this host")
     address = lan_address()
     if own_names_only(address):
-        return Finding("failed", "this host has no address but its own", "connect it to the network")
+        return Finding("failed", "this host has no LAN address", "connect it to the network")
     if not network_allows(address, config.allow):
-        return Finding("failed", f"{address} is in no network of --allow: the LAN is turned away",
-                       f"name your network, such as --allow {address}/24")
+        return Finding("failed", f"this host's address {address} is not in --allow: LAN clients will get 403",
+                       f"allow your network, such as --allow {address}/24")
     return Finding("ok", base_url(config, config.port))
 
 
-FIREWALL = {  # by sys.platform; the port comes in
+FIREWALL = {  # by sys.platform; {0} is the port
     "linux": "sudo ufw allow {0}/tcp (or: sudo firewall-cmd --add-port={0}/tcp --permanent)",
     "darwin": "System Settings > Network > Firewall > Options: allow Python",
     "win32": "netsh advfirewall firewall add rule name=qoo-bridge dir=in action=allow "
@@ -7664,20 +7666,20 @@ FIREWALL = {  # by sys.platform; the port comes in
 
 
 def check_firewall(doctor: Doctor) -> Finding:
-    """Say what opens the port, because that cannot be tried from inside."""
+    """Show how to open the port, because this host cannot test its own firewall."""
     hint = FIREWALL.get(sys.platform, "open TCP port {0}").format(doctor.config.port)
-    return Finding("none", f"cannot be tried from here; if others cannot connect: {hint}")
+    return Finding("none", f"not testable from this host; if others cannot connect: {hint}")
 
 
 def check_zstd(doctor: Doctor) -> Finding:
     """Check that large requests can be sent compressed."""
     if zstd_module() or libzstd():
         return Finding("ok", "Python's own" if zstd_module() else "libzstd")
-    return Finding("none", "not at hand, large requests go uncompressed: install libzstd (brew install zstd)")
+    return Finding("none", "missing, large requests go uncompressed: install libzstd (brew install zstd)")
 
 
 def check_live(doctor: Doctor) -> Finding:
-    """Send one tiny request through a bridge on a loopback port of its own, and time its answer."""
+    """Send one tiny request through a temporary bridge on loopback, and time the answer."""
     server = Server(doctor.config._replace(
         host="127.0.0.1", port=0, tls_cert="", tls_key="", api_key=(), api_key_file="", limit={}))
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
@@ -7690,7 +7692,7 @@ def check_live(doctor: Doctor) -> Finding:
 
 
 def live_turn(url: str, payload: bytes) -> Finding:
-    """Send a request, and say when its first event, its first word and its end came."""
+    """Send a request, and time its first event, its first word and its end."""
     started = time.monotonic()
     seen: dict[str, float] = {}
     upstream = Upstream(10, 60)
@@ -7712,7 +7714,7 @@ def live_turn(url: str, payload: bytes) -> Finding:
 
 
 NETWORK = "check this host's network, DNS and firewall; behind a proxy: HTTPS_PROXY=http://host:port"
-REFUSED = "see the message; `codex` on this host shows whether the plan itself works"
+REFUSED = "see the message; run `codex` on this host to test the plan itself"
 CHECKS = (
     Check("python", (), check_python),
     Check("sign-in file", (), check_file),
@@ -7724,20 +7726,20 @@ CHECKS = (
     Check("account", ("sign-in file", "token", "Cloudflare"), check_routing, REFUSED),
     Check("models", ("sign-in file", "token", "Cloudflare"), check_models, REFUSED),
     Check("usage", ("sign-in file", "token", "Cloudflare"), check_usage, REFUSED),
-    Check("port", (), check_port, "end the program that has it, or choose another --port or --host"),
-    Check("door", (), check_access),
+    Check("port", (), check_port, "stop the program that uses it, or choose another --port or --host"),
+    Check("access", (), check_access),
     Check("LAN address", (), check_lan),
     Check("firewall", ("LAN address",), check_firewall),
     Check("zstd", (), check_zstd),
 )
 LIVE = Check("live", ("models",), check_live, REFUSED)
 MARKS = {"ok": "✓", "failed": "✗", "none": "–", "skipped": "–"}
-PLAIN = str.maketrans("✓✗–█░→", "+!-#.>")  # for a terminal that lacks them
+PLAIN = str.maketrans("✓✗–█░→", "+!-#.>")  # for a terminal without these characters
 
 
 def doctor(config: Config, words: argparse.Namespace) -> int:
-    """Print the table of checks, as it grows, or all of it in JSON; nothing secret is in it."""
-    log.addHandler(logging.NullHandler())  # what it would say stands in the table
+    """Print the checks row by row, or all of them in JSON, without any secret."""
+    log.addHandler(logging.NullHandler())  # the table shows what the log would
     log.propagate = False
     rows = []
     for check, finding in Doctor(config).examine((*CHECKS, LIVE) if words.live else CHECKS):
@@ -7753,8 +7755,8 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
 
 
 def print_finding(name: str, finding: Finding) -> None:
-    """Print a check's row within 80 columns; what to do comes below a failure."""
-    import textwrap  # late: only this command wants it
+    """Print a check's row within 80 columns, and below a failure what to do."""
+    import textwrap  # late: only this command needs it
 
     todo = ""
     if finding.todo:
@@ -7770,16 +7772,16 @@ def print_finding(name: str, finding: Finding) -> None:
 
 
 # == 32 demo ==================================================================
-# The whole bridge, before a backend of its own that needs no account and no network.
+# The complete bridge with a built-in stand-in backend, which needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
 DEMO_COMMAND = "echo hello from the demo"
-DEMO_SHELLS: dict[str, Any] = {  # the shells of Codex and others -> the arguments that run the command
+DEMO_SHELLS: dict[str, Any] = {  # shell tools of Codex and others -> the arguments that run the command
     "exec_command": {"cmd": DEMO_COMMAND},
     "shell_command": {"command": DEMO_COMMAND},
     "shell": {"command": ["sh", "-c", DEMO_COMMAND]},
 }
-DEMO_MODEL = {  # what Codex wants to know of a model
+DEMO_MODEL = {  # the fields that Codex requires of a model
     "description": "Says what it was sent.", "default_reasoning_level": "low", "visibility": "list",
     "supported_reasoning_levels": [{"effort": "low", "description": "none at all"}], "supported_in_api": True,
     "shell_type": "unified_exec", "default_reasoning_summary": "none", "support_verbosity": False,
@@ -7790,7 +7792,7 @@ DEMO_MODEL = {  # what Codex wants to know of a model
 
 
 def demo_pages() -> dict[str, Any]:
-    """Return what the demo's backend answers to GET: the end of a path -> JSON."""
+    """Return the demo backend's GET responses: end of the path -> JSON."""
     lite = {**DEMO_MODEL, "use_responses_lite": True, "priority": 2}
     models = [{**model, "slug": name, "display_name": name}
               for name, model in (("demo-plain", DEMO_MODEL), ("demo-lite", lite))]
@@ -7803,7 +7805,7 @@ def demo_pages() -> dict[str, Any]:
 
 
 def demo_sign_in() -> dict[str, Any]:
-    """Return an auth.json whose tokens are none."""
+    """Return an auth.json with invented tokens."""
     claims = {"exp": int(time.time()) + 365 * 86400, AUTH_CLAIM: {"chatgpt_plan_type": "demo"}}
     token = f"demo.{base64.urlsafe_b64encode(json_bytes(claims)).decode('ascii')}.demo"
     tokens = {"id_token": token, "access_token": token, "account_id": "demo"}
@@ -7811,7 +7813,7 @@ def demo_sign_in() -> dict[str, Any]:
 
 
 def demo_tools(tools: Any) -> list[str]:
-    """Return the names of a request's tools; the lite form has them in groups."""
+    """Return the names of a request's tools, also of the lite form's groups."""
     return [name for tool in dicts_in(tools)
             for name in demo_tools(tool.get("tools")) or [str(tool.get("name") or tool.get("type"))]]
 
@@ -7825,7 +7827,7 @@ def demo_text(item: Mapping[str, Any]) -> str:
 
 
 def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the item that answers: a call of the shell, if there is one not called yet; else a text."""
+    """Return the answer's item: a call of the shell tool if it has not been called yet, else a text."""
     items = dicts_in(request.get("input"))
     tools = [name for holder in (request, *items) for name in demo_tools(holder.get("tools"))]
     ran = any(item.get("type") == "function_call_output" for item in items)
@@ -7833,27 +7835,27 @@ def demo_item(request: Mapping[str, Any]) -> dict[str, Any]:
     if shell and not ran:
         return {"type": "function_call", "id": f"fc_{next_id()}", "call_id": f"call_{next_id()}",
                 "name": shell, "arguments": json.dumps(DEMO_SHELLS[shell]), "status": "completed"}
-    told = len(str(request.get("instructions") or "")) + sum(  # Codex sends them as developer messages
+    size = len(str(request.get("instructions") or "")) + sum(  # Codex sends them as developer messages
         len(demo_text(item)) for item in items if item.get("role") == "developer")
-    asked = next((demo_text(item) for item in reversed(items) if item.get("role") == "user"), "")
+    last_text = next((demo_text(item) for item in reversed(items) if item.get("role") == "user"), "")
     done = ""
     if ran:
         done = f" Your machine ran `{DEMO_COMMAND}`."
-    text = (f"Hello! This is the demo of qoo-bridge, no model.{done} You sent {request.get('model')} "
-            f"{len(items)} items, {len(tools)} tools and {told} characters of instructions. "
-            f"Your last text was: {' '.join(asked.split())[:300]}")
+    text = (f"Hello! This is qoo-bridge's demo, not a model.{done} You sent {request.get('model')} "
+            f"{len(items)} items, {len(tools)} tools and {size} characters of instructions. "
+            f"Your last text was: {' '.join(last_text.split())[:300]}")
     return {"type": "message", "id": f"msg_{next_id()}", "role": "assistant", "status": "completed",
             "content": [{"type": "output_text", "text": text, "annotations": []}]}
 
 
 def demo_events(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Make the events of an answer, as the backend sends them; text comes a word an event."""
+    """Yield the events of an answer in the backend's form, with one word of text per event."""
     response: dict[str, Any] = {
         "id": f"resp_{next_id()}", "object": "response", "created_at": int(time.time()), "output": [],
         "status": "in_progress", "model": request.get("model")}
     yield {"type": "response.created", "response": response}
     words = 0
-    if request.get("generate") is not False:  # a WebSocket's first request only makes ready (WIRE 6)
+    if request.get("generate") is not False:  # false: a WebSocket's first request, a warm-up (WIRE 6)
         for event in demo_item_events(demo_item(request)):
             words += event["type"].endswith(".delta")
             yield event
@@ -7864,7 +7866,7 @@ def demo_events(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def demo_item_events(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Make the events of one item."""
+    """Yield the events of one item."""
     place = {"item_id": item["id"], "output_index": 0}
     if item["type"] == "function_call":
         yield {"type": "response.output_item.added", "output_index": 0, "item": {**item, "arguments": ""}}
@@ -7882,12 +7884,12 @@ def demo_item_events(item: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Answers as ChatGPT's backend would; each reply ends its connection."""
+    """A stand-in for ChatGPT's backend; each response ends its connection."""
 
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """Answer the catalogue, the account, the usage, and a WebSocket's requests."""
+        """Answer requests for catalogue, account and usage, and a WebSocket's requests."""
         path = self.path.partition("?")[0]
         if path.endswith("/responses"):
             return self._websocket()
@@ -7897,7 +7899,7 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         return self._answer(404, {"detail": "not in the demo"})
 
     def do_POST(self) -> None:
-        """Answer a turn, a word at a time."""
+        """Answer a turn, word by word."""
         length = self.headers.get("content-length", "")
         body = b""
         if re.fullmatch(r"[0-9]{1,12}", length):
@@ -7912,13 +7914,13 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         return self._tell(request, render_event)
 
     def _websocket(self) -> None:
-        """Answer one request after the other; each is what is new since the one that it continues."""
+        """Answer one request after the other; each has only the new items since the previous one."""
         accept = accept_key(self.headers.get("sec-websocket-key", ""))
         self.wfile.write(render_head("HTTP/1.1 101 Switching Protocols", [
             ("upgrade", "websocket"), ("connection", "Upgrade"), ("sec-websocket-accept", accept)]))
         reader = FrameReader(masked=True, max_message=MAX_EVENT)
         conversation: dict[str, Any] = {}
-        with contextlib.suppress(OSError):  # the client left
+        with contextlib.suppress(OSError):  # the client has left
             for received in iter(lambda: self.connection.recv(READ_SIZE), b""):
                 for message in reader.feed(received):
                     if message.opcode == OP_CLOSE:
@@ -7935,8 +7937,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
                         self._tell(conversation, lambda event: encode_frame(OP_TEXT, json_bytes(event)))
 
     def _tell(self, request: dict[str, Any], render: Callable[[Mapping[str, Any]], bytes]) -> None:
-        """Send the events of an answer, a word at a time."""
-        with contextlib.suppress(OSError):  # the client left
+        """Send the events of an answer, word by word."""
+        with contextlib.suppress(OSError):  # the client has left
             for number, event in enumerate(demo_events(request)):
                 self.wfile.write(render({**event, "sequence_number": number}))
                 time.sleep(DEMO_PACE if event["type"] == "response.output_text.delta" else 0)
@@ -7946,20 +7948,20 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self._head(status, "application/json", len(body))
         self.wfile.write(body)
 
-    def _head(self, status: int, kind: str, length: int | None = None) -> None:
+    def _head(self, status: int, content_type: str, length: int | None = None) -> None:
         self.send_response(status)
-        self.send_header("content-type", kind)
+        self.send_header("content-type", content_type)
         if length is not None:
             self.send_header("content-length", str(length))
         self.end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log nothing: the bridge does."""
+        """Log nothing, because the bridge logs each request."""
 
 
 def demo(config: Config, words: argparse.Namespace) -> int:
-    """Serve with the demo's backend until SIGTERM or Ctrl-C; its made-up sign-in goes at the end."""
-    import tempfile  # late: only this command and a refresh want it
+    """Serve with the demo backend until SIGTERM or Ctrl-C; then delete its invented sign-in."""
+    import tempfile  # late: only this command needs it
 
     with tempfile.TemporaryDirectory(prefix="qoo-demo-") as folder, \
             socketserver.ThreadingTCPServer(("127.0.0.1", 0), DemoHandler) as backend:
@@ -7976,9 +7978,9 @@ def print_demo(server: Server) -> None:
     """Print what to try while the demo runs."""
     config = server.bridge.config
     url, locked = base_url(config, server.server_port), bool(server.bridge.key_ring.keys())
-    curl, codex = (client_config(kind, url, locked, default_model(config)) for kind in ("curl", "codex"))
-    print(f"\nA demo: no account, no network, no model. On any machine of the LAN try\n\n{curl}\n"
-          f"or Codex, with this:\n\n{codex}", flush=True)
+    curl, codex = (client_config(name, url, locked, default_model(config)) for name in ("curl", "codex"))
+    print(f"\nA demo without account, network or model. On any machine of the LAN, try\n\n{curl}\n"
+          f"or configure Codex:\n\n{codex}", flush=True)
 
 
 # == 33 main ==================================================================
@@ -7987,25 +7989,25 @@ def print_demo(server: Server) -> None:
 COMMANDS = (
     Command("serve", lambda config, words: serve(config), "serve (the default)"),
     Command("client-config", print_client_config,
-            "print what to paste on another machine: codex (the default), openai, litellm, curl"),
-    Command("login", login, "sign this host in to ChatGPT by a code typed in any browser"),
-    Command("doctor", doctor, "check what stands between this host and an answer (--live, --json)"),
-    Command("demo", demo, "serve a built-in backend that says what it was sent: no account, no network"),
-    Command("litellm-config", litellm_config, "print a litellm.yaml of the running bridge's models"),
-    Command("new-key", new_key, "make a key for a client: new-key NAME"),
+            "print a client's configuration: codex (the default), openai, litellm, curl"),
+    Command("login", login, "sign this host in to ChatGPT with a code typed in any browser"),
+    Command("doctor", doctor, "check every step between this host and a reply (--live, --json)"),
+    Command("demo", demo, "serve with a built-in backend: no account, no network"),
+    Command("litellm-config", litellm_config, "print a litellm.yaml with the running bridge's models"),
+    Command("new-key", new_key, "generate a key for a client: new-key NAME"),
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Make the command line's parser from OPTIONS and COMMANDS."""
+    """Return the command line's parser, built from OPTIONS and COMMANDS."""
     commands = "\n".join(f"  {command.name:<16} {command.help}" for command in COMMANDS)
     parser = argparse.ArgumentParser(
         prog="qoo_bridge.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Let every machine on a LAN use the ChatGPT plan of the one host that is signed in.",
-        epilog=f"commands:\n{commands}\n\nEvery option can stand in the environment: --max-body is "
-               "QOO_BRIDGE_MAX_BODY. Those marked + can be\nrepeated, in the environment with commas.")
+        epilog=f"commands:\n{commands}\n\nEvery option has an environment variable: --max-body is "
+               "QOO_BRIDGE_MAX_BODY. Options marked +\ncan be repeated; in the environment, use commas.")
     parser.add_argument("command", nargs="?", default="serve", choices=[command.name for command in COMMANDS],
-                        metavar="command", help="what to do; see below")
+                        metavar="command", help="see below")
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--model", metavar="MODEL", help="client-config: the model to name")
     parser.add_argument("--live", action="store_true", help="doctor: send one tiny request as well")
@@ -8026,14 +8028,14 @@ def main(argv: list[str] | None = None) -> int:
         words = build_parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
         command = next(command for command in COMMANDS if command.name == words.command)
         status = command.run(load_config(vars(words), os.environ), words)
-        print(end="", flush=True)  # here, where a reader that has left is no fault
+        print(end="", flush=True)  # inside the try, which handles a closed pipe
         return status
     except UsageError as exc:
         print(f"qoo_bridge.py: {exc}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `doctor | head`: what is still to be flushed has nowhere to go
+    except BrokenPipeError:  # `doctor | head`: the reader has closed the pipe
         discard_output()
         return 1
 

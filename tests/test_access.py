@@ -149,7 +149,7 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("headers", "words"), [
-    ({}, "wants a key"), ({"x-api-key": "wrong-key"}, "does not know"),
+    ({}, "requires a key"), ({"x-api-key": "wrong-key"}, "unknown API key"),
 ])
 def test_a_missing_key_is_told_from_a_wrong_one(headers: dict[str, str], words: str) -> None:
     with pytest.raises(q.InvalidKey, match=words):

@@ -547,7 +547,7 @@ def test_alias_with_the_name_of_a_model_is_refused(
     bridge = start("--alias", f"{alias}=gpt-6-sol")
     bridge.bridge.warm_up(threading.Event())  # at start, before any request
     reason = log_lines.wait_for("ERROR ").partition(" ")[2]
-    assert reason == f"the alias {alias} is not used: the catalogue has a model of that name"
+    assert reason == f"ignoring the alias {alias}: the catalogue has a model of that name"
     settle(bridge)
     catalog = wire.get(bridge.address, "/status").json["catalog"]
     assert catalog["refused_aliases"] == {alias: reason}

@@ -32,9 +32,9 @@ Login = Callable[[], tuple[int, str, str]]
 
 def test_start_tells_what_will_turn_clients_away(run: Run, tmp_path: Path) -> None:
     running = run("--api-key-file", str(tmp_path / "none"), "--limit", "laptop=1")
-    warning = "--limit names laptop, and there is no such key"
+    warning = "--limit: no key has the name laptop"
     assert until(lambda: warning in "".join(running.lines))
-    assert "none cannot be read" in "".join(running.lines)
+    assert f"cannot read the key file {tmp_path / 'none'}" in "".join(running.lines)
 
 
 def test_port_in_use_is_named(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_login_ends_at_ctrl_c(device: Callable[[], Popen], tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     status, out, err = outcome(process)
     assert (status, err) == (130, "")
-    assert "nothing was changed" in out
+    assert "auth.json is unchanged" in out
     assert not (tmp_path / "codex").exists()
 
 

@@ -64,7 +64,7 @@ def test_doctor_finds_a_host_well(doctor_alone: Doctor) -> None:
     assert status == 0
     assert states(rows, "failed") == states(rows, "skipped") == set()
     assert "qoo-bridge test CA" in rows["TLS"]["text"]
-    assert "good for 9 d 23 h" in rows["token"]["text"]
+    assert "the token expires in 9 d 23 h" in rows["token"]["text"]
     assert "local_md is gpt-5.6-sol" in rows["models"]["text"]
     short, long = rows["usage"]["text"].split("\n")
     assert short == "5 h  ██░░░░░░░░░░░░░░░░░░  12 % used, resets Sun 22 Nov 11:14"
@@ -134,8 +134,8 @@ def test_doctor_on_a_sign_in_file(
 @pytest.mark.parametrize(
     ("expires", "text"),
     [
-        (1, r"expired \d+ d( \d+ h)? ago, to be refreshed"),
-        *((odd, "good for|expired|cannot be read") for odd in (1e400, -1e400, 1e300, 9e11, "1", True, None)),
+        (1, r"expired \d+ d( \d+ h)? ago, the bridge will refresh it"),
+        *((odd, "expires in|expired|unknown") for odd in (1e400, -1e400, 1e300, 9e11, "1", True, None)),
     ],
 )
 def test_doctor_says_when_the_token_expires(
@@ -230,22 +230,22 @@ def test_doctor_knows_a_bridge_that_runs(start: Start, doctor: Doctor) -> None:
     assert "a bridge runs" in rows["port"]["text"]
 
 
-def test_doctor_on_the_door(doctor: Doctor, tmp_path: Path, backend: wire.Backend) -> None:
-    assert doctor()[1]["door"]["text"] == "open: no key is set"
-    assert doctor("--api-key", f"laptop={KEY}")[1]["door"]["text"] == "1 keys"
+def test_doctor_on_the_access(doctor: Doctor, tmp_path: Path, backend: wire.Backend) -> None:
+    assert doctor()[1]["access"]["text"] == "open: no key is set"
+    assert doctor("--api-key", f"laptop={KEY}")[1]["access"]["text"] == "1 keys"
     key_file = tmp_path / "keys"
     words = ("--api-key-file", key_file)
     status, rows = doctor(*words)
-    assert (status, states(rows, "failed")) == (1, {"door"})
-    assert "no such file" in rows["door"]["text"]
+    assert (status, states(rows, "failed")) == (1, {"access"})
+    assert "no such file" in rows["access"]["text"]
     key_file.write_text(f"laptop={KEY}\n", encoding="utf-8")
     key_file.chmod(0o644)
-    assert doctor(*words)[1]["door"]["todo"] == f"chmod 600 {key_file}"
+    assert doctor(*words)[1]["access"]["todo"] == f"chmod 600 {key_file}"
     key_file.chmod(0o600)
-    assert doctor(*words)[1]["door"]["text"] == f"1 keys in {key_file}, mode 0600"
+    assert doctor(*words)[1]["access"]["text"] == f"1 keys in {key_file}, mode 0600"
     status, rows = doctor(*words, "--tls-cert", backend.ca_file, "--tls-key", tmp_path / "none")
-    assert (status, states(rows, "failed")) == (1, {"door"})
-    assert rows["door"]["text"].startswith("--tls-cert, --tls-key: ")  # not the key file, which is well
+    assert (status, states(rows, "failed")) == (1, {"access"})
+    assert rows["access"]["text"].startswith("--tls-cert, --tls-key: ")  # not the key file, which is valid
 
 
 def test_doctor_names_the_file_that_is_wanted(backend: wire.Backend, doctor: Doctor, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_incomplete_is_kept() -> None:
     ({"type": "error", "code": "invalid_prompt", "message": "m", "param": None}, 400, "m"),
     ({"type": "error"}, 502, "upstream reported a failure"),
     ({"type": "error", "error": {}}, 502, "upstream reported a failure"),
-    ({"type": "response.created"}, 502, "without its terminal event"),
+    ({"type": "response.created"}, 502, "without a terminal event"),
 ])
 def test_failures(event: Object, status: int, message: str) -> None:
     with pytest.raises(q.BridgeError) as caught:

@@ -196,7 +196,7 @@ def test_unknown_previous_response_is_400(
 ) -> None:
     reply = ask(bridge, MODEL, input="hi", previous_response_id=previous)
     assert (reply.status, reply.json["error"]["param"]) == (400, "previous_response_id")
-    assert "not known" in reply.json["error"]["message"]
+    assert "unknown previous_response_id" in reply.json["error"]["message"]
     assert turns(backend) == []
 
 
