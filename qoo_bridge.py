@@ -33,34 +33,35 @@ Five parts and their rooms; each room uses only the rooms above it:
     B the trust kernel      the only code that opens a connection or holds a token
          7  sockets         connected sockets, never blocking
          8  upstream        opens connections: pool, TLS, proxy
-         9  sign-in         auth.json: read, refresh, write; the device sign-in
-        10  account         account routing
+         9  sign-in         auth.json: read, refresh, write
+        10  login           the device sign-in
+        11  account         account routing
     C rules                 pure, but codings may load libzstd
-        11  normalize       request -> request, by named rules; repairs after a refusal
-        12  chat requests   Chat Completions request -> Responses request
-        13  chat answers    Responses events -> Chat Completions chunks
-        14  codings         gzip, deflate, zstd
-        15  fields          which headers are forwarded; the client's identity
-        16  events          server-sent events; events -> one response
-        17  frames          WebSocket frame codec
-        18  access          which clients are admitted
+        12  normalize       request -> request, by named rules; repairs after a refusal
+        13  chat requests   Chat Completions request -> Responses request
+        14  chat answers    Responses events -> Chat Completions chunks
+        15  codings         gzip, deflate, zstd
+        16  fields          which headers are forwarded; the client's identity
+        17  events          server-sent events; events -> one response
+        18  frames          WebSocket frame codec
+        19  access          which clients are admitted
     D the bridge            one request from accept to its log line
-        19  catalog         the live model list and the aliases
-        20  telemetry       counters, recent requests, the log line
-        21  log             standard error and bridge.log
-        22  store           conversations for previous_response_id
-        23  admission       limits: body memory, requests per key; the keys
-        24  exchange        one client request and its response; the relay
-        25  turns           model requests, sent until upstream accepts them
-        26  websockets      frames both ways
-        27  pages           the status page; the clients' configuration
-        28  routes          path -> handler
-        29  server          threads, their limit, drain, shutdown
+        20  catalog         the live model list and the aliases
+        21  telemetry       counters, recent requests, the log line
+        22  log             standard error and bridge.log
+        23  store           conversations for previous_response_id
+        24  admission       limits: body memory, requests per key; the keys
+        25  exchange        one client request and its response; the relay
+        26  turns           model requests, sent until upstream accepts them
+        27  websockets      frames both ways
+        28  pages           the status page; the clients' configuration
+        29  routes          path -> handler
+        30  server          threads, their limit, drain, shutdown
     E commands              the command line; only this part prints
-        30  commands        serve, client-config, new-key, login, litellm-config
-        31  doctor          checks of every step between this host and a reply
-        32  demo            the bridge with a built-in stand-in backend
-        33  main            the command line
+        31  commands        serve, client-config, new-key, login, litellm-config
+        32  doctor          checks of every step between this host and a reply
+        33  demo            the bridge with a built-in stand-in backend
+        34  main            the command line
 """
 from __future__ import annotations
 
@@ -81,12 +82,14 @@ import json
 import logging
 import operator
 import os
+import queue
 import re
 import select
 import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import sys
 import threading
@@ -102,6 +105,10 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+    import msvcrt
+
+if sys.version_info < (3, 9):  # noqa: UP036  # before the first line that would be a riddle there
+    sys.exit("qoo_bridge.py needs Python 3.9 or newer, and this is Python {}.{}".format(*sys.version_info))
 
 __version__ = "1.0.0"
 
@@ -151,6 +158,19 @@ REFRESH_PAUSE = 1  # seconds before the retry of a refresh that failed for a tem
 AHEAD_PAUSE_SECONDS = 60  # seconds before that retry while the old token has more than URGENT_SECONDS left
 URGENT_SECONDS = 30  # seconds before expiry; from then on a request waits for another thread's refresh
 LOCK_SECONDS = 5  # seconds of attempts to lock auth.lock; as Codex does (WIRE 2)
+KEEPALIVE_IDLE = 15  # seconds of silence on a TCP connection before the system asks whether it is alive
+KEEPALIVE_INTERVAL = 5  # seconds between two such questions
+KEEPALIVE_PROBES = 3  # unanswered questions after which a connection is dead
+USER_TIMEOUT_MS = 10_000  # milliseconds in which sent bytes must be acknowledged (Linux; elsewhere seconds)
+NEXT_ADDRESS_SECONDS = 0.3  # after which a host's next address is tried, as curl and Codex do
+CLOCK_GAP = 5  # seconds by which the two clocks may part before the host counts as having slept
+TIDY_SECONDS = 5  # between two rounds of closing dead connections and writing unsaved tokens
+SAVE_PAUSE = 5  # seconds before refreshed tokens that could not be written are written again
+REFRESH_SECONDS = 35  # that a refresh takes at most: the end of the program waits for it
+REUSED_SECONDS = 2  # after a final refusal, in which another program may write the tokens that it got
+REPLACE_SECONDS = 1  # of tries to replace a file that another program has open (Windows)
+TOKEN_TRUST = 1800  # seconds in which a token just received is not refreshed, whatever the clock says
+NOT_REPLACEABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)  # but perhaps writable
 TORN_SECONDS = 0.3  # seconds in which another program may finish writing auth.json
 ROUTING_AGE = 3600  # seconds between two requests for the account's routing
 CATALOG_AGE = 300  # seconds after which the model list is fetched again
@@ -507,6 +527,13 @@ def visible_ascii(value: Any) -> str:
     if isinstance(value, str) and VISIBLE_ASCII.fullmatch(value):
         return value
     return ""
+
+
+def escape_unprintable(text: str) -> str:
+    """Escape control characters, line ends and text directions, which would act on a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def jwt_claims(token: Any) -> dict[str, Any]:
@@ -1240,6 +1267,8 @@ def load_config(options: Mapping[str, list[str] | None], environ: Mapping[str, s
     if values["auth_file"] == OPTION["auth_file"].default:
         values["auth_file"] = os.path.join(environ.get("CODEX_HOME") or "~/.codex", "auth.json")
     values["auth_file"] = os.path.expanduser(values["auth_file"])
+    if values["auth_file"].startswith("~"):
+        raise UsageError("this user has no home folder: set HOME or CODEX_HOME, or use --auth-file")
     if not options.get("log_file") and not environ.get(OPTION["log_file"].variable):
         values["log_file"] = os.path.join(os.path.dirname(os.path.abspath(__file__)), values["log_file"])
     if bool(values["tls_cert"]) != bool(values["tls_key"]):
@@ -1315,6 +1344,7 @@ class Connection:
 
     def __init__(self, sock: Any) -> None:
         sock.setblocking(False)
+        keep_alive(sock)
         self.sock = sock
         self.number = sock.fileno()
         self.buffer = b""
@@ -1482,7 +1512,7 @@ class Connection:
                 until = 0.0
             except NOT_NOW:
                 until = until or time.monotonic() + seconds
-                if not wait_writable(self.sock, until - time.monotonic()):
+                if not wait_writable([self.sock], until - time.monotonic()):
                     raise TimeoutError("the peer accepted no data in time") from None
 
     def close(self) -> None:
@@ -1491,14 +1521,92 @@ class Connection:
             self.sock.close()
 
 
-def wait_writable(sock: Any, seconds: float) -> bool:
-    """Wait until a socket accepts more bytes; return False after `seconds`."""
+def keep_alive(sock: Any) -> None:
+    """Have the system notice, within half a minute, a line that died silently (sleep, NAT, Wi-Fi)."""
+    for level, option, value in LINE_OPTIONS:
+        with contextlib.suppress(OSError):  # not a TCP socket, or an old system
+            sock.setsockopt(level, option, value)
+
+
+def start_thread(name: str, target: Callable[..., None], *arguments: Any) -> bool:
+    """Run a function in a daemon thread; False if the system has no thread left (--pids-limit, ulimit)."""
+    try:
+        threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
+        return True
+    except RuntimeError as exc:
+        log.warning("cannot start the thread %s: %s", name, exc)
+        return False
+
+
+def line_options() -> list[tuple[int, int, int]]:
+    """Return the socket options for `keep_alive`, by the names that this system has."""
+    tcp = {"TCP_KEEPIDLE": KEEPALIVE_IDLE, "TCP_KEEPALIVE": KEEPALIVE_IDLE,  # the second is macOS's name
+           "TCP_KEEPINTVL": KEEPALIVE_INTERVAL, "TCP_KEEPCNT": KEEPALIVE_PROBES,
+           "TCP_USER_TIMEOUT": USER_TIMEOUT_MS}
+    numbers = {vars(socket)[name]: value for name, value in tcp.items() if name in vars(socket)}
+    if sys.platform == "darwin":
+        numbers[0x80] = USER_TIMEOUT_MS // 1000  # TCP_RXT_CONNDROPTIME
+    elif sys.platform == "win32":
+        numbers[5] = USER_TIMEOUT_MS // 1000  # TCP_MAXRT
+    options = [(socket.IPPROTO_TCP, number, value) for number, value in numbers.items()]
+    return [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), *options]
+
+
+LINE_OPTIONS = line_options()
+
+
+def connect_first(addresses: list[Any], seconds: float) -> socket.socket:
+    """Connect to the first of getaddrinfo's addresses that answers; each further one starts a moment later.
+
+    So a host with a dead address costs NEXT_ADDRESS_SECONDS, not `seconds` (RFC 8305). Raises OSError;
+    TimeoutError if none answers in `seconds`.
+    """
+    error: OSError = TimeoutError("timed out")
+    until, waiting = time.monotonic() + seconds, list(addresses)
+    trying: list[socket.socket] = []
+    try:
+        while trying or waiting:
+            if waiting:
+                trying.append(begin_connect(waiting.pop(0)))
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            for sock in wait_writable(trying, min(left, NEXT_ADDRESS_SECONDS) if waiting else left):
+                trying.remove(sock)
+                try:
+                    sock.getpeername()
+                    sock.settimeout(seconds)
+                    return sock
+                except OSError:
+                    failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNREFUSED
+                    error = OSError(failure, os.strerror(failure))
+                    sock.close()
+        raise error
+    finally:
+        for sock in trying:
+            sock.close()
+
+
+def begin_connect(entry: Any) -> socket.socket:
+    """Begin to connect to one of getaddrinfo's entries; a failure shows as readiness."""
+    family, socket_type, protocol, _, address = entry
+    sock = socket.socket(family, socket_type, protocol)
+    sock.setblocking(False)
+    sock.connect_ex(address)
+    return sock
+
+
+def wait_writable(socks: list[socket.socket], seconds: float) -> list[socket.socket]:
+    """Return those of the sockets that take bytes, or have failed; wait up to `seconds` for one."""
     seconds = max(0.0, seconds)
     if not HAS_POLL:
-        return bool(select.select([], [sock], [], seconds)[1])
+        _, writable, failed = select.select([], socks, socks, seconds)
+        return [sock for sock in socks if sock in writable or sock in failed]
     poller = select.poll()
-    poller.register(sock, select.POLLOUT)
-    return bool(poller.poll(seconds * 1000))
+    for sock in socks:
+        poller.register(sock, select.POLLOUT)
+    ready = {number for number, _ in poller.poll(seconds * 1000)}
+    return [sock for sock in socks if sock.fileno() in ready]
 
 
 def linger(connection: Connection) -> None:
@@ -1660,7 +1768,9 @@ class Upstream:
         self._count = count
         self._own_bridge = own_bridge  # the target is this host's own bridge: no proxy, any certificate
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, Target, Connection]] = []  # newest last
+        self._idle: list[tuple[float, Target, Connection]] = []  # since when (monotonic); newest last
+        self._offset = time.time() - time.monotonic()  # when a connection was last kept
+        self._answered: dict[tuple[str, int], Any] = {}  # host and port -> the address that worked last
         self._context: ssl.SSLContext | None = None
         self._opening: set[Target] = set()  # connections being opened ahead
         self._closed = False
@@ -1682,12 +1792,14 @@ class Upstream:
                 else:
                     connection.send(outgoing.head, outgoing.timeout)
                     connection.send(body, outgoing.timeout)
-            except (BrokenPipeError, ConnectionResetError) as exc:
-                if kept is not None:
-                    log.debug("a kept connection was closed: %s", exc)
-                # If upstream stops reading, it may already have answered (such as 413): read that.
             except OSError as exc:
-                raise self._broken(connection, outgoing, exc) from exc
+                if kept is not None and line_broke(exc):
+                    connection.close()
+                    kept = None
+                    continue
+                # If upstream stops reading, it may already have answered (such as 413): read that.
+                if not isinstance(exc, (BrokenPipeError, ConnectionResetError)):
+                    raise self._broken(connection, outgoing, exc) from exc
             reply = self._read_reply(connection, outgoing, client, kept is not None)
             if reply is not None:
                 return reply
@@ -1708,7 +1820,9 @@ class Upstream:
             if target in self._opening or any(kept == target for _, kept, _ in self._idle):
                 return
             self._opening.add(target)
-        threading.Thread(target=self._open_ahead, args=(target,), name="open-ahead", daemon=True).start()
+        if not start_thread("open-ahead", self._open_ahead, target):
+            with self._lock:
+                self._opening.discard(target)
 
     def close(self) -> None:
         """Close the kept connections, and keep none from now on."""
@@ -1734,26 +1848,49 @@ class Upstream:
 
     def _take(self, target: Target) -> Connection | None:
         """Take the newest kept connection that is still alive."""
-        oldest = time.monotonic() - POOL_IDLE
         while True:
             with self._lock:
                 places = [place for place, (_, kept, _) in enumerate(self._idle) if kept == target]
                 if not places:
                     return None
                 since, _, connection = self._idle.pop(places[-1])
-            if since > oldest and connection.is_still_open():
+                fresh = since > time.monotonic() - POOL_IDLE and not self._has_slept()
+            if fresh and connection.is_still_open():
                 self._count("upstream_reused")
                 return connection
             connection.close()
 
+    def _has_slept(self) -> bool:
+        """Tell whether the host has slept since a connection was kept: a line that died then looks alive.
+
+        The monotonic clock stands still in sleep, the wall clock does not. The caller holds `_lock`.
+        """
+        return abs(time.time() - time.monotonic() - self._offset) > CLOCK_GAP
+
+    def prune(self) -> None:
+        """Close the kept connections that upstream has closed, or that are too old."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            oldest = float("inf") if self._has_slept() else time.monotonic() - POOL_IDLE
+        alive = [entry for entry in idle if entry[0] > oldest and entry[2].is_still_open()]
+        with self._lock:
+            self._idle = alive + self._idle
+        for entry in idle:
+            if entry not in alive:
+                entry[2].close()
+
     def _release(self, target: Target, connection: Connection) -> None:
         """Keep a connection for the next request; close expired ones, and the oldest beyond POOL_SIZE."""
-        oldest = time.monotonic() - POOL_IDLE
+        gone: list[tuple[float, Target, Connection]] = []
+        now = time.monotonic()
         with self._lock:
-            self._idle.append((time.monotonic(), target, connection))
-            kept = [] if self._closed else [entry for entry in self._idle if entry[0] > oldest][-POOL_SIZE:]
-            gone = [entry for entry in self._idle if entry not in kept]
-            self._idle = kept
+            if self._has_slept():
+                gone, self._idle = self._idle, []
+            self._offset = time.time() - now
+            self._idle.append((now, target, connection))
+            while self._idle and (self._closed or len(self._idle) > POOL_SIZE
+                                  or self._idle[0][0] <= now - POOL_IDLE):
+                gone.append(self._idle.pop(0))
         for _, _, old in gone:
             old.close()
 
@@ -1769,6 +1906,7 @@ class Upstream:
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout)
         try:
+            connection._create_connection = self._open_socket  # type: ignore[attr-defined]  # its only hook
             if proxy:
                 connection.set_tunnel(target.host, target.port, proxy_headers(proxy))
             connection.connect()
@@ -1778,6 +1916,14 @@ class Upstream:
                 raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
             raise BadUpstream(f"cannot connect to {host}: {describe_error(exc)}") from exc
         return Connection(connection.sock)
+
+    def _open_socket(self, address: tuple[str, int], timeout: float, _: Any = None) -> socket.socket:
+        """Connect for http.client: to the address that worked last, else to the first that answers."""
+        addresses = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        addresses.sort(key=lambda entry: entry[4] != self._answered.get(address))
+        sock = connect_first(addresses, timeout)
+        self._answered[address] = sock.getpeername()
+        return sock
 
     def _tls(self) -> ssl.SSLContext:
         """Return the TLS context, which verifies certificates; OpenSSL itself reads SSL_CERT_FILE."""
@@ -1804,7 +1950,7 @@ class Upstream:
                     raise TimeoutError
             raise ConnectionResetError("closed the connection without a response")
         except (OSError, EOFError, MalformedHttp) as exc:
-            if reused and not begun and isinstance(exc, (ConnectionResetError, BrokenPipeError)):
+            if reused and not begun and line_broke(exc):
                 connection.close()
                 return None
             raise self._broken(connection, outgoing, exc) from exc
@@ -1817,9 +1963,19 @@ class Upstream:
         """Close a connection that failed before the reply's head; return the error for the client."""
         connection.close()
         host = outgoing.target.host
-        if isinstance(exc, TimeoutError):
+        if is_own_timeout(exc):
             return UpstreamTimeout(f"{host} did not answer within {outgoing.timeout:g} s")
         return BadUpstream(f"{host} failed before it responded: {describe_error(exc)}")
+
+
+def is_own_timeout(exc: Exception) -> bool:
+    """Tell a wait of ours that ended from the system's ETIMEDOUT, which means a dead line."""
+    return isinstance(exc, TimeoutError) and exc.errno is None
+
+
+def line_broke(exc: Exception) -> bool:
+    """Tell whether a connection broke, for whatever reason the system gives."""
+    return isinstance(exc, OSError) and not is_own_timeout(exc)
 
 
 # == 9 sign-in ================================================================
@@ -1900,34 +2056,37 @@ def token_expiry(access_token: str, content: Mapping[str, Any]) -> float:
 
 
 @contextlib.contextmanager
-def file_lock(path: str) -> Iterator[None]:
-    """Hold the BSD lock that Codex holds during a refresh; wait for it up to LOCK_SECONDS.
+def file_lock(path: str, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
+    """Hold the lock that Codex holds during a refresh, tried for `seconds`; yield whether it is held.
 
-    Without fcntl, or in a read-only folder, go on without the lock: rereading and comparing still protect
+    BSD flock, on Windows msvcrt's. Without the lock the work goes on: rereading and comparing still protect
     the file.
     """
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600) if fcntl else -1
-        if handle >= 0 and os.geteuid() == 0:  # the Codex of the folder's owner must be able to open it
+    handle = -1
+    with contextlib.suppress(OSError, AttributeError):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        if os.geteuid() == 0:  # the Codex of the folder's owner must be able to open it; not on Windows
             folder = os.stat(os.path.dirname(path) or ".")
             os.fchown(handle, folder.st_uid, folder.st_gid)
-    except OSError:
-        handle = -1
     try:
-        if handle < 0 or not _flock(handle):
-            log.debug("cannot lock %s: going on without the lock", path)
-        yield
+        held = handle >= 0 and _lock(handle, seconds)
+        if not held:
+            log.warning("cannot lock %s: refreshing without the lock", path)
+        yield held
     finally:
         if handle >= 0:
             os.close(handle)  # this also releases the lock
 
 
-def _flock(handle: int) -> bool:
-    """Take an exclusive lock within LOCK_SECONDS; tell whether that succeeded."""
-    until = time.monotonic() + LOCK_SECONDS
+def _lock(handle: int, seconds: float) -> bool:
+    """Take an exclusive lock within `seconds`; tell whether that succeeded."""
+    until = time.monotonic() + seconds
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
             return True
         except OSError:
             if time.monotonic() > until:
@@ -1935,28 +2094,68 @@ def _flock(handle: int) -> bool:
             time.sleep(0.05)
 
 
-def write_private(path: str, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file atomically, with mode 0600 and the same owner.
+def write_private(path: str, content: Mapping[str, Any]) -> Any:
+    """Replace a JSON file atomically, with mode 0600 and the same owner; return its new signature.
 
-    Raises OSError; the old file is then unchanged.
+    A file that cannot be replaced (in a folder that cannot be written, or mounted by itself) is written in
+    place. Raises OSError; the old file is then unchanged.
     """
     path = os.path.realpath(path)  # a symbolic link stays one
+    text = json.dumps(content, indent=2).encode("ascii")
     temporary = os.path.join(os.path.dirname(path), f".auth-{os.urandom(8).hex()}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(handle, "wb") as file:
+            file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(handle)
         with contextlib.suppress(OSError, AttributeError):  # a new file; Windows
             owner = os.stat(path)
             if os.geteuid() == 0:
                 os.chown(temporary, owner.st_uid, owner.st_gid)
-        os.replace(temporary, path)
+        signature = file_signature(temporary)
+        replace_file(temporary, path)
+        return signature
+    except OSError as exc:
+        remove_file(temporary)
+        if exc.errno not in NOT_REPLACEABLE or not os.path.exists(path):
+            raise
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        remove_file(temporary)
         raise
+    with open(path, "r+b") as file:
+        file.write(text)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    return file_signature(path)
+
+
+def replace_file(temporary: str, path: str) -> None:
+    """Put a file in another's place; on Windows, where an open file blocks that, try for a second."""
+    until = time.monotonic() + REPLACE_SECONDS
+    while True:
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
+def remove_file(path: str) -> None:
+    """Remove a file, if it is there and that can be done."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Remove the temporary files of a program that was killed while it wrote: they hold tokens."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if re.fullmatch(r"\.auth-[0-9a-f]{16}", name) and time.time() - os.stat(path).st_mtime > 60:
+                remove_file(path)
 
 
 def file_signature(path: str) -> Any:
@@ -1966,6 +2165,11 @@ def file_signature(path: str) -> Any:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def lock_path(auth_file: str) -> str:
+    """Return the path of Codex's lock file for an auth.json."""
+    return os.path.join(os.path.dirname(auth_file) or ".", "auth.lock")
 
 
 class Credentials:
@@ -1993,6 +2197,11 @@ class Credentials:
         self._dead: dict[str, str] = {}  # refresh token -> why it was refused permanently; one entry
         self._retry_at = 0.0  # monotonic; no refresh before this time, after a temporary failure
         self._ahead_at = 0.0  # monotonic; no early refresh before this time, after one failed
+        self._lock_seconds = float(LOCK_SECONDS)  # how long the next refresh tries for Codex's lock
+        self._spent: set[str] = set()  # refresh tokens that this process has redeemed
+        self._received = ("", 0.0)  # the newest access token that this process got, and when (monotonic)
+        self._unsaved = False  # the tokens are newer than the file, which could not be written
+        self._save_at = 0.0  # monotonic; when to try again to write them
 
     def current(self) -> SignIn:
         """Return the facts about the file's sign-in, without a refresh. Raises NotSignedIn."""
@@ -2003,12 +2212,25 @@ class Credentials:
         self._signature = UNREAD
 
     def current_tokens(self) -> Tokens:
-        """Return the file's current tokens, without a refresh. Raises NotSignedIn."""
+        """Return the newest tokens, without a refresh. Raises NotSignedIn."""
         with self._lock:
             self._read()
-            if self._problem or self._tokens is None:
+            if self._unsaved and time.monotonic() >= self._save_at:
+                self._write()
+            passing = self._unsaved and (self._torn or self._unreadable)
+            if (self._problem and not passing) or self._tokens is None:
                 raise NotSignedIn(self._problem)
             return self._tokens
+
+    def finish(self, seconds: float) -> None:
+        """Wait for a refresh that is under way, at most so long; write tokens that are not written yet."""
+        if self._refreshing.acquire(timeout=seconds):
+            self._refreshing.release()
+        with self._lock:
+            if self._unsaved:
+                self._save_at = 0.0
+                with contextlib.suppress(NotSignedIn):
+                    self.current_tokens()
 
     def bearer(self) -> Tokens:
         """Return tokens to send; refresh them first if they expire within TOKEN_MARGIN.
@@ -2016,9 +2238,8 @@ class Credentials:
         If that early refresh fails, return the old token, which may still work. Raises NotSignedIn.
         """
         tokens = self.current_tokens()
-        expires = tokens.sign_in.expires
-        left = expires - time.time()
-        if not expires or left > TOKEN_MARGIN or not tokens.refresh_token:
+        left = self._seconds_left(tokens)
+        if left > TOKEN_MARGIN or not tokens.refresh_token:
             return tokens
         if left > URGENT_SECONDS and time.monotonic() < self._ahead_at:
             return tokens  # a sign-in server that hangs must not delay every request
@@ -2034,6 +2255,13 @@ class Credentials:
             return tokens
         finally:
             self._refreshing.release()
+
+    def _seconds_left(self, tokens: Tokens) -> float:
+        """Return how long tokens are still valid; infinity where that is unknown."""
+        expires, (received, since) = tokens.sign_in.expires, self._received
+        if tokens.access_token == received and time.monotonic() < since + TOKEN_TRUST:
+            return float("inf")  # it was just received: if it looks expired, this host's clock is wrong
+        return expires - time.time() if expires else float("inf")
 
     def after_401(self, refused: Tokens) -> Tokens:
         """Return newer tokens than `refused`, which upstream refused.
@@ -2078,7 +2306,8 @@ class Credentials:
             return f"{self.path} is empty or truncated JSON; {sign_in_hint(self.path)}"
         except NotSignedIn as exc:
             return exc.message
-        self._content, self._tokens = content, tokens
+        if tokens.refresh_token not in self._spent:  # else memory has the newer tokens
+            self._content, self._tokens, self._unsaved = content, tokens, False
         return ""
 
     def _refresh(self, old: Tokens, reason: str) -> Tokens:
@@ -2094,11 +2323,26 @@ class Credentials:
             raise NotSignedIn(refused or f"the sign-in has expired; {sign_in_hint(self.path)}")
         if time.monotonic() < self._retry_at:
             raise BadUpstream(f"the sign-in server did not refresh the token; retry in {REFRESH_PAUSE:g} s")
-        with file_lock(os.path.join(os.path.dirname(self.path) or ".", "auth.lock")):
+        try:
+            with file_lock(lock_path(self.path), self._lock_seconds) as held:
+                self._lock_seconds = float(LOCK_SECONDS) if held else 0.0  # a broken lock costs once
+                tokens = self.current_tokens()
+                if tokens.access_token != old.access_token:
+                    return tokens  # another program has refreshed
+                return self._redeem_refresh_token(tokens, reason)
+        except NotSignedIn:
+            return self._await_newer(old)
+
+    def _await_newer(self, old: Tokens) -> Tokens:
+        """After a final refusal, wait for another program to write newer tokens. Raises NotSignedIn."""
+        until = time.monotonic() + REUSED_SECONDS
+        while True:
             tokens = self.current_tokens()
             if tokens.access_token != old.access_token:
-                return tokens  # another program has refreshed
-            return self._redeem_refresh_token(tokens, reason)
+                return tokens
+            if time.monotonic() > until:
+                raise NotSignedIn(self._dead.get(old.refresh_token, self._problem))
+            time.sleep(0.05)
 
     def _redeem_refresh_token(self, old: Tokens, reason: str) -> Tokens:
         """Exchange the refresh token for new tokens, and save those. Raises BridgeError."""
@@ -2134,23 +2378,36 @@ class Credentials:
     def _save(self, old: Tokens, fresh: dict[str, str]) -> Tokens:
         """Save new tokens in place of `old`, unless another program wrote the file meanwhile."""
         self._read()
-        if self._problem and not self._torn:
+        if self._problem and not self._torn and not self._unreadable:
             raise NotSignedIn(self._problem)  # the person has signed out or changed the sign-in: keep that
         if not self._problem and self._tokens and self._tokens.refresh_token != old.refresh_token:
             return self._tokens  # another program wrote a newer sign-in
         stamp = timestamp()
         content = {**self._content, "tokens": {**self._content["tokens"], **fresh}, "last_refresh": stamp}
         tokens = read_tokens(content, self.path)
-        try:
-            write_private(self.path, content)
-        except OSError as exc:
-            # The old refresh token is used up, so the new one must survive in memory.
-            log.error("cannot save the refreshed token to %s (%s): it is only in memory and will be lost on "
-                      "restart", self.path, exc.strerror)
+        if tokens.refresh_token != old.refresh_token:
+            self._spent.add(old.refresh_token)
         self._content, self._tokens, self._problem = content, tokens, ""
-        self._signature = file_signature(self.path)
+        self._received = (tokens.access_token, time.monotonic())
+        self._unsaved = True
+        self._write()
         return tokens
 
+    def _write(self) -> None:
+        """Write the tokens in memory; after a failure they are kept, and written later."""
+        try:
+            self._signature = write_private(self.path, self._content)
+            self._unsaved, self._problem = False, ""
+        except OSError as exc:
+            # The old refresh token is used up, so the new one must survive in memory.
+            log.error("cannot save the refreshed token to %s (%s): it is only in memory; next try in %g s",
+                      self.path, exc.strerror, SAVE_PAUSE)
+            self._save_at = time.monotonic() + SAVE_PAUSE
+            self._signature = file_signature(self.path)
+
+
+# == 10 login =================================================================
+# The device sign-in of WIRE 2, for a host without a browser, and what doctor asks of auth.json.
 
 def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], None]) -> SignIn:
     """Sign in with a code that a person types in any browser, and write auth.json (WIRE 2).
@@ -2215,7 +2472,7 @@ def save_sign_in(path: str, tokens: Mapping[str, str]) -> SignIn:
     account = or_empty(claims.get("chatgpt_account_id"), str) or None
     folder = os.path.dirname(path) or "."
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    with file_lock(os.path.join(folder, "auth.lock")):
+    with file_lock(lock_path(path)):
         kept = read_object(path)
         content = {**kept, "auth_mode": "chatgpt", "OPENAI_API_KEY": kept.get("OPENAI_API_KEY"),
                    "tokens": {**tokens, "account_id": account},
@@ -2249,7 +2506,7 @@ def keyring_setting(auth_file: str) -> str:
     return ""
 
 
-# == 10 account ===============================================================
+# == 11 account ===============================================================
 # The upstream of each account, and requests with the sign-in.
 
 class Routing:
@@ -2280,7 +2537,9 @@ class Routing:
             if tokens.sign_in.account in self._asking:
                 return
             self._asking.add(tokens.sign_in.account)
-        threading.Thread(target=self._ask_in_background, args=(tokens,), name="routing", daemon=True).start()
+        if not start_thread("routing", self._ask_in_background, tokens):
+            with self._lock:
+                self._asking.discard(tokens.sign_in.account)
 
     def _ask_in_background(self, tokens: Tokens) -> None:
         account = tokens.sign_in.account
@@ -2384,8 +2643,13 @@ class Account:
 
     def warm_up(self) -> None:
         """Ask for the routing, and open a connection in the background. Raises NotSignedIn."""
+        remove_leftovers(os.path.dirname(self._credentials.path) or ".")
         base, _ = self._routing.route(self._credentials.current_tokens())
         self._upstream.open_ahead(parse_target(base)[0])
+
+    def finish(self, seconds: float) -> None:
+        """Wait for a refresh that is under way, and write tokens that are not written yet."""
+        self._credentials.finish(seconds)
 
     def ask_routing(self) -> tuple[str, str]:
         """Ask for this account's routing; return the upstream URL and the override. Raises BridgeError."""
@@ -2400,7 +2664,7 @@ class Account:
 ###############################################################################
 
 
-# == 11 normalize =============================================================
+# == 12 normalize =============================================================
 # Request dict in, request dict out. No I/O, no clock, no log.
 # A rule never modifies its argument; a second run of all rules changes nothing.
 
@@ -2848,7 +3112,7 @@ def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
     return None
 
 
-# == 12 chat requests =========================================================
+# == 13 chat requests =========================================================
 # Chat Completions and legacy completions: request dict in, Responses request out. No argument is modified.
 
 Object = dict[str, Any]  # a JSON object
@@ -3195,7 +3459,7 @@ def completion_request(body: Object) -> Object:
     return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
 
 
-# == 13 chat answers ==========================================================
+# == 14 chat answers ==========================================================
 # Responses events in, Chat Completions chunks out. Ids and times are arguments. ChatDeltas turns events into
 # deltas. A stream wraps deltas in chunks and a JSON response merges them, so both always agree.
 
@@ -3486,7 +3750,7 @@ def text_completion(response: Object, completion_id: str, created: int, model: s
     return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
 
 
-# == 14 codings ===============================================================
+# == 15 codings ===============================================================
 # Content codings of bodies: gzip, deflate, and zstd (by Python's own module or libzstd).
 
 ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
@@ -3607,7 +3871,7 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
     return content
 
 
-# == 15 fields ================================================================
+# == 16 fields ================================================================
 # Which headers are forwarded, to upstream and to the client, and the identity that requests carry.
 
 CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
@@ -3688,7 +3952,7 @@ def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
             and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
 
 
-# == 16 events ================================================================
+# == 17 events ================================================================
 # Server-sent events: bytes in, events out; events in, one response out. Lines end only at CR or LF, because
 # str.splitlines would also split a text at U+2028.
 
@@ -4047,7 +4311,7 @@ class JsonOutput(ResponsesOutput):
         return b""
 
 
-# == 17 frames ================================================================
+# == 18 frames ================================================================
 # Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
 # The bridge never negotiates an extension, so every reserved bit is an error.
 
@@ -4264,7 +4528,7 @@ class FrameReader:
         return Message(opcode, payload)
 
 
-# == 18 access ================================================================
+# == 19 access ================================================================
 # Which clients are admitted: network, Host, Origin, key. The server calls this and sends the raised errors.
 
 LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # no public web page is below these
@@ -4393,7 +4657,7 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 ###############################################################################
 
 
-# == 19 catalog ===============================================================
+# == 20 catalog ===============================================================
 # The live model list and the aliases. No list is bundled; without one, no catalogue rule applies to requests.
 
 class ModelList(NamedTuple):
@@ -4474,18 +4738,29 @@ class Catalog:
     def get(self, version: str = "", wait: float = 0) -> ModelList | None:
         """Return a version's list; fetch an old one again in the background.
 
-        Without a list, wait up to `wait` seconds for the first fetch, unless that has already failed.
+        Without a list, wait up to `wait` seconds for a fetch: the one that is running, else a new one.
         """
         version = version or self.version
-        pause = REFRESH_PAUSE
-        if version in self._lists:
-            pause = CATALOG_AGE
-        if time.monotonic() - self._fetched_at.get(version, -1e9) > pause:
+        if version in self._lists or not wait:
+            if self._is_due(version):
+                self.refresh_soon(version)
+            return self._lists.get(version)
+        until = time.monotonic() + wait
+        with self._changed:  # after a failed fetch the next one is due within REFRESH_PAUSE
+            while not (self._is_due(version) or version in self._lists or version in self._fetching):
+                self._changed.wait(min(until - time.monotonic(), REFRESH_PAUSE / 10))
+        if version not in self._lists:
             self.refresh_soon(version)
         with self._changed:
-            if wait:
-                self._changed.wait_for(lambda: version in self._lists or version in self._problem, wait)
+            self._changed.wait_for(lambda: version not in self._fetching, until - time.monotonic())
             return self._lists.get(version)
+
+    def _is_due(self, version: str) -> bool:
+        """Tell whether a list is to be fetched; after "not signed in" always: that costs no request."""
+        if isinstance(self._problem.get(version), NotSignedIn):
+            return True
+        pause = CATALOG_AGE if version in self._lists else REFRESH_PAUSE
+        return time.monotonic() - self._fetched_at.get(version, -1e9) > pause
 
     def cached(self, version: str) -> ModelList | None:
         """Return a version's list, which `get` keeps fresh; None if it was never fetched."""
@@ -4502,10 +4777,12 @@ class Catalog:
         return models
 
     def refresh_soon(self, version: str = "") -> None:
-        """Fetch a version's list in a background thread, unless its fetch is already running."""
+        """Fetch in a thread of its own, unless a fetch is running."""
         version = version or self.version
-        if self._claim(version):
-            threading.Thread(target=self._refresh, args=(version,), name="catalog", daemon=True).start()
+        if self._claim(version) and not start_thread("catalog", self._refresh, version):
+            with self._changed:
+                self._fetching.discard(version)
+                self._changed.notify_all()
 
     def refresh(self) -> None:
         """Fetch the list again, or wait up to CATALOG_WAIT for the running fetch."""
@@ -4576,14 +4853,15 @@ class Catalog:
         return isinstance(name, str) and name in self._aliases
 
     def lookup(self, name: str, client_version: str, needed: bool) -> tuple[str, Model | None]:
-        """Return what `resolve` does, from the client's best list; wait for a list if `needed`.
+        """Return as `resolve` does, from the list that fits a client; wait for one where it is `needed`.
 
-        A Codex client uses the list of its own version, if it has fetched that list.
+        A Codex knows the models of its own version's list, if it has asked for that. An alias means nothing
+        without a list, so it waits in any case; another name does not once a fetch has failed.
         """
         models = self.cached(client_version) if client_version else None
         if models is None:
-            needed = needed or self.is_alias(name)
-            models = self.get(wait=CATALOG_WAIT if needed else 0)
+            waits = self.is_alias(name) or (needed and self.version not in self._problem)
+            models = self.get(wait=CATALOG_WAIT if waits else 0)
         return self.resolve(name, models)
 
     def resolve(self, name: str, models: ModelList | None) -> tuple[str, Model | None]:
@@ -4615,7 +4893,7 @@ class Catalog:
         return {**models.raw, "models": [*models.raw["models"], *extra]}
 
 
-# == 20 telemetry =============================================================
+# == 21 telemetry =============================================================
 # What the bridge reports about itself: the log line, /status, /metrics.
 # Called at a request's begin and end, never for a single event.
 
@@ -5010,30 +5288,41 @@ def next_id() -> str:
     return os.urandom(4).hex()
 
 
-# == 21 log ===================================================================
+# == 22 log ===================================================================
 # Standard error and bridge.log.
 
 class Log(logging.Handler):
-    """A log handler for standard error and bridge.log (mode 0600, rotated at LOG_SIZE, one old file kept).
+    """A log handler for bridge.log (mode 0600, rotated at LOG_SIZE, one old file kept) and the console.
 
-    Two handlers of the standard library would format every line twice.
+    The file comes first. A thread of its own writes to the console: one that takes nothing (Ctrl-S, a pipe
+    that nobody reads) stops only that thread, and lines beyond CONSOLE_LINES are dropped.
     """
+
+    CONSOLE_LINES = 1000  # that wait for the console at most
+    LOOK_SECONDS = 1  # between two looks whether another program has moved or removed the file
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self._path = path  # "" for standard error only
+        self._path = path  # "" for the console only
         self._file = -1
-        self._size = 0
+        self._regular = False  # it can be rotated; a device or a pipe cannot
+        self._size = 0  # bytes written since the last look
+        self._look_at = 0.0  # monotonic
         self.problem = ""
         self._second = (0, "")  # a second and its text; formatting it costs as much as the rest of a line
+        self._console: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
+        self._has_thread = start_thread("console", self._write_console)
         if path:
             self._open()
 
     def _open(self) -> None:
+        """Open the file. O_NONBLOCK: a pipe that nobody reads must not stop the start."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
         try:
-            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            os.chmod(self._path, 0o600)  # for a file that already existed
-            self._size = os.fstat(self._file).st_size
+            self._file = os.open(self._path, flags, 0o600)
+            self._regular = stat.S_ISREG(os.fstat(self._file).st_mode)
+            if self._regular:
+                os.chmod(self._path, 0o600)  # for a file that already existed
         except OSError as exc:
             self._file = -1
             self.problem = f"cannot write {self._path} ({exc.strerror}); logging to standard error only"
@@ -5043,20 +5332,54 @@ class Log(logging.Handler):
         if self._second[0] != int(entry.created):
             now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.created))
             self._second = (int(entry.created), now)
-        text = f"{self._second[1]},{int(entry.msecs):03d} {entry.levelname} {self.format(entry)}\n"
+        text = escape_unprintable(entry.getMessage())
+        if entry.exc_info:  # each line is marked: no text in it can pass for a line of the log
+            trace = logging.Formatter().formatException(entry.exc_info)
+            text += "".join(f"\n  | {escape_unprintable(line)}" for line in trace.split("\n"))
+        text = f"{self._second[1]},{int(entry.msecs):03d} {entry.levelname} {text}\n"
         line = text.encode("utf-8", "backslashreplace")
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: sys.stderr is None
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
-        if self._file < 0:
-            return
-        with contextlib.suppress(OSError):
-            self._size += os.write(self._file, line)
-        if self._size > LOG_SIZE:
-            os.close(self._file)
+        self._write_file(line)
+        if not self._has_thread or self._console.qsize() < self.CONSOLE_LINES:
+            self._console.put(line)
+
+    def _write_file(self, line: bytes) -> None:
+        if self._file >= 0:
             with contextlib.suppress(OSError):
-                os.replace(self._path, f"{self._path}.1")
+                self._size += os.write(self._file, line)
+        if self._regular and (self._size > LOG_SIZE // 10 or time.monotonic() > self._look_at):
+            self._look_at, self._size = time.monotonic() + self.LOOK_SECONDS, 0
+            self._follow()
+
+    def _follow(self) -> None:
+        """Open the file anew if another program has moved or removed it; rotate it if it is too large."""
+        with contextlib.suppress(OSError):
+            ours = os.fstat(self._file)
+            moved = not os.path.exists(self._path) or not os.path.samestat(ours, os.stat(self._path))
+            if moved or ours.st_size > LOG_SIZE:
+                os.close(self._file)
+                self._file = -1
+                if not moved:
+                    os.replace(self._path, f"{self._path}.1")
+        if self._file < 0:
             self._open()
+
+    def _write_console(self) -> None:
+        """Write what is logged to standard error, in a thread of its own."""
+        while True:
+            line = self._console.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no stderr
+                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.flush()
+
+    def flush(self) -> None:
+        """Wait a second at most until the console has taken every line."""
+        if self._has_thread:
+            written = threading.Event()
+            self._console.put(written)
+            written.wait(1)
 
     def close(self) -> None:
         """Close the file."""
@@ -5082,7 +5405,7 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# == 22 store =================================================================
+# == 23 store =================================================================
 # The last responses, for clients that rely on a storage that the backend does not have.
 
 class Store:
@@ -5267,7 +5590,7 @@ def stored_input(request: dict[str, Any], codex: bool) -> StoredInput | None:
         return None
 
 
-# == 23 admission =============================================================
+# == 24 admission =============================================================
 # Limits on what runs at once: memory for request bodies, requests per key. And the keys themselves.
 
 class Budget:
@@ -5294,8 +5617,15 @@ class Budget:
 
 def load_key_file(path: str) -> tuple[tuple[NamedSecret, ...], int]:
     """Return a file's keys and the file's permission bits. Raises OSError and ValueError."""
-    with open(path, encoding="utf-8") as file:
-        return read_key_file(file.read()), os.fstat(file.fileno()).st_mode & 0o777
+    with open(path, "rb") as file:
+        raw, mode = file.read(), os.fstat(file.fileno()).st_mode & 0o777
+    encoding = "utf-8-sig"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        encoding = "utf-16"  # as Windows' own programs write it
+    try:
+        return read_key_file(raw.decode(encoding)), mode
+    except UnicodeDecodeError as exc:
+        raise ValueError(f"it is not {encoding} text: save it as UTF-8") from exc
 
 
 class KeyRing:
@@ -5310,6 +5640,7 @@ class KeyRing:
         self._lock = threading.Lock()
         self._signature: Any = UNREAD  # the file's signature when it was last read
         self._from_file: tuple[NamedSecret, ...] = ()
+        self._problem = ""  # the last one that was logged
         self.locked = bool(given or path)  # clients need a key; with an empty file no key works
 
     def keys(self) -> tuple[NamedSecret, ...]:
@@ -5324,14 +5655,19 @@ class KeyRing:
                 signature = file_signature(self._path)
                 if signature is None or signature != self._signature:
                     self._read()
-                    self._signature = signature
+                    self._signature, self._problem = signature, ""
             except (OSError, ValueError) as exc:
-                reason = exc.strerror if isinstance(exc, OSError) else str(exc)
+                self._log_once((exc.strerror if isinstance(exc, OSError) else None) or str(exc))
                 if not self._from_file:
-                    log.error("cannot read the key file %s: %s", self._path, reason)
                     raise BridgeError("the bridge cannot read its key file; its log has the reason") from exc
-                log.error("cannot read %s (%s); keeping the previously loaded keys", self._path, reason)
             return self._given + self._from_file
+
+    def _log_once(self, problem: str) -> None:
+        """Log a problem of the file, once and not at each request."""
+        if problem != self._problem:
+            kept = "; keeping the previously loaded keys" if self._from_file else ""
+            log.error("cannot read the key file %s (%s)%s", self._path, problem, kept)
+        self._problem = problem
 
     def reread(self) -> None:
         """Reread the file at its next use, even if it looks unchanged."""
@@ -5339,6 +5675,8 @@ class KeyRing:
 
     def _read(self) -> None:
         self._from_file, mode = load_key_file(self._path)
+        if not self._from_file and not self._given:
+            log.warning("the key file %s has no key: every request will get 401", self._path)
         if os.name == "posix" and mode & 0o077:
             log.warning("other users of this host can read %s: run chmod 600 on it", self._path)
 
@@ -5409,7 +5747,7 @@ class KeyQueue:
                 self._running[name] -= 1
 
 
-# == 24 exchange ==============================================================
+# == 25 exchange ==============================================================
 # One client request and its response; the relay, which copies upstream's reply to the client piece by piece.
 
 def plain_path(path: str) -> str:
@@ -5705,7 +6043,7 @@ def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: 
         raise
 
 
-# == 25 turns =================================================================
+# == 26 turns =================================================================
 # Model requests, sent until upstream accepts them.
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
@@ -6054,7 +6392,7 @@ def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
             if name in ("plan_type", "credits") or name.endswith(("rate_limit", "rate_limits"))}
 
 
-# == 26 websockets ============================================================
+# == 27 websockets ============================================================
 # One WebSocket to the client, one to upstream, and frames both ways.
 
 class InFlight:
@@ -6442,7 +6780,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
 NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"|"type" ?: ?"error"')
 
 
-# == 27 pages =================================================================
+# == 28 pages =================================================================
 # The status page, and the clients' configuration.
 
 # The page contains no values: its script fetches `status` every 2 s and shows the values as text nodes.
@@ -6758,7 +7096,7 @@ def default_model(config: Config) -> str:
     return next(iter(config.alias))
 
 
-# == 28 routes ================================================================
+# == 29 routes ================================================================
 # Path and method -> handler; and one request from its head to its error.
 
 class Bridge:
@@ -6981,6 +7319,11 @@ class Bridge:
         self.key_ring.reread()
         self.account.reread()
 
+    def tidy(self) -> None:
+        """Do what is due every few seconds: close dead connections, write what could not be written."""
+        self.upstream.prune()
+        self.account.finish(0)
+
     def warm_up(self, stop: threading.Event) -> None:
         """Wait for a sign-in; then open a connection and fetch routing and model list, before any request."""
         while True:
@@ -7003,7 +7346,7 @@ def allowed_methods(methods: Iterable[str]) -> str:
     return ", ".join([*listed, *(["HEAD"] if "GET" in listed else []), "OPTIONS"])
 
 
-# == 29 server ================================================================
+# == 30 server ================================================================
 # Threads, their limit, and a shutdown that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
@@ -7224,7 +7567,10 @@ class Server(http.server.ThreadingHTTPServer):
             log.log(level, "%s", log_line(record))
 
     def drain(self, seconds: float) -> bool:
-        """Stop accepting, and give running requests `seconds` to end; tell whether all of them ended."""
+        """Stop accepting, let running requests end for so long; tell whether all of them did.
+
+        A refresh that is under way is waited for: its tokens must be written.
+        """
         with self._lock:
             self.stopping.set()
         self.shutdown()
@@ -7235,6 +7581,7 @@ class Server(http.server.ThreadingHTTPServer):
             ended = self._lock.wait_for(lambda: not self._open, seconds)
             for request in self._open.values():
                 shut_down(request)
+        self.bridge.account.finish(REFRESH_SECONDS)
         self.bridge.upstream.close()
         return ended
 
@@ -7246,7 +7593,7 @@ class Server(http.server.ThreadingHTTPServer):
 ###############################################################################
 
 
-# == 30 commands ==============================================================
+# == 31 commands ==============================================================
 # serve, client-config, new-key, login, litellm-config.
 
 def base_url(config: Config, port: int) -> str:
@@ -7284,7 +7631,10 @@ def warn_of_access(server: Server, config: Config) -> None:
 
 
 def serve(config: Config, started: Callable[[Server], None] = lambda server: None) -> int:
-    """Serve until SIGTERM or Ctrl-C; then give running streams DRAIN_SECONDS to end."""
+    """Serve until SIGTERM or Ctrl-C; then give running streams DRAIN_SECONDS to end.
+
+    A second signal ends the program at once.
+    """
     set_up_log(config)
     raise_file_limit(config.max_connections)
     try:
@@ -7294,22 +7644,55 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
               + ("; is a bridge running already?" if exc.errno == errno.EADDRINUSE else ""), file=sys.stderr)
         return 1
     stop = threading.Event()
-    signals: list[int] = []  # not an Event: a signal handler that takes a lock can deadlock with itself
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: signals.append(got))
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, lambda *_: server.bridge.reread())
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    signals = catch_signals(server)
+    threading.Thread(target=server.serve_forever, args=(0.5,), name="accept", daemon=True).start()
     threading.Thread(target=server.bridge.warm_up, args=(stop,), name="warm-up", daemon=True).start()
     log.info("%s", greeting(server, config))
     warn_of_access(server, config)
     started(server)
+    tidy_at = time.monotonic() + TIDY_SECONDS
     while not signals:
         time.sleep(0.25)
+        if time.monotonic() > tidy_at:
+            tidy_at = time.monotonic() + TIDY_SECONDS
+            server.bridge.tidy()
     stop.set()
     log.info("stopping; running streams have %d s to end", DRAIN_SECONDS)
     server.drain(DRAIN_SECONDS)
     return 0
+
+
+def catch_signals(server: Server) -> list[int]:
+    """Return a list that grows by each signal to stop; the second one raises KeyboardInterrupt.
+
+    Not an Event: a signal handler that takes a lock can deadlock with itself.
+    """
+    signals: list[int] = []
+    had_terminal = has_terminal()
+
+    def stop(number: int, _: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            raise KeyboardInterrupt
+
+    def hang_up(number: int, _: Any) -> None:
+        if had_terminal and not has_terminal():
+            signals.append(number)  # the terminal was closed: nobody could stop this program any more
+        server.bridge.reread()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, hang_up)
+    return signals
+
+
+def has_terminal() -> bool:
+    """Tell whether this program has a terminal that is still open."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.tcgetpgrp(sys.stderr.fileno())
+        return True
+    return False
 
 
 class Command(NamedTuple):
@@ -7353,7 +7736,7 @@ def login(config: Config, words: argparse.Namespace) -> int:
         print("\ncancelled; auth.json is unchanged")
         return 130
     except BridgeError as exc:
-        print(f"not signed in: {exc.message}", file=sys.stderr)
+        print(f"not signed in: {escape_unprintable(exc.message)}", file=sys.stderr)
         return 1
     except OSError as exc:
         print(f"not signed in: cannot write {config.auth_file}: {describe_error(exc)}", file=sys.stderr)
@@ -7427,7 +7810,7 @@ def own_names_only(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-# == 31 doctor ================================================================
+# == 32 doctor ================================================================
 # Checks of every step between this host and a reply, each with a remedy.
 
 class Finding(NamedTuple):
@@ -7613,6 +7996,11 @@ def check_port(doctor: Doctor) -> Finding:
     """Check that the port is free, or that a bridge uses it."""
     config = doctor.config
     try:
+        check_can_listen(config.host, 0)
+    except OSError as exc:
+        text = f"cannot listen on --host {config.host}: {describe_error(exc)}"
+        return Finding("failed", text, "use an address of this host, or 0.0.0.0 for all of them")
+    try:
         reply = get_from_own_bridge(config, "/healthz")
         if reply.status == 200 and reply.json().get("status") == "ok":
             version = _printable(reply.json().get("version"))
@@ -7741,11 +8129,12 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     """Print the checks row by row, or all of them in JSON, without any secret."""
     log.addHandler(logging.NullHandler())  # the table shows what the log would
     log.propagate = False
-    rows = []
-    for check, finding in Doctor(config).examine((*CHECKS, LIVE) if words.live else CHECKS):
+    rows, examined = [], Doctor(config)
+    for check, finding in examined.examine((*CHECKS, LIVE) if words.live else CHECKS):
         rows.append({"name": check.name, **finding._asdict()})
         if not words.json:
             print_finding(check.name, finding)
+    examined.bridge.account.finish(REFRESH_SECONDS)
     healthy = all(row["state"] != "failed" for row in rows)
     if words.json:
         print(json.dumps({"version": __version__, "ok": healthy, "checks": rows}, indent=2))
@@ -7761,8 +8150,9 @@ def print_finding(name: str, finding: Finding) -> None:
     todo = ""
     if finding.todo:
         todo = f"\n→ {finding.todo}"
+    wrapper = textwrap.TextWrapper(65, break_long_words=False, break_on_hyphens=False)
     lines = [part for line in (finding.text + todo).split("\n")
-             for part in textwrap.wrap(line, 65, break_long_words=False, break_on_hyphens=False)]
+             for part in wrapper.wrap(escape_unprintable(line))]
     row = f"{MARKS[finding.state]} {name:<12} " + f"\n{'':15}".join(lines)
     try:
         row.encode(sys.stdout.encoding or "ascii")
@@ -7771,7 +8161,7 @@ def print_finding(name: str, finding: Finding) -> None:
     print(row, flush=True)
 
 
-# == 32 demo ==================================================================
+# == 33 demo ==================================================================
 # The complete bridge with a built-in stand-in backend, which needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
@@ -7983,7 +8373,7 @@ def print_demo(server: Server) -> None:
           f"or configure Codex:\n\n{codex}", flush=True)
 
 
-# == 33 main ==================================================================
+# == 34 main ==================================================================
 # The command line.
 
 COMMANDS = (
@@ -8024,6 +8414,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # no console, or one that a test has put there
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for narrow code pages
     try:
         words = build_parser().parse_intermixed_args(sys.argv[1:] if argv is None else argv)
         command = next(command for command in COMMANDS if command.name == words.command)

@@ -132,6 +132,14 @@ class Process:
                 return line
         raise AssertionError(f"{text!r} is not in {self.lines}")
 
+    def read_more(self, text: str) -> bool:
+        """Wait until a line of its log has this in it."""
+        until = time.monotonic() + 5
+        while not any(text in line for line in self.lines):
+            assert time.monotonic() < until, self.lines
+            time.sleep(0.005)
+        return True
+
     def wait(self) -> int:
         """Wait for its end; return its exit status."""
         self._reader.join(10)

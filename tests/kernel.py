@@ -21,6 +21,7 @@ MAY = {  # room -> its powers; all other rooms have none
     "sockets": {"sockets"},
     "upstream": {"sockets", "tls"},
     "sign-in": {"files", "tokens"},
+    "login": {"files", "tokens"},
     "account": {"tokens", "auth path"},
     "codings": {"native"},
     "log": {"files"},

@@ -237,3 +237,37 @@ def test_place_of_a_client_that_left_is_free(start: Start, gate: threading.Event
         begin_turn(client, BEARER)
         getattr(client, leave)()
     assert wire.post(bridge.address, "/v1/responses", REQUEST, BEARER).status == 200
+
+
+# -- key files, as other systems write them -------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_key_file_from_windows_is_read(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(f"# Schl\u00fcssel\r\nlaptop={API_KEY}\r\n".encode(encoding))
+    assert [key.name for key in q.load_key_file(str(path))[0]] == ["laptop"]
+
+
+def test_key_file_of_another_encoding_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(f"# Schl\u00fcssel\nlaptop={API_KEY}\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="save it as UTF-8"):
+        q.load_key_file(str(path))
+
+
+def test_a_missing_key_file_is_one_line_of_the_log(
+    start: Start, tmp_path: Path, log_lines: LogLines
+) -> None:
+    bridge = start("--api-key-file", str(tmp_path / "keys"))
+    for _ in range(3):
+        assert wire.get(bridge.address, "/v1/models").status == 500
+    assert len([line for line in log_lines.lines if "cannot read the key file" in line]) == 1
+
+
+def test_a_key_file_without_a_key_warns(start: Start, tmp_path: Path, log_lines: LogLines) -> None:
+    (tmp_path / "keys").write_text("# none yet\n")
+    (tmp_path / "keys").chmod(0o600)
+    bridge = start("--api-key-file", str(tmp_path / "keys"))
+    assert wire.get(bridge.address, "/v1/models").status == 401
+    assert log_lines.wait_for("has no key")

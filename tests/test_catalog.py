@@ -161,8 +161,9 @@ def test_wait_for_the_list_is_bounded(
 @pytest.mark.parametrize("failure", FETCH_FAILURES.values(), ids=FETCH_FAILURES)
 @pytest.mark.usefixtures("fresh")
 def test_nobody_waits_once_a_fetch_failed(
-    bridge: RunningBridge, backend: wire.Backend, failure: wire.Reply
+    bridge: RunningBridge, backend: wire.Backend, failure: wire.Reply, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(q, "REFRESH_PAUSE", 0.02)
     backend.always("/models", failure)
     for _ in range(2):
         assert ask(bridge, {**PLAIN_BODY, "instructions": "x"}).status == 200
@@ -179,9 +180,44 @@ def test_failed_first_fetch_is_made_again(
     backend.on("/models", FETCH_FAILURES["500"])
     assert models(bridge).status == 500
     settle(bridge)
-    models(bridge)  # asks in the background, and does not wait for what failed before
-    settle(bridge)
+    assert models(bridge).status == 200  # it waits for the fetch that it starts
+
+
+@pytest.mark.parametrize("failure", ["500", "cut"])
+def test_an_alias_waits_for_the_list_that_it_needs(
+    failure: str, bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "REFRESH_PAUSE", 0.05)
+    backend.on("/models", FETCH_FAILURES[failure])
+    assert models(bridge).status >= 500
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200  # within the pause
+    assert [request.json["model"] for request in sent(backend)] == ["gpt-5.6-sol"]
+
+
+def test_a_sign_in_is_seen_by_the_next_alias(start: Start, backend: wire.Backend) -> None:
+    bridge = start(signed_in=False)
+    body = {**PLAIN_BODY, "model": "local_md"}
+    assert ask(bridge, body).status == 401
+    wire.write_auth(bridge.auth_file, backend)
+    assert ask(bridge, body).status == 200  # in the same second
+    assert sent(backend)[-1].json["model"] == "gpt-5.6-sol"
+
+
+def test_a_thread_that_cannot_start_fails_nothing_and_is_tried_again(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name in ("catalog", "routing", "open-ahead"):
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert ask(bridge, PLAIN_BODY).status == 200
     assert models(bridge).status == 200
+    assert ask(bridge, {**PLAIN_BODY, "model": "local_md"}).status == 200
 
 
 def test_young_list_is_not_fetched_again(bridge: RunningBridge, backend: wire.Backend) -> None:

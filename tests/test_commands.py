@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -17,9 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-import wire
-from conftest import Command, Launch, Popen, Run, Start
+from conftest import Command, Launch, Run, Start
 from help import KEY, SECONDS, free_port, outcome, until
 
 import qoo_bridge as q
@@ -47,147 +44,6 @@ def test_port_in_use_is_named(tmp_path: Path) -> None:
     reason = f"{os.strerror(errno.EADDRINUSE)}; is a bridge running already?"
     text = f"cannot listen on 127.0.0.1 port {port}: {reason}\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", text)
-
-
-# -- login
-
-
-@pytest.fixture
-def device(backend: wire.Backend, tmp_path: Path, launch: Launch) -> Callable[[], Popen]:
-    """Start `login` against the stand-in, which wants no pause between two polls."""
-    backend.device_interval = "0"
-    auth_file = tmp_path / "codex" / "auth.json"
-    return lambda: launch("login", "--issuer", backend.issuer, "--auth-file", auth_file)
-
-
-@pytest.fixture
-def login(
-    backend: wire.Backend, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
-) -> Login:
-    """Run `login` in this process with a code that was typed already, and without its pauses."""
-    backend.approve_device()
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    auth_file = tmp_path / "codex" / "auth.json"
-    return lambda: command("login", "--issuer", backend.issuer, "--auth-file", auth_file)
-
-
-def shown_code(process: Popen) -> str:
-    """Return the code that `login` shows, once it does."""
-    assert process.stdout
-    for line in process.stdout:
-        found = re.fullmatch(r" +(WIRE-\d+)\n", line)
-        if found:
-            return found[1]
-    raise AssertionError(process.stderr and process.stderr.read())
-
-
-def test_login_writes_a_new_sign_in(
-    backend: wire.Backend, device: Callable[[], Popen], tmp_path: Path
-) -> None:
-    process = device()
-    shown_code(process)
-    backend.wait_for(2, "/api/accounts/deviceauth/token")  # it goes on asking while nobody types
-    backend.approve_device()
-    status, out, err = outcome(process)
-    assert (status, err) == (0, "")
-    assert "someone@example.com" in out
-    assert "plan pro" in out
-    auth_file = tmp_path / "codex" / "auth.json"
-    content = json.loads(auth_file.read_text(encoding="utf-8"))
-    assert content["auth_mode"] == "chatgpt"
-    assert content["OPENAI_API_KEY"] is None
-    assert content["tokens"] == {**backend.tokens, "account_id": backend.account_id}
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", content["last_refresh"])
-    assert not any(token in out for token in backend.tokens.values())
-    if os.name == "posix":
-        assert auth_file.stat().st_mode & 0o777 == 0o600
-        assert auth_file.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_login_keeps_what_else_the_file_has(
-    backend: wire.Backend, login: Login, tmp_path: Path
-) -> None:
-    auth_file = tmp_path / "codex" / "auth.json"
-    auth_file.parent.mkdir()
-    old = wire.auth_json(backend, auth_mode="apikey", OPENAI_API_KEY="sk-kept", of_tomorrow=[1])
-    auth_file.write_text(json.dumps(old), encoding="utf-8")
-    assert login()[0] == 0
-    content = json.loads(auth_file.read_text(encoding="utf-8"))
-    assert content["auth_mode"] == "chatgpt"
-    assert (content["OPENAI_API_KEY"], content["of_tomorrow"]) == ("sk-kept", [1])
-    assert content["agent_identity"] == {"kept": True}
-    # What stood beside the old tokens belonged to the old account.
-    assert content["tokens"] == {**backend.tokens, "account_id": backend.account_id}
-
-
-def test_login_waits_for_codex_to_let_go_of_the_file(
-    backend: wire.Backend, device: Callable[[], Popen], tmp_path: Path
-) -> None:
-    fcntl = pytest.importorskip("fcntl")
-    auth_file = tmp_path / "codex" / "auth.json"
-    auth_file.parent.mkdir()
-    process = device()
-    shown_code(process)
-    with open(auth_file.parent / "auth.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        backend.approve_device()
-        backend.wait_for(1, "/oauth/token")
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.3)
-        assert not auth_file.exists()
-        auth_file.write_text('{"written_meanwhile": 1}', encoding="utf-8")
-    assert outcome(process)[0] == 0
-    assert json.loads(auth_file.read_text(encoding="utf-8"))["written_meanwhile"] == 1
-
-
-def test_login_says_that_device_sign_in_is_off(backend: wire.Backend, login: Login) -> None:
-    backend.device_enabled = False
-    status, out, err = login()
-    assert (status, out) == (1, "")
-    assert "device sign-in is not enabled" in err
-
-
-@pytest.mark.skipif(os.name != "posix", reason="there is no SIGINT to send")
-def test_login_ends_at_ctrl_c(device: Callable[[], Popen], tmp_path: Path) -> None:
-    process = device()
-    shown_code(process)
-    process.send_signal(signal.SIGINT)
-    status, out, err = outcome(process)
-    assert (status, err) == (130, "")
-    assert "auth.json is unchanged" in out
-    assert not (tmp_path / "codex").exists()
-
-
-USERCODE = "/api/accounts/deviceauth/usercode"
-POLL = "/api/accounts/deviceauth/token"
-TOKEN = "/oauth/token"
-
-
-@pytest.mark.parametrize("path", [USERCODE, POLL, TOKEN])
-@pytest.mark.parametrize(
-    "answer",
-    [
-        [], "text", 1, None, {},
-        {"device_auth_id": 1, "user_code": "\x1b[2J"},
-        {"authorization_code": {}, "code_verifier": ""},
-        {"id_token": "a.b.c", "access_token": 5, "refresh_token": []},
-    ],
-)
-def test_login_takes_no_nonsense(
-    backend: wire.Backend, login: Login, tmp_path: Path, path: str, answer: Any
-) -> None:
-    backend.on(path, wire.reply_json(200, answer))
-    status, out, err = login()
-    assert status == 1
-    assert err.startswith("not signed in: ")
-    assert "\x1b" not in out + err
-    assert not (tmp_path / "codex" / "auth.json").exists()
-
-
-def test_login_outlasts_a_server_that_stumbles(backend: wire.Backend, login: Login) -> None:
-    backend.on(POLL, wire.refuse(503, "busy"), wire.cut(), wire.refuse(429, "slower"))
-    assert login()[0] == 0
-    assert len(backend.wait_for(4, POLL)) == 4
 
 
 # -- new-key

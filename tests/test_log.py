@@ -292,3 +292,86 @@ def test_a_refused_request_is_logged_with_its_model(bridge: RunningBridge) -> No
     # noted when the client has its answer
     assert until(lambda: bool(bridge.bridge.telemetry.snapshot(0)["recent"]))
     assert bridge.bridge.telemetry.snapshot(0)["recent"][0]["model"] == "gpt-5.5"
+
+
+# -- the file, whatever happens to it -------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_log_that_was_moved_or_removed_is_opened_anew(
+    how: str, logging_to: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q.Log, "LOOK_SECONDS", -1)
+    path = logging_to()
+    q.log.info("before")
+    if how == "moved":
+        path.rename(path.with_name("bridge.log.old"))  # as logrotate does
+    else:
+        path.unlink()
+    q.log.info("between")
+    q.log.info("after")
+    assert "after" in path.read_text("utf-8")
+
+
+@posix
+def test_two_bridges_in_one_folder_share_a_log(
+    logging_to: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q.Log, "LOOK_SECONDS", -1)
+    monkeypatch.setattr(q, "LOG_SIZE", 2000)
+    path = logging_to()
+    other = q.Log(str(path))
+    lines = [logging.LogRecord("qoo_bridge", logging.INFO, "", 0, f"line {number} {'x' * 50}", None, None)
+             for number in range(40)]
+    for number, line in enumerate(lines):
+        (other if number % 2 else q.log.handlers[-1]).handle(line)
+    other.close()
+    kept = "".join(each.read_text("utf-8") for each in path.parent.glob("bridge.log*"))
+    newest = [f"line {number} " for number in range(25, 40)]
+    assert [text for text in newest if text not in kept] == []  # nobody has rotated the other's new file away
+
+
+@posix
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_only_a_regular_file_is_changed(kind: str, tmp_path: Path) -> None:
+    path = Path(os.devnull)
+    if kind == "pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path, 0o644)  # nobody reads it: to open it must not hang
+    mode = path.stat().st_mode
+    log = q.Log(str(path))
+    log.handle(logging.LogRecord("qoo_bridge", logging.INFO, "", 0, "a line", None, None))
+    log.close()
+    assert path.stat().st_mode == mode
+    assert bool(log.problem) is (kind == "pipe")
+
+
+@posix
+def test_a_console_that_takes_nothing_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read_end, write_end = os.pipe()
+    console = os.fdopen(write_end, "w")
+    with contextlib.closing(q.Log(str(tmp_path / "bridge.log"))) as log:
+        monkeypatch.setattr(sys, "stderr", console)
+        line = logging.LogRecord("qoo_bridge", logging.INFO, "", 0, "x" * 1000, None, None)
+        for _ in range(q.Log.CONSOLE_LINES + 500):  # many more than a pipe holds
+            log.handle(line)
+        assert (tmp_path / "bridge.log").read_text().count("\n") == q.Log.CONSOLE_LINES + 500
+        os.close(read_end)  # the thread goes on, into nothing
+        log.flush()
+    with contextlib.suppress(OSError):
+        console.close()
+
+
+@pytest.mark.parametrize("hostile", ["two\nlines", "\x1b[2J", "\u202edrow", "\r", "\x85", "\u2028"])
+def test_no_text_can_forge_a_line_or_act_on_a_terminal(hostile: str, logging_to: Callable[[], Path]) -> None:
+    path = logging_to()
+    q.log.info("upstream said %s", hostile)
+    try:
+        raise ValueError(hostile)
+    except ValueError:
+        q.log.exception("it failed")
+    text = path.read_text("utf-8")
+    assert all(line.isprintable() for line in text.split("\n"))
+    begun = [line for line in text.split("\n") if line and not line.startswith("  | ")]
+    assert len(begun) == 2

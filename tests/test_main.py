@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import Command, Launch
@@ -44,3 +47,22 @@ def test_version(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         command("--version")
     assert capsys.readouterr().out == f"qoo-bridge {q.__version__}\n"
+
+
+def test_without_a_home_there_is_no_folder_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # no HOME and no passwd entry
+    with pytest.raises(q.UsageError, match="no home folder"):
+        q.load_config({}, {})
+    assert q.load_config({}, {"CODEX_HOME": "/codex"}).auth_file.startswith("/codex")
+
+
+def test_an_old_python_is_told_in_one_line() -> None:
+    source = Path(q.__file__).read_text("utf-8")
+    check = source[source.index("if sys.version_info < (3, 9)"):].partition("\n\n")[0]
+    code = check.replace("(3, 9)", "(9, 9)")
+    command = [sys.executable, "-c", f"import sys\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "needs Python" in done.stderr
+    before = source[:source.index("if sys.version_info < (3, 9)")]
+    assert not [line for line in before.split("\n") if line.startswith(("def ", "class ", "@"))]

@@ -820,3 +820,44 @@ def test_connection_ends_when_the_client_wants_it(request_bytes: bytes, bridge: 
         assert reply.header("connection") == "close"
         assert reply.ended in ("last-chunk", "close")
         assert client.left(1)
+
+
+@posix
+def test_a_second_ctrl_c_ends_at_once(run: Run, paused_turns: PausedTurns, open_streams: OpenStreams) -> None:
+    running = run()
+    streams = open_streams(running.address, 1)
+    streams.read_first()
+    running.process.send_signal(signal.SIGINT)
+    assert running.read_more("stopping")
+    started = time.monotonic()
+    running.process.send_signal(signal.SIGINT)
+    running.process.wait(10)
+    assert time.monotonic() - started < 5  # and not DRAIN_SECONDS
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_stop_waits_for_a_refresh(
+    run: Run, backend: wire.Backend, tmp_path: Path, number: signal.Signals
+) -> None:
+    running, answer = run(), threading.Event()
+    asked = threading.Event()
+
+    def slow(exchange: wire.Exchange) -> None:
+        asked.set()
+        assert answer.wait(10)
+        backend.default(exchange)
+
+    backend.on("/oauth/token", slow)
+    backend.revoke()
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(wire.post, running.address, "/v1/responses", {"model": "gpt-5.5", "input": "hi"})
+        assert asked.wait(5)
+        running.process.send_signal(number)
+        running.read_more("stopping")
+        answer.set()
+        running.process.wait(10)
+        with contextlib.suppress(Exception):
+            reply.result(5)
+    tokens = json.loads((tmp_path / "auth.json").read_text())["tokens"]
+    assert tokens["refresh_token"] == backend.refresh_token

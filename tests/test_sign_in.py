@@ -693,3 +693,171 @@ def test_failed_write_leaves_the_old_file_and_no_other(
         q.write_private(str(path), {"new": True})
     assert path.read_bytes() == before
     assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
+
+
+# -- a sign-in that was received is never lost ----------------------------------
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Let no file be replaced, until the patch is undone."""
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        yield patched
+
+
+def test_tokens_that_could_not_be_written_are_written_later(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock, full_disk: pytest.MonkeyPatch
+) -> None:
+    fresh = credentials.after_401(credentials.current_tokens())
+    full_disk.undo()
+    assert stored(path)["tokens"]["refresh_token"] != fresh.refresh_token
+    credentials.current_tokens()  # too early for a second try
+    assert stored(path)["tokens"]["refresh_token"] != fresh.refresh_token
+    clock.skew += q.SAVE_PAUSE
+    assert credentials.current_tokens() == fresh
+    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
+
+
+@pytest.mark.parametrize("change", ["reread", "touch"])
+def test_a_spent_token_never_comes_back(
+    change: str, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock,
+    full_disk: pytest.MonkeyPatch,
+) -> None:
+    fresh = credentials.after_401(credentials.current_tokens())
+    if change == "reread":
+        credentials.reread()
+    else:
+        os.utime(path, ns=(1, 1))
+    assert credentials.current_tokens() == fresh
+    full_disk.undo()
+    credentials.finish(0)  # the end of the program
+    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
+
+
+def test_a_newer_sign_in_wins_over_unsaved_tokens(
+    path: Path, credentials: q.Credentials, issuer: Issuer, full_disk: pytest.MonkeyPatch
+) -> None:
+    credentials.after_401(credentials.current_tokens())
+    full_disk.undo()
+    other = Issuer()
+    wire.write_auth(path, other)
+    assert credentials.current_tokens().access_token == other.access_token
+    credentials.finish(0)
+    assert stored(path)["tokens"]["refresh_token"] == other.refresh_token
+
+
+@pytest.mark.parametrize("torn", [b"", b"{"])
+def test_a_file_that_cannot_be_read_for_a_moment_is_no_sign_out(
+    torn: bytes, path: Path, credentials: q.Credentials, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "TORN_SECONDS", 0)
+    issuer.meanwhile = lambda: path.write_bytes(torn)
+    assert credentials.after_401(credentials.current_tokens()).access_token == issuer.access_token
+    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
+
+
+def test_a_file_that_is_gone_is_a_sign_out(
+    path: Path, credentials: q.Credentials, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "TORN_SECONDS", 0)
+    issuer.meanwhile = path.unlink
+    with pytest.raises(q.NotSignedIn, match="does not exist"):
+        credentials.after_401(credentials.current_tokens())
+    assert not path.exists()
+
+
+@posix
+def test_a_file_in_a_folder_that_cannot_be_written_is_written_in_place(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = path.stat().st_ino
+
+    def busy(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")  # a file that is mounted by itself
+
+    monkeypatch.setattr(os, "replace", busy)
+    signature = q.write_private(str(path), {"new": True})
+    assert (stored(path), path.stat().st_ino) == ({"new": True}, number)
+    assert signature == q.file_signature(str(path))
+    assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
+
+
+def test_a_write_between_ours_and_its_look_is_read(
+    path: Path, credentials: q.Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, replace = Issuer(), q.replace_file
+
+    def overtaken(temporary: str, target: str) -> None:
+        replace(temporary, target)
+        wire.write_auth(path, other)  # another program, before this one looks at the file again
+
+    monkeypatch.setattr(q, "replace_file", overtaken)
+    credentials.after_401(credentials.current_tokens())
+    assert credentials.current_tokens().access_token == other.access_token
+
+
+def test_another_program_that_won_is_waited_for(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.answers.append(json_answer(401, {"error": {"code": "refresh_token_reused"}}))
+    winner = Issuer()
+    clock.on_sleep = lambda: wire.write_auth(path, winner)
+    assert credentials.after_401(credentials.current_tokens()).access_token == winner.access_token
+
+
+def test_a_token_just_received_is_trusted_whatever_the_clock_says(path: Path, issuer: Issuer) -> None:
+    expire_in(issuer, path, -1000)
+    issuer.expires_in = -1000  # this host's clock is ahead of every token
+    credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
+    for _ in range(3):
+        credentials.bearer()
+    assert len(issuer.asked) == 1
+
+
+def test_a_lock_that_never_works_costs_once(
+    path: Path, credentials: q.Credentials, clock: Clock, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def never(_: int, seconds: float) -> bool:
+        waits.append(seconds)
+        return False
+
+    monkeypatch.setattr(q, "_lock", never)
+    for _ in range(2):
+        credentials.after_401(credentials.current_tokens())
+    assert waits == [q.LOCK_SECONDS, 0]
+    assert any("without the lock" in line for line in log_lines.lines)
+
+
+def test_the_end_waits_for_a_refresh(credentials: q.Credentials, issuer: Issuer, path: Path) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        asked.set()
+        assert answer.wait(5)
+
+    issuer.meanwhile = slow
+    with ThreadPoolExecutor(2) as pool:
+        refresh = pool.submit(credentials.after_401, credentials.current_tokens())
+        assert asked.wait(5)
+        end = pool.submit(credentials.finish, 5)
+        assert not end.done()
+        answer.set()
+        end.result(5)
+        assert stored(path)["tokens"]["access_token"] == refresh.result(5).access_token
+
+
+def test_left_over_files_with_tokens_are_removed(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (f".auth-{'0' * 16}", f".auth-{'1' * 16}", ".auth-mine"))
+    for each in (old, new, other):
+        each.write_text("{}")
+    for each in (old, other):
+        os.utime(each, (1, 1))
+    q.remove_leftovers(str(tmp_path))
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith(".auth")) == sorted(
+        each.name for each in (new, other))

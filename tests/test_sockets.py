@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import wire
 from conftest import LogLines, RunningBridge, cuts
-from help import FIRST, LAST, asking
+from help import FIRST, LAST, MODEL, asking
 
 import qoo_bridge as q
 
@@ -146,3 +147,31 @@ def test_client_that_leaves_is_seen_while_upstream_is_waited_for(
 ])
 def test_what_went_wrong_in_a_few_words(exc: BaseException, words: str) -> None:
     assert q.describe_error(exc) == words
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other names")
+def test_both_ends_of_the_bridge_notice_a_dead_line(bridge: RunningBridge, backend: wire.Backend) -> None:
+    made: list[socket.socket] = []
+    plain = q.keep_alive
+
+    def keep(sock: socket.socket) -> None:
+        made.append(sock)
+        plain(sock)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(q, "keep_alive", keep)
+        with wire.Client(bridge.address) as client:
+            client.request("POST", "/v1/responses", {**MODEL, "input": "hi"})
+            assert client.read_reply().status == 200
+            check_options(made)
+    assert len(made) >= 2  # the client's and upstream's
+
+
+def check_options(made: list[socket.socket]) -> None:
+    """Compare what the system has for each socket that is still open."""
+    alive = [sock for sock in made if sock.fileno() >= 0]
+    assert {sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for sock in alive} == {1}
+    options = [(socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3),
+               (socket.TCP_USER_TIMEOUT, 10_000)]
+    for number, value in options:
+        assert {sock.getsockopt(socket.IPPROTO_TCP, number) for sock in alive} == {value}

@@ -5,19 +5,23 @@ from __future__ import annotations
 import base64
 import collections
 import contextlib
+import errno
 import gc
+import os
 import socket
 import ssl
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from help import ask
+from help import ask, until
 
 import qoo_bridge as q
 
@@ -789,3 +793,106 @@ def test_http_1_0_reply_is_a_stream(bridge: RunningBridge, backend: wire.Backend
     )
     reply = ask(bridge)
     assert (reply.status, reply.ended) == (200, "last-chunk")
+
+
+# -- lines that died silently -------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [
+    errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH,
+    errno.ENETDOWN, errno.EADDRNOTAVAIL,
+])
+@pytest.mark.parametrize("step", ["send", "read_head"])
+def test_a_kept_line_that_breaks_is_replaced_once(
+    step: str, number: int, upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.always("/x", OK)
+    fetch(upstream, backend)
+    plain = getattr(q.Connection, step)
+    broken: list[q.Connection] = []
+
+    def break_once(connection: q.Connection, *given: Any) -> Any:
+        if not broken:
+            broken.append(connection)
+            raise OSError(number, os.strerror(number))
+        return plain(connection, *given)
+
+    monkeypatch.setattr(q.Connection, step, break_once)
+    assert fetch(upstream, backend).status == 200
+    assert (len(broken), backend.connections) == (1, 2)
+
+
+def test_our_own_timeout_is_not_sent_again(upstream: Counted, backend: wire.Backend) -> None:
+    backend.on("/x", OK, wire.hang())
+    fetch(upstream, backend)
+    with pytest.raises(q.UpstreamTimeout):
+        fetch(upstream, backend, timeout=0.1)
+    assert len(backend.requests) == 2
+
+
+@pytest.mark.parametrize("gap", [60, -60])
+def test_no_kept_line_is_trusted_after_a_sleep(
+    gap: float, upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend.always("/x", OK)
+    fetch(upstream, backend)
+    wall = time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + gap)  # the monotonic clock stood still
+    fetch(upstream, backend)
+    assert connections(backend) == [1, 2]
+    fetch(upstream, backend)  # the gap is behind: kept lines are good again
+    assert connections(backend) == [1, 2, 2]
+
+
+def test_a_line_that_upstream_closed_does_not_stay(upstream: Counted, backend: wire.Backend) -> None:
+    backend.always("/x", OK)
+    fetch(upstream, backend)
+    upstream.prune()
+    assert upstream.kept() == 1
+    backend.cut_connections()
+    backend.wait_for_idle()
+
+    def pruned() -> bool:
+        upstream.prune()
+        return upstream.kept() == 0
+
+    assert until(pruned)
+
+
+def test_a_dead_first_address_costs_a_moment_and_is_remembered(
+    upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "NEXT_ADDRESS_SECONDS", 0.05)
+    backend.always("/x", OK)
+    with socket.socket() as full, socket.socket() as first:
+        full.bind(("127.0.0.2", backend.address[1]))
+        full.listen(0)
+        first.connect(full.getsockname())  # its backlog is full: a further connection gets no answer
+        fillers = [socket.socket() for _ in range(3)]
+        for each in fillers:
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        entries = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, backend.address[1]))
+                   for host in ("127.0.0.2", "127.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: list(entries))
+        started = time.monotonic()
+        fetch(upstream, backend)
+        assert time.monotonic() - started < 2  # and not --connect-timeout
+        upstream.close()
+        begun: list[Any] = []
+        plain = q.begin_connect
+
+        def begin(entry: Any) -> socket.socket:
+            begun.append(entry[4][0])
+            return plain(entry)
+
+        monkeypatch.setattr(q, "begin_connect", begin)
+        fetch(upstream, backend)
+        assert begun == ["127.0.0.1"]
+        for each in fillers:
+            each.close()
+
+
+def test_no_address_that_answers_is_one_error(upstream: Counted) -> None:
+    with pytest.raises(q.BadUpstream, match="cannot connect to localhost: connection refused"):
+        upstream.fetch("GET", f"http://localhost:{unused_port()}/", {})
