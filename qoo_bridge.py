@@ -9,14 +9,15 @@ token only to the configured upstream, or to a sub-domain of that host which acc
 refresh token only to the sign-in server. It opens no other connection; `doctor` and `litellm-config` ask this
 host's own bridge. It writes auth.json (by .auth-<random> beside it, under auth.lock), bridge.log and
 bridge.log.1. It never logs or shows a token, a header value or a body. Read parts A and B, and you have read
-every line that can touch your token: tests/kernel.py has the table of what each room may do, and two tests
-hold every line to it.
+every line that can touch your token: tests/kernel.py has the table of what each room may do, one test holds
+the source to it and one watches the running suite. `demo` signs in with made-up tokens in its own folder.
+`WIRE n` and `DESIGN` in comments are the developers' notes on what the peers do; they are not published.
 
 The path of one request:
 
     accept -> access (network, Host, Origin, key) -> route -> read the body (bounded)
-      -> [chat -> Responses] -> normalize -> bearer -> upstream.open     401: re-read or refresh, once
-                                                                         a refusal with a known repair: once
+      -> [chat -> Responses] -> normalize -> Account.open                401: re-read or refresh, once
+                                                                         known refusals: repaired, each once
       -- first byte to the client: from here the status cannot change --
       -> relay: each event at once; silence is filled; the terminal event ends the reply; a cut stays visible
       -> one log line
@@ -164,6 +165,8 @@ KEEPALIVE_PROBES = 3  # unanswered questions after which a connection is dead
 USER_TIMEOUT_MS = 10_000  # milliseconds in which sent bytes must be acknowledged (Linux; elsewhere seconds)
 NEXT_ADDRESS_SECONDS = 0.3  # after which a host's next address is tried, as curl and Codex do
 CLOCK_GAP = 5  # seconds by which the two clocks may part before the host counts as having slept
+UNANSWERED_PINGS = 3  # after which one side of a WebSocket is dead
+BACKGROUND_POLL = 0.02  # seconds between two looks at a call in the background
 TIDY_SECONDS = 5  # between two rounds of closing dead connections and writing unsaved tokens
 SAVE_PAUSE = 5  # seconds before refreshed tokens that could not be written are written again
 REFRESH_SECONDS = 35  # that a refresh takes at most: the end of the program waits for it
@@ -4073,6 +4076,9 @@ def render_event(parsed: Mapping[str, Any]) -> bytes:
     return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
 
 
+KEEPALIVE_MARK = b'"keepalive"'  # in upstream's own signs of life, which are no progress (WIRE 5)
+
+
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
 KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
 
@@ -4260,6 +4266,10 @@ class ResponsesOutput:
             filled = self.assembler.set_fields(self._final_fields) or filled
         return filled
 
+    def break_off(self) -> None:
+        """Take note that upstream ends here, without a terminal event."""
+        self.failure = self.failure or self.assembler.failure()
+
     def render_error(self, error: BridgeError) -> bytes:
         """Return the bytes to send if upstream fails; b"" here: the missing terminal event shows the cut."""
         return b""
@@ -4324,7 +4334,8 @@ OPCODES = frozenset((OP_CONTINUATION, OP_TEXT, OP_BINARY, OP_CLOSE, OP_PING, OP_
 
 CLOSE_GOING_AWAY, CLOSE_PROTOCOL_ERROR, CLOSE_UNSUPPORTED = 1001, 1002, 1003
 CLOSE_NO_STATUS = 1005  # means a close frame without a code; never sent
-CLOSE_INVALID_TEXT, CLOSE_TOO_BIG, CLOSE_BAD_GATEWAY = 1007, 1009, 1014
+CLOSE_INVALID_TEXT, CLOSE_POLICY, CLOSE_TOO_BIG = 1007, 1008, 1009
+CLOSE_TRY_AGAIN, CLOSE_BAD_GATEWAY = 1013, 1014
 # Codes of a close frame: IANA's registry without 1004, 1005, 1006 and 1015, and the free range from 3000.
 CLOSE_CODES = frozenset((*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)))
 
@@ -4369,9 +4380,14 @@ def accept_key(key: str) -> str:
     return base64.b64encode(digest).decode("ascii")
 
 
+MASK_PIECE = 1 << 16  # bytes; a multiple of the mask's
+
+
 def apply_mask(payload: bytes, mask: bytes) -> bytes:
-    """Mask or unmask a payload with four bytes."""
+    """Mask or unmask a payload with four bytes; in pieces, because an integer takes its size once more."""
     size = len(payload)
+    if size > MASK_PIECE:
+        return b"".join([apply_mask(payload[at:at + MASK_PIECE], mask) for at in range(0, size, MASK_PIECE)])
     key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
     return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
 
@@ -4436,6 +4452,11 @@ class FrameReader:
         self._wanted_bytes = 0  # size that `_pending` must reach before it is parsed again
         self._opcode = OP_CONTINUATION  # opcode of the incomplete message; OP_CONTINUATION without one
         self._payload = bytearray()  # fragments of the incomplete message
+
+    @property
+    def incomplete_bytes(self) -> int:
+        """Return how much of a message is here that is not complete."""
+        return len(self._pending) + len(self._payload)
 
     def feed(self, received: bytes) -> list[Message]:
         """Return the messages and control frames that these bytes complete, in order."""
@@ -4851,6 +4872,10 @@ class Catalog:
     def is_alias(self, name: Any) -> bool:
         """Tell whether a model's name is an alias."""
         return isinstance(name, str) and name in self._aliases
+
+    def is_at_hand(self, name: str) -> bool:
+        """Tell whether `lookup` need not wait for a list to know a model."""
+        return self.version in self._lists or (self.version in self._problem and not self.is_alias(name))
 
     def lookup(self, name: str, client_version: str, needed: bool) -> tuple[str, Model | None]:
         """Return as `resolve` does, from the list that fits a client; wait for one where it is `needed`.
@@ -5696,22 +5721,27 @@ class KeyQueue:
         self._running: dict[str, int] = {}
         self._queues: dict[str, deque[threading.Event]] = {}
 
-    def slot(self, name: str, client: Connection,
+    def has_room(self, name: str) -> bool:
+        """Tell whether a request of a key need not wait."""
+        with self._lock:
+            return name not in self._limits or self._running.get(name, 0) < self._limits[name]
+
+    def slot(self, name: str, raise_if_closed: Callable[[], None],
              wait: bool = True) -> contextlib.AbstractContextManager[None]:
         """Hold one of the key's slots. Raises TooManyRequests, and ClientLeft if the client leaves."""
         if name not in self._limits:
             return contextlib.nullcontext()
-        return self._hold(name, client, self.QUEUE if wait else 0)
+        return self._hold(name, raise_if_closed, self.QUEUE if wait else 0)
 
     @contextlib.contextmanager
-    def _hold(self, name: str, client: Connection, longest: int) -> Iterator[None]:
-        self._enter(name, client, longest)
+    def _hold(self, name: str, raise_if_closed: Callable[[], None], longest: int) -> Iterator[None]:
+        self._enter(name, raise_if_closed, longest)
         try:
             yield
         finally:
             self._leave(name)
 
-    def _enter(self, name: str, client: Connection, longest: int) -> None:
+    def _enter(self, name: str, raise_if_closed: Callable[[], None], longest: int) -> None:
         with self._lock:
             queue = self._queues.setdefault(name, deque())
             if self._running.get(name, 0) < self._limits[name]:
@@ -5724,7 +5754,7 @@ class KeyQueue:
         until = time.monotonic() + self.WAIT
         try:
             while not ticket.wait(0.2):
-                client.raise_if_closed()
+                raise_if_closed()
                 if time.monotonic() > until:
                     running = self._limits[name]
                     raise TooManyRequests(f"key {name!r} has {running} requests running", retry_after=10)
@@ -5771,6 +5801,57 @@ def error_response(error: BridgeError, headers: Mapping[str, str]) -> tuple[byte
     if "connection" in error.headers and "connection" in headers:
         head["connection"] = f"{error.headers['connection']}, {headers['connection']}"
     return render_head(status_line(error.status), head.items()), body
+
+
+class Pulse:
+    """Whether one side of a WebSocket is still alive: a silent side is pinged, and must answer."""
+
+    def __init__(self, end: str) -> None:
+        self.end = end  # how requests end when this side is dead; one of ENDS
+        self.last_read = self._last_ping = time.monotonic()
+        self._unanswered = 0
+
+    def hear(self) -> None:
+        """Note that this side has sent something."""
+        self.last_read = time.monotonic()
+        self._unanswered = 0
+
+    def is_dead(self, now: float, keepalive: float) -> bool:
+        """Tell whether it has let too many pings pass."""
+        return self._unanswered >= UNANSWERED_PINGS and now - self._last_ping >= keepalive
+
+    def is_due(self, now: float, keepalive: float) -> bool:
+        """Tell whether it is to be pinged now."""
+        if now - max(self.last_read, self._last_ping) < keepalive:
+            return False
+        self._last_ping = now
+        self._unanswered += 1
+        return True
+
+
+class Background:
+    """A call in a thread of its own, for a thread that must not wait."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.done = threading.Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+        if not start_thread("background", self._run, call):
+            self._run(call)
+
+    def _run(self, call: Callable[[], Any]) -> None:
+        try:
+            self._value = call()
+        except BaseException as exc:  # noqa: BLE001  # raised again by `result`
+            self._error = exc
+        finally:
+            self.done.set()
+
+    def result(self) -> Any:
+        """Return what the call returned; raise what it raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 class State(enum.Enum):
@@ -6010,37 +6091,35 @@ def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: 
           idle_timeout: float) -> bytes:
     """Copy a reply to the client, except its last piece; return that piece, which has the terminal event.
 
-    The caller stores the response before it sends that piece. After `keepalive` seconds of silence, send a
-    filler. Raises ClientLeft, upstream's reported failure, BadUpstream if upstream ends without a terminal
-    event, UpstreamTimeout after `idle_timeout` seconds of silence; each closes upstream's connection.
+    So the caller can store the response before the client knows of its end. After `keepalive` seconds of
+    silence the client gets a filler. Raises ClientLeft, the failure that upstream reported, BadUpstream if
+    upstream ends without a terminal event, UpstreamTimeout if nothing but its own keepalive events comes for
+    `idle_timeout` seconds.
     """
     last_read = last_write = time.monotonic()
     timeout = min(keepalive, idle_timeout)
-    try:
-        while True:
-            payload = reply.read(timeout, exchange.connection)
-            now = time.monotonic()
-            if payload:
+    while True:
+        payload = reply.read(timeout, exchange.connection)
+        now = time.monotonic()
+        if payload:
+            if KEEPALIVE_MARK not in payload:
                 last_read = now
-                ready = output.feed(payload)
-                exchange.record.events = output.count  # for /status
-                if output.done:
-                    return ready
-                if ready:
-                    exchange.write(ready)
-                    last_write = now
-                if output.failure is not None:
-                    raise output.failure
-            elif payload is not None:
-                raise output.assembler.failure()
-            elif now - last_read >= idle_timeout:
-                raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
-            if now - last_write >= keepalive:  # silence, or an event that arrives in small pieces
-                exchange.write_silence(output.filler)
+            ready = output.feed(payload)
+            exchange.record.events = output.count  # for /status
+            if output.done:
+                return ready
+            if ready:
+                exchange.write(ready)
                 last_write = now
-    except BaseException:
-        reply.close()
-        raise
+        if payload == b"":
+            output.break_off()
+        if output.failure is not None:
+            raise output.failure
+        if now - last_read >= idle_timeout:
+            raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
+        if now - last_write >= keepalive:  # silence, or an event that comes in drops
+            exchange.write_silence(output.filler)
+            last_write = now
 
 
 # == 26 turns =================================================================
@@ -6063,7 +6142,7 @@ class ResponsesApi:
     def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the request with its references resolved; the same object without references.
 
-        `size` is the body's size in bytes. Raises InvalidRequest and BodyTooLarge.
+        Raises InvalidRequest and BodyTooLarge.
         """
         self.streamed = body.get("stream") is True
         self._stored = stored_input(body, self._codex)
@@ -6201,6 +6280,7 @@ class Turns:
             try:
                 last = relay(reply, exchange, output, self.config.keepalive, self.config.idle_timeout)
             except BridgeError as exc:
+                reply.close()
                 if exchange.started:
                     exchange.write(output.render_error(exc))
                 raise
@@ -6329,6 +6409,11 @@ class Turns:
         self.telemetry.count("repairs", repair=repair.name)
         return True
 
+    def may_wait(self, error: UpstreamRefusal) -> bool:
+        """Tell whether `repair` would fetch the model list for this refusal."""
+        matched = match_repair(f"{error.message} {error.code}")
+        return matched is not None and matched[0].name == FORM_REPAIR
+
     def _repair_form(self, attempt: Attempt) -> Context:
         """Fetch the model list again; return the context with the model's current entry."""
         self.catalog.refresh()
@@ -6337,7 +6422,8 @@ class Turns:
 
     def _learn(self, slug: str, dropped: frozenset[str]) -> None:
         """Remember the parameters that upstream refused for a model, up to 64 each for up to 64 models."""
-        if len(self._learned) < 64 and len(dropped) <= 64:
+        dropped |= self._learned.get(slug, frozenset())  # another request may have learned meanwhile
+        if (len(self._learned) < 64 or slug in self._learned) and len(dropped) <= 64:
             self._learned[slug] = dropped
 
     def pass_on(self, exchange: Exchange) -> None:
@@ -6421,13 +6507,20 @@ class WebSocketRelay:
         self._exchange = exchange
         self._client, self._upstream = exchange.connection, reply.connection
         self._in_flight: deque[InFlight] = deque()  # oldest first: answers come in the order of the requests
-        # response id -> its chain's tools and instructions, as JSON
+        # response id -> its chain's tools and instructions, as hashes
         self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
         self._from_client = FrameReader(masked=True, max_message=turns.config.max_body)
         self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
         self._open = True
         self._end_of_rest = "cut"  # the `end` of requests in flight at the connection's end
-        self._errored = False  # an `error` has settled a request, whose response.failed may follow
+        self._errored = False  # an `error` came, and a response.failed of the same request may follow
+        self._repaired = False  # that request was repaired: its response.failed is not for the client
+        self._progress = 0.0  # monotonic; when upstream last sent more than a sign of life
+        self._background: Background | None = None  # what must wait, and what is done with its result
+        self._resume: Callable[[Background], None] = lambda background: None
+        self._texts: deque[bytes] = deque()  # the client's frames that wait for that
+        self._held_bytes = 0  # of an incomplete message, that count against the budget
+        self._message_until = float("inf")  # monotonic; when an incomplete message is too slow
         self._set_idle: Callable[[bool], None] = lambda idle: None
         self._log_request: Callable[[Record], None] = lambda record: None
 
@@ -6446,28 +6539,65 @@ class WebSocketRelay:
         except OSError as exc:
             self._close_after_cut(describe_error(exc))
         finally:
+            self._open = False
+            self._hold_incomplete(0)
             while self._in_flight:
                 self._settle(self._end_of_rest)
             linger(self._upstream)  # closing with unread frames would reset TCP and lose our close frame
             self._upstream.close()
 
     def _pass_frames(self, keepalive: float, idle_timeout: float) -> None:
-        last_read = last_ping = time.monotonic()
+        client, upstream = Pulse("client_closed"), Pulse("cut")
         while self._open:
-            client_ready, upstream_ready = self._wait(keepalive)
-            now = time.monotonic()
+            waits = self._background is not None
+            left = self._message_until - time.monotonic()
+            seconds = min(keepalive, BACKGROUND_POLL if waits else keepalive, max(0.0, left))
+            client_ready, upstream_ready = self._wait(seconds)
             if upstream_ready:
-                last_read = now
+                upstream.hear()
                 self._read(self._upstream, self._from_upstream, self._upstream_message)
-            elif now - last_read > idle_timeout:
-                reason = f"upstream was silent for {idle_timeout:g} s"
-                self._close(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, reason)
-            elif now - max(last_read, last_ping) >= keepalive:
-                last_ping = now  # even if the client sends frames: those say nothing about upstream
-                self._exchange.send(encode_frame(OP_PING, b""))
-                self._to_upstream(OP_PING, b"")
             if client_ready and self._open:
+                client.hear()
                 self._read(self._client, self._from_client, self._client_message)
+                self._hold_incomplete(self._from_client.incomplete_bytes if self._open else 0)
+            if self._open:
+                self._check_pulses(client, upstream, keepalive, idle_timeout)
+            if self._background is not None and self._background.done.is_set():
+                self._finish_background()
+
+    def _check_pulses(self, client: Pulse, upstream: Pulse, keepalive: float, idle_timeout: float) -> None:
+        """End the connection if a side is dead or upstream stuck; ping a side that is silent."""
+        now = time.monotonic()
+        since = self._progress if self._in_flight else upstream.last_read
+        if now - since > idle_timeout:
+            reason = f"upstream was silent for {idle_timeout:g} s"
+            self._close(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, reason)
+        elif now >= self._message_until:
+            self._close(CLOSE_POLICY, CLOSE_GOING_AWAY, "the message came too slowly")
+        elif client.is_dead(now, keepalive) or upstream.is_dead(now, keepalive):
+            self._end_of_rest = client.end if client.is_dead(now, keepalive) else upstream.end
+            self._close_after_cut(f"{UNANSWERED_PINGS} pings were not answered")
+        else:
+            if client.is_due(now, keepalive):
+                self._exchange.send(encode_frame(OP_PING, b""))
+            if upstream.is_due(now, keepalive):
+                self._to_upstream(OP_PING, b"")
+
+    def _start_background(self, call: Callable[[], Any], resume: Callable[[Background], None]) -> None:
+        """Run a call that may wait while frames go on; `resume` gets its result, in this thread."""
+        self._background, self._resume = Background(call), resume
+
+    def _finish_background(self) -> None:
+        background, self._background = self._background, None
+        if background is not None:
+            self._resume(background)
+        while self._texts and self._background is None and self._open:
+            self._take_text(self._texts.popleft())
+
+    def raise_if_closed(self) -> None:
+        """Raise ClientLeft after the end of this connection: nobody waits any more."""
+        if not self._open:
+            raise ClientLeft("client_closed")
 
     def _wait(self, seconds: float) -> tuple[bool, bool]:
         """Wait for either side; return whether the client's and whether upstream's bytes are available."""
@@ -6496,6 +6626,21 @@ class WebSocketRelay:
         if reader.error is not None and self._open:
             self._close_after_breach(reader.error, from_client)
 
+    def _hold_incomplete(self, size: int) -> None:
+        """Count an incomplete message of the client against the budget of all bodies, and time it as one."""
+        now, grown = time.monotonic(), size - self._held_bytes
+        if size == 0:
+            self._message_until = float("inf")
+        elif self._held_bytes == 0:
+            self._message_until = now + BODY_STALL
+        else:
+            self._message_until = min(self._message_until + max(0, grown) / BODY_RATE, now + BODY_STALL)
+        try:
+            self._turns.budget.take(grown)
+            self._held_bytes = size
+        except Overloaded as exc:
+            self._close(CLOSE_TRY_AGAIN, CLOSE_GOING_AWAY, exc.message)
+
     def _close_after_breach(self, error: FrameError, from_client: bool) -> None:
         """Close both sides after a protocol error; the code for the innocent side blames the other one."""
         log.info("invalid WebSocket frame from %s: %s", "the client" if from_client else "upstream", error)
@@ -6519,6 +6664,15 @@ class WebSocketRelay:
             self._close(CLOSE_UNSUPPORTED, CLOSE_GOING_AWAY, "send text frames, not binary ones")
 
     def _client_text(self, raw: bytes) -> None:
+        """Take a client's frame, behind those that wait."""
+        if self._background is None:
+            self._take_text(raw)
+        elif len(self._texts) < self.IN_FLIGHT:
+            self._texts.append(raw)
+        else:
+            self._refuse(self._new_record(), TooManyRequests("too many requests wait on this connection"))
+
+    def _take_text(self, raw: bytes) -> None:
         """Forward a client's frame; normalize a response.create like a request."""
         record = self._new_record()
         try:
@@ -6526,13 +6680,31 @@ class WebSocketRelay:
             if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
                 self._to_upstream(OP_TEXT, raw)
                 return
-            in_flight = self._accept(frame, raw, record)
+            check_request(frame)
+            record.model = frame["model"]
+            if len(self._in_flight) >= self.IN_FLIGHT:
+                raise TooManyRequests("too many requests are running on this connection", retry_after=5)
+            client = self._exchange.client
+            if self._turns.catalog.is_at_hand(frame["model"]) and self._key_queue.has_room(client.key):
+                self._send_accepted(self._accept(frame, raw, record))
+            else:
+                self._start_background(lambda: self._accept(frame, raw, record),
+                                       lambda waited: self._resume_create(waited, record))
         except BridgeError as exc:
             self._refuse(record, exc)
-            return
-        self._turns.telemetry.begin(record)
+
+    def _resume_create(self, waited: Background, record: Record) -> None:
+        """Send a response.create that had to wait, or say why it cannot be sent."""
+        try:
+            self._send_accepted(waited.result())
+        except BridgeError as exc:
+            self._refuse(record, exc)
+
+    def _send_accepted(self, in_flight: InFlight) -> None:
+        self._turns.telemetry.begin(in_flight.record)
         self._set_idle(False)
         self._in_flight.append(in_flight)
+        self._progress = time.monotonic()
         self._send_create(in_flight)
 
     def _new_record(self) -> Record:
@@ -6544,12 +6716,8 @@ class WebSocketRelay:
         record.user_agent_kind = self._exchange.user_agent_kind
         return record
 
-    def _accept(self, frame: Any, raw: bytes, record: Record) -> InFlight:
-        """Check a response.create and take a place for it. Raises BridgeError, ClientLeft."""
-        check_request(frame)
-        record.model = frame["model"]
-        if len(self._in_flight) >= self.IN_FLIGHT:
-            raise TooManyRequests("too many requests are running on this connection", retry_after=5)
+    def _accept(self, frame: dict[str, Any], raw: bytes, record: Record) -> InFlight:
+        """Prepare a response.create and take a place for it. Raises BridgeError, ClientLeft."""
         context = self._turns.context(self._exchange, frame, websocket=True)
         record.slug = context.slug
         stored = stored_input(frame, context.codex)
@@ -6560,7 +6728,7 @@ class WebSocketRelay:
         in_flight = InFlight(record, attempt, stored)
         if stored:
             in_flight.previous = stored.previous
-        slot = self._key_queue.slot(self._exchange.client.key, self._client, wait=not self._in_flight)
+        slot = self._key_queue.slot(self._exchange.client.key, self.raise_if_closed, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
         return in_flight
 
@@ -6596,8 +6764,8 @@ class WebSocketRelay:
         if model is None or not model.lite:
             return set()
         try:
-            given = {key: json.dumps(frame[key], sort_keys=True) for key in ("tools", "instructions")
-                     if frame.get(key)}
+            given = {key: stable_id(json.dumps(frame[key], sort_keys=True))
+                     for key in ("tools", "instructions") if frame.get(key)}
         except RecursionError as exc:
             raise InvalidRequest("the request is nested too deeply") from exc
         earlier = self._chains.get(str(frame.get("previous_response_id")), {})
@@ -6630,6 +6798,8 @@ class WebSocketRelay:
         if not self._in_flight:
             self._exchange.send(encode_frame(OP_TEXT, payload))
             return
+        if KEEPALIVE_MARK not in payload:
+            self._progress = time.monotonic()
         in_flight = self._in_flight[0]
         in_flight.record.events += 1
         if not NOTABLE_FRAME.search(payload):
@@ -6640,10 +6810,14 @@ class WebSocketRelay:
         if kind == "response.created":
             self._errored = False
         elif kind == "response.failed" and self._errored:
-            self._errored = False  # it ends the request that the `error` has settled, not the next one
-            self._exchange.send(encode_frame(OP_TEXT, payload))
+            self._errored = False  # it ends the request of the `error`, not this one
+            if not self._repaired:
+                self._exchange.send(encode_frame(OP_TEXT, payload))
             return
-        if kind != "error" or not self._repair(in_flight, parsed):
+        self._repaired = kind == "error" and self._repair(in_flight, parsed)
+        if self._repaired:
+            self._errored = True
+        else:
             self._notable_event(in_flight, parsed, payload)
 
     def _notable_event(self, in_flight: InFlight, parsed: dict[str, Any], payload: bytes) -> None:
@@ -6674,16 +6848,36 @@ class WebSocketRelay:
         self._exchange.send(frame)
 
     def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
-        """Repair and resend a refused frame if its refusal has a known repair; tell whether that happened."""
+        """Repair and resend a refused frame if its refusal has a known repair; tell whether that is tried."""
+        attempt = in_flight.attempt
+        if attempt is None or self._background is not None:
+            return False
         status, error = event.get("status"), or_empty(event.get("error"), dict) or event
         refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
-        attempt = in_flight.attempt
-        if attempt is None or not self._turns.repair(attempt, refused):
+        if self._turns.may_wait(refused):
+            self._in_flight.popleft()  # until the model list is there
+            self._start_background(lambda: self._turns.repair(attempt, refused),
+                                   lambda waited: self._resume_repair(waited, in_flight, event))
+            return True
+        if not self._turns.repair(attempt, refused):
             return False
-        in_flight.record.repairs, in_flight.record.slug = attempt.repairs, attempt.context.slug
-        self._in_flight.rotate(-1)  # its answer now comes after those of all other requests
-        self._send_create(in_flight)
+        self._in_flight.popleft()
+        self._resend(in_flight, attempt)
         return True
+
+    def _resume_repair(self, waited: Background, in_flight: InFlight, event: dict[str, Any]) -> None:
+        """Resend a frame whose repair had to wait, or pass its refusal on."""
+        attempt = in_flight.attempt
+        if attempt is not None and waited.result():
+            self._resend(in_flight, attempt)
+            return
+        self._in_flight.appendleft(in_flight)
+        self._notable_event(in_flight, event, json_bytes(event))
+
+    def _resend(self, in_flight: InFlight, attempt: Attempt) -> None:
+        in_flight.record.repairs, in_flight.record.slug = attempt.repairs, attempt.context.slug
+        self._in_flight.append(in_flight)  # its answer now comes after those of all other requests
+        self._send_create(in_flight)
 
     def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
         """Log the oldest response.create and free its slot: it has its answer, or the connection ended."""
@@ -6727,54 +6921,6 @@ class WebSocketRelay:
             self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
         with contextlib.suppress(ClientLeft):
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
-
-
-def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> None:
-    """Answer a WebSocket handshake after the backend has accepted ours; set `exchange.upgraded`.
-
-    Raises BridgeError; after a 426 Codex falls back to HTTP at once (WIRE 6).
-    """
-    headers = exchange.head.headers
-    if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
-        raise MethodNotAllowed("GET /responses requires a WebSocket handshake; use POST", allow="POST")
-    if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
-        raise UpgradeRequired("unsupported WebSocket version: use version 13")
-    if not valid_key(headers.get("sec-websocket-key", "")):
-        raise InvalidRequest("Sec-WebSocket-Key must be 16 bytes in base64")
-    reply = open_upstream_websocket(turns, exchange)
-    try:
-        turns.telemetry.discard(exchange.record)  # each response.create has its own record
-        accept = accept_key(headers["sec-websocket-key"])
-        exchange.start_websocket(accept, downstream_headers(reply.headers))
-    except BaseException:
-        reply.close()
-        raise
-    exchange.upgraded = WebSocketRelay(turns, key_queue, exchange, reply).run
-
-
-def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
-    """Do the WebSocket handshake with upstream. Raises its refusal; UpgradeRequired for 404, 405, 501."""
-    client = exchange.client_headers
-    key = base64.b64encode(os.urandom(16)).decode("ascii")
-    session = client.session or stable_id(exchange.record.id)
-    headers = upstream_headers(exchange.head.headers, client, turns.identity, session)
-    headers.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
-                    "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
-    reply = turns.account.open("GET", "/responses", headers, b"", exchange.connection)
-    turns.observe_headers(reply)
-    if reply.status in (404, 405, 501):
-        reply.close()
-        raise UpgradeRequired("upstream does not support WebSockets; use POST")
-    if reply.status != 101:
-        error = turns.read_refusal(reply, exchange)
-        if error.status == 426:
-            error.headers.update(UpgradeRequired.always_sends)
-        raise error
-    accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
-    if not accepted or "sec-websocket-extensions" in reply.headers:
-        reply.close()
-        raise BadUpstream("upstream sent an invalid WebSocket handshake")
-    return reply
 
 
 NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"|"type" ?: ?"error"')
@@ -7147,7 +7293,7 @@ class Bridge:
             key = ""
             if exchange.head.method == "POST":
                 key = exchange.client.key
-            with self.key_queue.slot(key, exchange.connection):
+            with self.key_queue.slot(key, exchange.connection.raise_if_closed):
                 action(exchange)
         except ClientLeft as exc:
             record.end = str(exc)
@@ -7344,6 +7490,54 @@ def allowed_methods(methods: Iterable[str]) -> str:
     """Return the Allow header's value for a route."""
     listed = list(methods)
     return ", ".join([*listed, *(["HEAD"] if "GET" in listed else []), "OPTIONS"])
+
+
+def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> None:
+    """Answer a WebSocket handshake after the backend has accepted ours; set `exchange.upgraded`.
+
+    Raises BridgeError; after a 426 Codex falls back to HTTP at once (WIRE 6).
+    """
+    headers = exchange.head.headers
+    if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
+        raise MethodNotAllowed("GET /responses requires a WebSocket handshake; use POST", allow="POST")
+    if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
+        raise UpgradeRequired("unsupported WebSocket version: use version 13")
+    if not valid_key(headers.get("sec-websocket-key", "")):
+        raise InvalidRequest("Sec-WebSocket-Key must be 16 bytes in base64")
+    reply = open_upstream_websocket(turns, exchange)
+    try:
+        turns.telemetry.discard(exchange.record)  # each response.create has its own record
+        accept = accept_key(headers["sec-websocket-key"])
+        exchange.start_websocket(accept, downstream_headers(reply.headers))
+    except BaseException:
+        reply.close()
+        raise
+    exchange.upgraded = WebSocketRelay(turns, key_queue, exchange, reply).run
+
+
+def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
+    """Do the WebSocket handshake with upstream. Raises its refusal; UpgradeRequired for 404, 405, 501."""
+    client = exchange.client_headers
+    key = base64.b64encode(os.urandom(16)).decode("ascii")
+    session = client.session or stable_id(exchange.record.id)
+    headers = upstream_headers(exchange.head.headers, client, turns.identity, session)
+    headers.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
+                    "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
+    reply = turns.account.open("GET", "/responses", headers, b"", exchange.connection)
+    turns.observe_headers(reply)
+    if reply.status in (404, 405, 501):
+        reply.close()
+        raise UpgradeRequired("upstream does not support WebSockets; use POST")
+    if reply.status != 101:
+        error = turns.read_refusal(reply, exchange)
+        if error.status == 426:
+            error.headers.update(UpgradeRequired.always_sends)
+        raise error
+    accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
+    if not accepted or "sec-websocket-extensions" in reply.headers:
+        reply.close()
+        raise BadUpstream("upstream sent an invalid WebSocket handshake")
+    return reply
 
 
 # == 30 server ================================================================

@@ -54,8 +54,9 @@ POWERS = {  # dotted name in the source -> what it takes to use it
         "os.popen", "os.fork", "os.execv", "os.spawnv", "multiprocessing", "pickle",
     ), "code"),
     **dict.fromkeys((
-        ".access_token", ".refresh_token", ".current_tokens", ".after_401", ".bearer", "._tokens", "Tokens",
-        "read_tokens", "'access_token'", "'refresh_token'", "'id_token'",
+        ".access_token", ".refresh_token", ".current_tokens", ".after_401", ".bearer", "._tokens",
+        "._content", "._dead", "._spent", "._received", "Tokens", "read_tokens",
+        "'access_token'", "'refresh_token'", "'id_token'",
     ), "tokens"),
     ".auth_file": "auth path",
     "tempfile.TemporaryDirectory": "temporary files",

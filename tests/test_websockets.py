@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import queue
@@ -12,13 +13,15 @@ import ssl
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import test_websockets
 import wire
 from conftest import RunningBridge, Start
-from help import AGENT
+from help import AGENT, until
 from wire import CLOSE, CONTINUATION, PING, PONG, TEXT, Frame
 
 import qoo_bridge as q
@@ -1697,3 +1700,489 @@ def test_no_thread_and_no_socket_is_left(
         endings()
     assert settle() <= sockets + 2  # that connection has two ends here
     assert own_threads() <= threads
+
+
+
+# -- an error, and response.failed of the same turn behind it ------------------------
+
+ERROR = {"type": "error", "status": 429, "error": {"type": "rate_limit_error", "code": "slow_down",
+                                                   "message": "too fast"}}
+
+
+def failed_turn(told: bool) -> list[Event]:
+    """Return what the backend sends for a turn that fails: `error` and then `response.failed`."""
+    failed = wire.failed("slow_down", "too fast")
+    begun = [wire.created(failed["response"]["id"])] if told else []
+    return [*begun, ERROR, failed]
+
+
+def outputs(events: list[Event]) -> list[list[Any]]:
+    """Return the output of each terminal event but a failed one."""
+    return [event["response"]["output"] for event in events
+            if event["type"] in ("response.completed", "response.incomplete")]
+
+
+def read_to(client: wire.WebSocketClient, kind: str) -> list[Event]:
+    """Return the events up to one of a type."""
+    events = [client.read_json()]
+    while events[-1]["type"] != kind:
+        events.append(client.read_json())
+    return events
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["created first", "nothing first"])
+@pytest.mark.parametrize("second", ["with the first", "after the error", "after the failure"])
+def test_an_error_and_its_failure_settle_one_turn(
+    second: str, told: bool, backend: wire.Backend, bridge: RunningBridge, dial: Dial,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records = RecordLog(bridge, monkeypatch)
+    *begun, error, failed = failed_turn(told)
+    gate = threading.Event()
+    if second != "after the error":
+        gate.set()
+
+    def fail(ws: wire.WebSocketExchange, _: Event) -> None:
+        ws.events(*begun, error)
+        assert gate.wait(5)
+        ws.event(failed)
+
+    backend.on_frame(fail)
+    client, one, two = dial(bridge, CODEX_FIELDS), create(), create(message("user", "two"))
+    client.send_json(one)
+    if second == "with the first":
+        client.send_json(two)
+    came = read_to(client, "error")
+    if second == "after the error":
+        client.send_json(two)
+        client.send_frame(masked(b"", PING))
+        read_until(client, PONG)  # so the bridge has taken it
+        gate.set()
+    came += read_to(client, "response.failed")
+    if second == "after the failure":
+        client.send_json(two)
+    came += client.read_turn()
+    assert [event["type"] for event in came][: len(begun) + 2] == [each["type"] for each in failed_turn(told)]
+    assert [[item["content"][0]["text"] for item in output] for output in outputs(came)] == [["two"]]
+    ends = [records.next().end, records.next().end]
+    assert ends[0] in ("error", "failed")
+    assert ends[1] == "completed"
+    assert len(records.lines) == 2
+
+
+def test_two_turns_that_are_refused_are_two(
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = RecordLog(bridge, monkeypatch)
+    backend.on_frame(lambda ws, _: ws.event(ERROR), lambda ws, _: ws.event(ERROR))
+    client = dial(bridge, CODEX_FIELDS)
+    for frame in (create(), create(), create(message("user", "three"))):
+        client.send_json(frame)
+    assert [client.read_json()["type"], client.read_json()["type"]] == ["error", "error"]
+    assert texts(client.read_turn()) == "three"
+    assert [records.next().end for _ in range(3)] == ["error", "error", "completed"]
+
+
+def test_two_turns_that_fail_in_both_ways_are_two(
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = RecordLog(bridge, monkeypatch)
+    backend.on_frame(*[lambda ws, _: ws.events(*failed_turn(True))] * 2)
+    client = dial(bridge, CODEX_FIELDS)
+    for frame in (create(), create(), create(message("user", "three"))):
+        client.send_json(frame)
+    came = read_to(client, "response.completed")
+    assert [event["type"] for event in came[:6]] == [each["type"] for each in failed_turn(True)] * 2
+    assert [item["content"][0]["text"] for output in outputs(came) for item in output] == ["three"]
+    assert records.next().end in ("error", "failed")
+    assert records.next().end in ("error", "failed")
+    assert records.next().end == "completed"
+
+
+def test_a_failure_behind_a_repaired_refusal_ends_nothing(
+    backend: wire.Backend, bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = RecordLog(bridge, monkeypatch)
+
+    def refuse(ws: wire.WebSocketExchange, _: Event) -> None:
+        ws.error(wire.detail(400, "Unsupported parameter: text"))
+        ws.event(wire.failed("invalid_request_error", "Unsupported parameter: text"))
+
+    backend.on_frame(refuse)
+    client = dial(bridge, CODEX_FIELDS)
+    client.send_json(create(message("user", "one"), text={"verbosity": "low"}))
+    came = client.read_turn()
+    assert came[-1]["type"] == "response.completed"
+    assert [item["content"][0]["text"] for output in outputs(came) for item in output] == ["one"]
+    record = records.next()
+    assert (record.end, record.repairs) == ("completed", ("drop-parameter",))
+
+
+# -- a socket that waits -----------------------------------------------------------
+
+KEYS = ("--api-key", "ann=secret-of-ann", "--limit", "ann=1")
+ANN = {**CODEX_FIELDS, "authorization": "Bearer secret-of-ann"}
+Waits = Callable[[], object]  # returns once the socket waits
+Hold = Callable[[wire.Backend, RunningBridge, threading.Event], contextlib.AbstractContextManager[Waits]]
+
+
+@contextlib.contextmanager
+def hold_the_place(backend: wire.Backend, bridge: RunningBridge, gate: threading.Event) -> Iterator[Waits]:
+    """Have a stream of the same key run until the gate opens; its words come steadily."""
+    first, *rest = wire.text_turn()
+
+    def speak(exchange: wire.Exchange) -> None:
+        exchange.head()
+        exchange.event(first)
+        while not gate.wait(0.05):
+            exchange.event({"type": "response.output_text.delta", "output_index": 0, "delta": "."})
+        exchange.events(*rest)
+        exchange.finish()
+
+    backend.on("/responses", speak)
+    with wire.Client(bridge.address) as client:
+        body = {"model": PLAIN, "input": "hi", "stream": True}
+        client.request("POST", "/v1/responses", body, {"Authorization": ANN["authorization"]})
+        client.read_head()
+        assert client.read_event()
+        try:
+            yield lambda: None
+        finally:
+            gate.set()
+
+
+@contextlib.contextmanager
+def hold_the_list(backend: wire.Backend, bridge: RunningBridge, gate: threading.Event) -> Iterator[Waits]:
+    """Have upstream send its model list when the gate opens."""
+    def reply(exchange: wire.Exchange) -> None:
+        assert gate.wait(5)
+        backend.default(exchange)
+
+    asked = len([each for each in backend.requests if each.path == wire.full_path("/models")])
+    backend.on("/models", reply)
+    try:
+        yield lambda: backend.wait_for(asked + 1, "/models")
+    finally:
+        gate.set()
+
+
+@contextlib.contextmanager
+def hold_the_repair(backend: wire.Backend, bridge: RunningBridge, gate: threading.Event) -> Iterator[Waits]:
+    """Have the model's form be refused, and upstream send the list that mends it when the gate opens."""
+    assert wire.get(bridge.address, "/v1/models", {"Authorization": ANN["authorization"]}).status == 200
+    backend.catalog = [wire.model_entry(PLAIN, 1)]  # lite from now on
+    with hold_the_list(backend, bridge, gate) as waits:
+        yield waits
+
+
+WAITS: dict[str, tuple[Hold, Event]] = {
+    "for its key's place": (hold_the_place, create()),
+    "for the model list": (hold_the_list, {**plain_create(), "model": "local_md"}),
+    "for a repair": (hold_the_repair, plain_create()),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_socket_that_waits_answers_pings(
+    wait: str, backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    bridge, gate = start(*KEYS), threading.Event()
+    hold, frame = WAITS[wait]
+    client = dial(bridge, ANN)
+    with hold(backend, bridge, gate) as waits:
+        client.send_json(frame)
+        waits()
+        client.send_frame(masked(b"are you there", PING))
+        client.sock.settimeout(SECOND)
+        assert read_until(client, PONG).payload == b"are you there"
+        gate.set()
+        assert client.read_turn()[-1]["type"] == "response.completed"
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_socket_that_waits_is_not_closed_for_silence(
+    wait: str, backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    bridge, gate = start(*KEYS, "--keepalive", "0.1", "--idle-timeout", "0.3"), threading.Event()
+    hold, frame = WAITS[wait]
+    client = dial(bridge, ANN)
+    with hold(backend, bridge, gate) as waits:
+        client.send_json(frame)
+        waits()
+        client.sock.settimeout(SECOND)
+        for _ in range(5):  # half a second: longer than --idle-timeout
+            read_until(client, PING)
+            client.send_frame(masked(b"", PONG))
+        gate.set()
+        assert client.read_turn()[-1]["type"] == "response.completed"
+
+
+def test_a_socket_that_waits_answers_upstreams_pings(
+    backend: wire.Backend, start: Start, dial: Dial, next_upstream: NextUpstream
+) -> None:
+    bridge, gate, waiting = start(*KEYS), threading.Event(), threading.Event()
+
+    def answer_and_ping(ws: wire.WebSocketExchange, body: Event) -> None:
+        wire.answer_frame(ws, body)
+        assert waiting.wait(5)
+        ws.send_frame(Frame(PING, b"are you there"))
+
+    backend.on_frame(answer_and_ping)
+    client = dial(bridge, ANN)
+    client.send_json(create())
+    client.read_turn()
+    with hold_the_place(backend, bridge, gate):
+        client.send_json(create())
+        waiting.set()
+        upstream = next_upstream()
+        assert until(lambda: PONG in [frame.opcode for frame in upstream.frames], SECOND)
+
+
+def test_a_client_that_leaves_while_it_waits_gives_up_its_turn(
+    backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    bridge, gate = start(*KEYS), threading.Event()
+    client = dial(bridge, ANN)
+    with hold_the_place(backend, bridge, gate):
+        client.send_json(create())
+        client.send_frame(masked(b"\x03\xe8", CLOSE))
+        client.sock.settimeout(SECOND)
+        assert client.read_close() == 1000
+    assert backend.frames == []
+
+
+# -- pings that nobody answers --------------------------------------------------------
+
+
+def pings_until_the_end(client: wire.WebSocketClient) -> int:
+    """Read without answering anything; return how many pings came before the end."""
+    pings = 0
+    client.sock.settimeout(SECOND)
+    with contextlib.suppress(wire.PeerLeft, ConnectionError):
+        while pings < 9 and (frame := wire.read_frame(client.reader)).opcode != CLOSE:
+            pings += frame.opcode == PING
+    return pings
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["idle", "in a turn"])
+def test_a_client_that_answers_no_ping_is_given_up(
+    running: bool, backend: wire.Backend, start: Start, dial: Dial, next_upstream: NextUpstream
+) -> None:
+    client = dial(start("--keepalive", "0.05"), CODEX_FIELDS)
+    if running:
+        backend.on_frame(lambda ws, _: ws.event(wire.created()))
+        client.send_json(create())
+    assert 3 <= pings_until_the_end(client) <= 4
+    assert next_upstream().ended.wait(SECOND)
+
+
+def test_a_client_that_answers_pings_stays(backend: wire.Backend, start: Start, dial: Dial) -> None:
+    client = dial(start("--keepalive", "0.05"), CODEX_FIELDS)
+    for _ in range(8):
+        ping = read_until(client, PING)
+        client.send_frame(masked(ping.payload, PONG))
+    client.send_json(create())
+    assert client.read_turn()[-1]["type"] == "response.completed"
+
+
+def test_a_client_that_speaks_is_alive_without_a_pong(
+    backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    client = dial(start("--keepalive", "0.05"), CODEX_FIELDS)
+    for _ in range(8):
+        read_until(client, PING)
+        client.send_json(create())
+        read_to_end(client)
+
+
+def read_to_end(client: wire.WebSocketClient) -> None:
+    """Read a turn, its pings unanswered."""
+    while True:
+        event = json.loads(read_until(client, TEXT).payload)
+        if event["type"] == "response.completed":
+            return
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["idle", "in a turn"])
+def test_an_upstream_that_answers_no_ping_is_given_up(
+    running: bool, backend: wire.Backend, start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, pings = threading.Event(), 0
+
+    def never_speak(_: wire.Backend, exchange: wire.Exchange) -> None:
+        nonlocal pings
+        exchange.send(test_websockets.accept_head(exchange.request))
+        with contextlib.suppress(wire.PeerLeft, OSError):
+            while pings < 9 and (frame := wire.read_frame(exchange.reader)).opcode != CLOSE:
+                pings += frame.opcode == PING
+        gone.set()
+
+    monkeypatch.setitem(wire.ROUTES, test_websockets.ROUTE, never_speak)
+    client = dial(start("--keepalive", "0.05"), CODEX_FIELDS)
+    if running:
+        client.send_json(create())
+    with pytest.raises(wire.PeerLeft):  # it answers its own pings meanwhile
+        client.sock.settimeout(SECOND)
+        client.read_json()
+    assert gone.wait(SECOND)
+    assert 3 <= pings <= 4
+
+
+# -- a parked turn ends by --idle-timeout ---------------------------------------------
+
+
+def test_upstreams_keepalives_do_not_hold_a_turn_for_ever(
+    backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    done = threading.Event()
+
+    def park(ws: wire.WebSocketExchange, _: Event) -> None:
+        ws.event(wire.created())
+        with contextlib.suppress(OSError):
+            while not done.wait(0.05):
+                ws.event({"type": "keepalive", "sequence_number": 2})
+        ws.exchange.closed = True
+
+    backend.on_frame(park)
+    client = dial(start("--idle-timeout", "0.3"), CODEX_FIELDS)
+    client.send_json(create())
+    begun = time.monotonic()
+    try:
+        client.sock.settimeout(SECOND)
+        with pytest.raises(wire.PeerLeft, match="1014"):
+            while time.monotonic() - begun < 3 * SECOND:
+                client.read_json()
+    finally:
+        done.set()
+
+
+def test_answered_pings_do_not_hold_a_parked_turn_for_ever(
+    backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    backend.on_frame(lambda ws, _: ws.event(wire.created()))  # and goes on answering pings
+    client = dial(start("--keepalive", "0.05", "--idle-timeout", "0.3"), CODEX_FIELDS)
+    client.send_json(create())
+    begun = time.monotonic()
+    with pytest.raises(wire.PeerLeft, match="1014"):
+        while time.monotonic() - begun < 2 * SECOND:
+            frame = wire.read_frame(client.reader)
+            if frame.opcode == CLOSE:
+                raise wire.PeerLeft(f"closed with {wire.close_code(frame)}")
+            if frame.opcode == PING:
+                client.send_frame(masked(frame.payload, PONG))
+
+
+def test_an_idle_socket_is_not_ended_by_the_timeout_of_a_turn(
+    backend: wire.Backend, start: Start, dial: Dial
+) -> None:
+    client = dial(start("--keepalive", "0.05", "--idle-timeout", "0.2"), CODEX_FIELDS)
+    for _ in range(8):
+        read_until(client, PING)
+        client.send_frame(masked(b"", PONG))
+    client.send_json(create())
+    assert client.read_turn()[-1]["type"] == "response.completed"
+
+
+# -- messages are counted and timed ---------------------------------------------------
+
+
+def half_of(size: int, rest: int = 10) -> bytes:
+    """Return a masked text frame of a size, less its last bytes."""
+    return wire.frame_bytes(masked(b"x" * size))[:-rest]
+
+
+def test_messages_count_as_bodies_do(
+    start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 4 << 20)
+    bridge = start()
+    clients = [dial(bridge) for _ in range(4)]
+    for client in clients:
+        client.sock.settimeout(2 * SECOND)
+        with contextlib.suppress(OSError):  # closed before all of it was taken
+            client.send(half_of(1600 << 10))
+            client.send_frame(masked(b"", PONG))
+    refused = [client for client in clients if turned_away(client)]
+    assert clients[0] not in refused
+    assert refused
+    assert wire.get(bridge.address, "/healthz").status == 200
+
+
+def turned_away(client: wire.WebSocketClient) -> bool:
+    """Tell whether the bridge ended a connection in the middle of a message, or said that it has no room."""
+    client.sock.settimeout(0.3)
+    try:
+        frame = wire.read_frame(client.reader)
+    except (wire.PeerLeft, ConnectionError):
+        return True
+    except OSError:
+        return False
+    return frame.opcode == CLOSE or json.loads(frame.payload).get("status") == 503
+
+
+def test_room_of_a_message_is_given_back(
+    start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 8 << 20)
+    client = dial(start(), CODEX_FIELDS)
+    for number in range(12):  # 12 MB in all
+        client.send_json(create(message("user", f"{number} " + "x" * (1 << 20))))
+        assert client.read_turn()[-1]["type"] == "response.completed", number
+
+
+STALLS: dict[str, bytes] = {
+    "within a head": wire.frame_bytes(masked(b"x" * 300))[:3],
+    "within a frame": half_of(300),
+    "between two fragments": wire.frame_bytes(Frame(TEXT, b'{"type":', final=False, masked=True)),
+    "within a later fragment": wire.frame_bytes(Frame(TEXT, b'{"type":', final=False, masked=True))
+    + wire.frame_bytes(Frame(CONTINUATION, b"x" * 300, masked=True))[:-9],
+}
+
+
+@pytest.mark.parametrize("stall", STALLS)
+@pytest.mark.parametrize("drips", [False, True], ids=["silent", "dripping"])
+def test_a_message_that_stalls_ends_the_connection(
+    drips: bool, stall: str, start: Start, dial: Dial, next_upstream: NextUpstream,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(q, "BODY_STALL", 0.15)
+    client = dial(start())
+    upstream, ended = next_upstream(), False
+    raw = STALLS[stall]
+    if drips:
+        raw = half_of(9000, 8000)
+    client.send(raw)
+    begun = time.monotonic()
+    with contextlib.suppress(OSError):
+        while not ended and time.monotonic() - begun < SECOND:
+            ended = client.left(0.02)
+            if drips:
+                client.send(b"x")
+    assert ended or client.left(0.02)
+    assert upstream.ended.wait(SECOND)
+
+
+def test_chains_are_bounded_in_bytes(
+    start: Start, backend: wire.Backend, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q.log, "propagate", False)
+    monkeypatch.setattr(q, "STORE_SIZE", 1 << 20)  # the stand-in's answers repeat the instructions
+    client = dial(start())
+
+    def take_turns(count: int) -> None:
+        for number in range(count):
+            client.send_json(plain_create(model=LITE, instructions=f"{number} {'x' * (1 << 20)}"))
+            client.read_turn()
+            with backend.changed:
+                backend.frames.clear()
+        gc.collect()
+
+    tracemalloc.start(25)
+    try:
+        take_turns(24)
+        own = tracemalloc.Filter(True, q.__file__, all_frames=True)
+        ours = tracemalloc.take_snapshot().filter_traces([own])
+    finally:
+        tracemalloc.stop()
+    held = sum(trace.size for trace in ours.statistics("filename"))  # not what the stand-in keeps
+    assert held < 8 << 20  # of 24 MB that were sent
