@@ -6,6 +6,8 @@ import contextlib
 import gzip
 import json
 import re
+import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ import qoo_bridge as q
 
 
 def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q, "MAX_BODIES", 100_000)
+    monkeypatch.setattr(q, "MAX_BODIES", 200_000)
     bridge = start()
     body, taken, take = BODY + b" " * 60_000, threading.Event(), bridge.bridge.turns.budget.take
     total = []
@@ -37,6 +39,8 @@ def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch
         first.send(head(POST, HOST, JSON_TYPE, f"Content-Length: {len(body)}") + body[:60_000])
         assert taken.wait(5)
         reply = wire.post(bridge.address, "/v1/responses", body)
+        assert (reply.status, reply.header("retry-after")) == (503, "5")
+        reply = wire.post(bridge.address, "/v1/responses", body + b" " * 100_000)
         assert (reply.status, reply.header("retry-after"), reply.header("connection")) == (503, "5", "close")
         first.send(body[60_000:])
         assert first.read_reply().status == 200
@@ -67,7 +71,7 @@ def test_bodies_expand_one_at_a_time(
 def test_body_counts_until_upstream_has_taken_it(
     start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(q, "MAX_BODIES", 100_000)
+    monkeypatch.setattr(q, "MAX_BODIES", 200_000)
     bridge, body = start(), BODY + b" " * 60_000
     backend.on("/responses", wire.hang())
     with wire.Client(bridge.address) as first:
@@ -271,3 +275,37 @@ def test_a_key_file_without_a_key_warns(start: Start, tmp_path: Path, log_lines:
     bridge = start("--api-key-file", str(tmp_path / "keys"))
     assert wire.get(bridge.address, "/v1/models").status == 401
     assert log_lines.wait_for("has no key")
+
+
+def test_a_body_counts_by_what_parsing_makes_of_it(
+    start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 16 << 20)
+    bridge = start()
+    body = b'{"model":"gpt-5.5","input":[' + b",".join([b"{}"] * 300_000) + b"]}"  # 0.9 MB, 60 when parsed
+    reply = wire.post(bridge.address, "/v1/responses", body)
+    assert (reply.status, reply.json["error"]["code"]) == (503, "bridge_overloaded")
+    plain = {"model": "gpt-5.5", "input": "x" * 900_000}
+    assert wire.post(bridge.address, "/v1/responses", plain).status == 200
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address of this host")
+def test_one_machine_leaves_room_for_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "LOOPBACK", ())  # the test has only loopback addresses
+    bridge = start("--max-connections", "8")
+    with contextlib.ExitStack() as stack:
+        greedy = [stack.enter_context(contextlib.closing(
+            socket.create_connection(bridge.address, 5, ("127.0.0.2", 0)))) for _ in range(8)]
+        for each in greedy:
+            each.sendall(b"GET /v1/models HTTP/1.1\r\n")  # a head that never ends
+        refused = [each for each in greedy[4:] if each.recv(100).startswith(b"HTTP/1.1 503")]
+        assert len(refused) == 4
+        assert wire.get(bridge.address, "/healthz").status == 200
+    assert until(lambda: not bridge.server._addresses)
+
+
+def test_a_long_host_is_not_remembered(bridge: RunningBridge) -> None:
+    before = q.host_allowed.cache_info().currsize
+    host = "a" * 60_000
+    assert wire.get(bridge.address, "/healthz", {"Host": host}).status == 403
+    assert q.host_allowed.cache_info().currsize == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -69,3 +70,29 @@ def test_body_that_is_no_json_is_refused(body: bytes, words: str) -> None:
 
 def test_body_of_any_json_is_read() -> None:
     assert [q.parse_json(body) for body in (b"{}", b' ["\xc3\xa9"] ', b"null")] == [{}, ["é"], None]
+
+
+# -- what a body costs once it is parsed ------------------------------------------
+
+SHAPES = {
+    "lists": b"[],", "objects": b'{"a":1},', "numbers": b"1234567,", "fractions": b"1.5,",
+    "strings": b'"ab",',
+    "messages": b'{"type":"message","role":"user","content":[{"type":"input_text","text":"hi there"}]},',
+    "text": b'"' + b"x" * 100_000 + b'",',
+    "wide text": b'"' + "\u4e2d".encode() * 30_000 + b'",',
+    "one wide character": b'"' + b"x" * 100_000 + "\U0001f600".encode() + b'",',
+    "fields": b'{' + b",".join(b'"k%d":%d' % (number, number) for number in range(1000)) + b'},',
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_is_from_above_and_not_far(shape: str) -> None:
+    body = b"[" + (SHAPES[shape] * (700_000 // len(SHAPES[shape]) + 1))[:-1] + b"]"
+    tracemalloc.start()
+    try:
+        parsed = q.parse_json(body)
+        needed = tracemalloc.get_traced_memory()[1] + len(body)
+    finally:
+        tracemalloc.stop()
+    assert parsed
+    assert 0.9 * needed <= q.parsed_size(body) <= 4 * needed
