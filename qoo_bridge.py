@@ -1488,6 +1488,7 @@ class Connection:
         head = b""
         while True:
             if not self.wait(until - time.monotonic(), client):
+                self.buffer = head  # shows which method to answer
                 raise TimeoutError
             try:
                 raw = self.read()
@@ -1500,8 +1501,9 @@ class Connection:
                     raise EOFError("the connection ended within the head")
                 return None
             if raw:
-                head += raw
+                self.buffer = head = head + raw  # shows which method to answer, if the head is too long
                 end = find_head_end(head, max(0, len(head) - len(raw) - 3))
+                self.buffer = b""
                 if end >= 0:
                     self.buffer = head[end + 4:]
                     return head[:end]
@@ -1555,12 +1557,12 @@ def start_thread(name: str, target: Callable[..., None], *arguments: Any) -> boo
 
 def line_options() -> list[tuple[int, int, int]]:
     """Return the socket options for `keep_alive`, by the names that this system has."""
-    tcp = {"TCP_KEEPIDLE": KEEPALIVE_IDLE, "TCP_KEEPALIVE": KEEPALIVE_IDLE,  # the second is macOS's name
+    tcp = {"TCP_KEEPIDLE": KEEPALIVE_IDLE, "TCP_KEEPALIVE": KEEPALIVE_IDLE,  # macOS's name
            "TCP_KEEPINTVL": KEEPALIVE_INTERVAL, "TCP_KEEPCNT": KEEPALIVE_PROBES,
            "TCP_USER_TIMEOUT": USER_TIMEOUT_MS}
     numbers = {vars(socket)[name]: value for name, value in tcp.items() if name in vars(socket)}
     if sys.platform == "darwin":
-        numbers[0x80] = USER_TIMEOUT_MS // 1000  # TCP_RXT_CONNDROPTIME
+        numbers.update({0x10: KEEPALIVE_IDLE, 0x80: USER_TIMEOUT_MS // 1000})  # 3.9 lacks the first's name
     elif sys.platform == "win32":
         numbers[5] = USER_TIMEOUT_MS // 1000  # TCP_MAXRT
     options = [(socket.IPPROTO_TCP, number, value) for number, value in numbers.items()]
@@ -2085,7 +2087,7 @@ def file_lock(path: str, seconds: float = LOCK_SECONDS) -> Iterator[bool]:
             os.fchown(handle, folder.st_uid, folder.st_gid)
     try:
         held = handle >= 0 and _lock(handle, seconds)
-        if not held:
+        if not held and seconds:  # without seconds to wait for it, the log has told this before
             log.warning("cannot lock %s: refreshing without the lock", path)
         yield held
     finally:
@@ -2116,6 +2118,7 @@ def write_private(path: str, content: Mapping[str, Any]) -> Any:
     place. Raises OSError; the old file is then unchanged.
     """
     path = os.path.realpath(path)  # a symbolic link stays one
+    remove_leftovers(os.path.dirname(path))
     text = json.dumps(content, indent=2).encode("ascii")
     temporary = os.path.join(os.path.dirname(path), f".auth-{os.urandom(8).hex()}")
     try:
@@ -2217,6 +2220,7 @@ class Credentials:
         self._received = ("", 0.0)  # the newest access token that this process got, and when (monotonic)
         self._unsaved = False  # the tokens are newer than the file, which could not be written
         self._save_at = 0.0  # monotonic; when to try again to write them
+        self._save_failed = False  # the last try to write them failed, and the log says so
 
     def current(self) -> SignIn:
         """Return the facts about the file's sign-in, without a refresh. Raises NotSignedIn."""
@@ -2230,10 +2234,11 @@ class Credentials:
         """Return the newest tokens, without a refresh. Raises NotSignedIn."""
         with self._lock:
             self._read()
+            if self._problem and not self._torn and not self._unreadable:
+                self._unsaved = False  # the person has signed out: tokens in memory must not undo that
             if self._unsaved and time.monotonic() >= self._save_at:
                 self._write()
-            passing = self._unsaved and (self._torn or self._unreadable)
-            if (self._problem and not passing) or self._tokens is None:
+            if (self._problem and not self._unsaved) or self._tokens is None:
                 raise NotSignedIn(self._problem)
             return self._tokens
 
@@ -2243,9 +2248,13 @@ class Credentials:
             self._refreshing.release()
         with self._lock:
             if self._unsaved:
-                self._save_at = 0.0
+                self._save_at, self._save_failed = 0.0, False
                 with contextlib.suppress(NotSignedIn):
                     self.current_tokens()
+
+    def is_refreshing(self) -> bool:
+        """Tell whether a refresh is under way, whose tokens would be lost with this program."""
+        return self._refreshing.locked()
 
     def bearer(self) -> Tokens:
         """Return tokens to send; refresh them first if they expire within TOKEN_MARGIN.
@@ -2321,7 +2330,10 @@ class Credentials:
             return f"{self.path} is empty or truncated JSON; {sign_in_hint(self.path)}"
         except NotSignedIn as exc:
             return exc.message
-        if tokens.refresh_token not in self._spent:  # else memory has the newer tokens
+        if tokens.refresh_token in self._spent:  # memory has newer tokens; other programs' keys are kept
+            newer = {key: self._content[key] for key in ("tokens", "last_refresh")}
+            self._content, self._unsaved = {**content, **newer}, True
+        else:
             self._content, self._tokens, self._unsaved = content, tokens, False
         return ""
 
@@ -2412,12 +2424,15 @@ class Credentials:
         """Write the tokens in memory; after a failure they are kept, and written later."""
         try:
             self._signature = write_private(self.path, self._content)
-            self._unsaved, self._problem = False, ""
+            if self._save_failed:
+                log.warning("the refreshed token is saved to %s now", self.path)
+            self._unsaved, self._save_failed, self._problem = False, False, ""
         except OSError as exc:
             # The old refresh token is used up, so the new one must survive in memory.
-            log.error("cannot save the refreshed token to %s (%s): it is only in memory; next try in %g s",
-                      self.path, exc.strerror, SAVE_PAUSE)
-            self._save_at = time.monotonic() + SAVE_PAUSE
+            level = logging.DEBUG if self._save_failed else logging.ERROR
+            log.log(level, "cannot save the refreshed token to %s (%s): it is only in memory; next try "
+                    "in %g s", self.path, exc.strerror, SAVE_PAUSE)
+            self._save_at, self._save_failed = time.monotonic() + SAVE_PAUSE, True
             self._signature = file_signature(self.path)
 
 
@@ -2658,13 +2673,17 @@ class Account:
 
     def warm_up(self) -> None:
         """Ask for the routing, and open a connection in the background. Raises NotSignedIn."""
-        remove_leftovers(os.path.dirname(self._credentials.path) or ".")
+        remove_leftovers(os.path.dirname(os.path.realpath(self._credentials.path)))
         base, _ = self._routing.route(self._credentials.current_tokens())
         self._upstream.open_ahead(parse_target(base)[0])
 
     def finish(self, seconds: float) -> None:
         """Wait for a refresh that is under way, and write tokens that are not written yet."""
         self._credentials.finish(seconds)
+
+    def is_refreshing(self) -> bool:
+        """Tell whether a refresh is under way, whose tokens would be lost with this program."""
+        return self._credentials.is_refreshing()
 
     def ask_routing(self) -> tuple[str, str]:
         """Ask for this account's routing; return the upstream URL and the override. Raises BridgeError."""
@@ -7618,7 +7637,7 @@ class Handler(socketserver.BaseRequestHandler):
             error = SlowRequest(f"the head did not come within {HEAD_TIMEOUT} s")
         except MalformedHttp as exc:
             error = exc
-        self._refuse(connection, error, head, started)
+        self._refuse(connection, error, head or connection.buffer, started)
         return None
 
     def _answer(self, connection: Connection, exchange: Exchange) -> bool:
@@ -7743,6 +7762,14 @@ class Server(http.server.ThreadingHTTPServer):
         """Return how many connections of a machine are in use, without its idle ones. The lock is held."""
         idle = {each.accepted for each in self._waiting}
         return len([sock for sock, held in self._addresses.items() if held == address and sock not in idle])
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own; where the system gives none, answer 503."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            self._turn_away(request, Overloaded("this host starts no more threads", retry_after=2))
+            self.shutdown_request(request)
 
     def _turn_away(self, request: Any, error: BridgeError) -> bool:
         """Answer with an error, without waiting for the request."""
@@ -7899,7 +7926,8 @@ def catch_signals(server: Server) -> list[int]:
     Not an Event: a signal handler that takes a lock can deadlock with itself.
     """
     signals: list[int] = []
-    had_terminal = has_terminal()
+    hang_ups = getattr(signal, "SIGHUP", None)  # not on Windows
+    had_terminal = has_terminal() and hang_ups and signal.getsignal(hang_ups) != signal.SIG_IGN  # else nohup
 
     def stop(number: int, _: Any) -> None:
         signals.append(number)
@@ -7913,8 +7941,8 @@ def catch_signals(server: Server) -> list[int]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    if hasattr(signal, "SIGHUP"):  # not on Windows
-        signal.signal(signal.SIGHUP, hang_up)
+    if hang_ups:
+        signal.signal(hang_ups, hang_up)
     return signals
 
 
@@ -8361,7 +8389,10 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     log.addHandler(logging.NullHandler())  # the table shows what the log would
     log.propagate = False
     rows, examined = [], Doctor(config)
+    signals = defer_signals(examined.bridge.account.is_refreshing)
     for check, finding in examined.examine((*CHECKS, LIVE) if words.live else CHECKS):
+        if signals:
+            raise KeyboardInterrupt
         rows.append({"name": check.name, **finding._asdict()})
         if not words.json:
             print_finding(check.name, finding)
@@ -8372,6 +8403,23 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     if healthy:
         return 0
     return 1
+
+
+def defer_signals(is_busy: Callable[[], bool]) -> list[int]:
+    """Have the first signal to stop wait while `is_busy`; return a list of the signals that came.
+
+    A signal that need not wait raises KeyboardInterrupt, as Ctrl-C does by itself.
+    """
+    signals: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1 or not is_busy():
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    return signals
 
 
 def print_finding(name: str, finding: Finding) -> None:

@@ -313,3 +313,24 @@ def outcome(process: Popen) -> tuple[int, str, str]:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return int(listening.getsockname()[1])
+
+
+class NoThreads:
+    """Make threads of some names fail to start, as under `--pids-limit`; `failed` counts them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+        self.names = names
+        self.failed = 0
+        start = threading.Thread.start
+
+        def begin(thread: threading.Thread) -> None:
+            if any(name in thread.name for name in self.names):
+                self.failed += 1
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", begin)
+
+
+# A text of a stranger: it would forge a line, clear the screen, turn the reading order.
+HOSTILE = "x\r\n✓ forged\x1b[2J\x1b]0;title\x07\x9b31m\u202egpj.exe\u2066\u2028y\x00"

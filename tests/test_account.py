@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import LogLines, RunningBridge, Start
-from help import API_KEY, ask, bearer, json_answer
+from help import API_KEY, STREAM, NoThreads, ask, bearer, json_answer
 
 import qoo_bridge as q
 
@@ -241,8 +241,9 @@ def test_403_refreshes_nothing(bridge: RunningBridge, backend: wire.Backend) -> 
 
 
 def test_dead_sign_in_is_asked_about_once(
-    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(q, "REUSED_SECONDS", 0.1)
     tokens = dict(backend.tokens)
     backend.revoke()
     backend.revoke_refresh()
@@ -318,3 +319,15 @@ def test_file_replaced_torn_and_gone_under_load_fails_no_request(start: Start, b
         done.set()
         thread.join()
     assert replies == [200] * 40
+
+
+def test_routing_that_cannot_be_asked_fails_no_request_and_is_asked_later(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = NoThreads(monkeypatch, "routing")
+    for _ in range(2):
+        assert ask(bridge, STREAM).status == 200
+    assert threads.failed
+    threads.names = ()
+    assert ask(bridge, STREAM).status == 200
+    backend.wait_for(1, "/backend-api/wham/accounts/check", 1)

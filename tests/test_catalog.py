@@ -21,6 +21,7 @@ from help import (
     PLAIN_BODY,
     SDK_BODY,
     TOOL,
+    NoThreads,
     Object,
     ask,
     models,
@@ -653,3 +654,136 @@ def test_what_the_model_has_stays(
     line = log_lines.wait_for("gpt-5.5->gpt-5.5")
     assert "effort" not in line
     assert "service-tier" not in line
+
+
+ALIASED = {**PLAIN_BODY, "model": "local_md"}
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a second have passed since any failure."""
+    monkeypatch.setattr(q, "REFRESH_PAUSE", -1.0)
+
+
+@pytest.fixture
+def gate_2() -> Iterator[threading.Event]:
+    """A gate_2 that upstream waits at; it is open when the test ends."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def asked_models(backend: wire.Backend) -> list[str]:
+    """Return the models of the turns that came upstream."""
+    return [request.json["model"] for request in sent(backend)]
+
+
+@pytest.mark.parametrize("failure", FETCH_FAILURES)
+@pytest.mark.usefixtures("no_pause")
+def test_alias_after_an_outage_means_its_model(
+    failure: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/models", *[FETCH_FAILURES[failure]] * 2)  # a stale connection is tried twice
+    models(bridge)
+    settle(bridge)
+    backend._scripts.clear()
+    assert ask(bridge, ALIASED).status == 200
+    assert asked_models(backend) == [LOCAL_MD]
+    assert backend.refusals == []
+
+
+@pytest.mark.parametrize("failure", FETCH_FAILURES)
+@pytest.mark.usefixtures("no_pause")
+def test_list_after_an_outage_is_the_list(failure: str, bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/models", *[FETCH_FAILURES[failure]] * 2)
+    assert models(bridge).status >= 400
+    settle(bridge)
+    backend._scripts.clear()
+    assert models(bridge).status == 200
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_failure_that_is_told_is_the_last_one(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/models", wire.refuse(500, "first"), wire.refuse(429, "second"))
+    assert (models(bridge).status, models(bridge).status) == (500, 429)
+
+
+@pytest.mark.parametrize("first", ["alias", "list"])
+def test_sign_in_is_used_in_its_first_second(first: str, start: Start, backend: wire.Backend) -> None:
+    bridge = start(signed_in=False)
+    assert models(bridge).status == 401
+    wire.write_auth(bridge.auth_file, backend)
+    if first == "list":
+        assert models(bridge).status == 200
+    assert ask(bridge, ALIASED).status == 200
+    assert asked_models(backend) == [LOCAL_MD]
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_request_waits_for_the_fetch_that_it_has_started(
+    bridge: RunningBridge, backend: wire.Backend, gate_2: threading.Event
+) -> None:
+    def reply(exchange: wire.Exchange) -> None:
+        assert gate_2.wait(10)
+        backend.default(exchange)
+
+    backend.on("/models", wire.refuse(500, "broken"), reply)
+    models(bridge)
+    settle(bridge)
+    with wire.Client(bridge.address) as client:
+        client.request("POST", "/v1/responses", ALIASED)
+        backend.wait_for(2, "/models")
+        assert sent(backend) == []
+        gate_2.set()
+        assert client.read_reply().status == 200
+    assert asked_models(backend) == [LOCAL_MD]
+
+
+# -- a thread that cannot start -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/models"])
+def test_fetch_that_cannot_start_fails_no_request_and_is_made_later(
+    path: str, bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "CATALOG_WAIT", 0.1)
+    monkeypatch.setattr(q, "REFRESH_PAUSE", -1.0)
+    threads = NoThreads(monkeypatch, "catalog")
+    if path == "/v1/responses":
+        assert ask(bridge, PLAIN_BODY).status == 200
+    else:
+        assert models(bridge).status in (200, 503, 504)
+    assert threads.failed
+    threads.names = ()
+    monkeypatch.setattr(q, "CATALOG_WAIT", 5)
+    assert models(bridge).status == 200
+    assert ask(bridge, ALIASED).status == 200
+    assert asked_models(backend)[-1] == LOCAL_MD
+
+
+def test_old_list_stays_while_no_thread_can_start(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch, log_lines: LogLines
+) -> None:
+    assert models(bridge).status == 200
+    monkeypatch.setattr(q, "CATALOG_AGE", -1.0)
+    threads = NoThreads(monkeypatch, "catalog")
+    for _ in range(3):
+        assert models(bridge).status == 200
+        assert ask(bridge, ALIASED).status == 200
+    assert threads.failed
+    threads.names = ()
+    backend.catalog = [wire.model_entry("gpt-7", 1)]
+    models(bridge)
+    settle(bridge)
+    assert models(bridge).json["data"][0]["id"] == "gpt-7"
+    assert not any("Traceback" in line for line in log_lines.lines)
+
+
+def test_etag_of_another_list_fails_no_turn_while_no_thread_can_start(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert models(bridge).status == 200
+    backend.catalog = [*backend.catalog, wire.model_entry("gpt-7", 1)]
+    threads = NoThreads(monkeypatch, "catalog")
+    assert ask(bridge, PLAIN_BODY).status == 200
+    assert threads.failed

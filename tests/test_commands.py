@@ -5,6 +5,7 @@ What only varies the input goes through `main` in this process, because a start 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -12,12 +13,14 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import wire
 from conftest import Command, Launch, Run, Start
-from help import KEY, SECONDS, free_port, outcome, until
+from help import KEY, SECONDS, free_port, outcome, posix, until
 
 import qoo_bridge as q
 
@@ -109,3 +112,63 @@ def test_litellm_config_says_what_a_bridge_answered(start: Start, command: Comma
     assert (status, out) == (1, "")
     assert len(err.splitlines()) == 1
     assert "not signed in" in err
+
+
+# -- a terminal that goes -------------------------------------------------------------------
+
+IN_A_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def serves(port: int) -> bool:
+    """Tell whether a bridge answers."""
+    try:
+        return wire.get(("127.0.0.1", port), "/healthz", timeout=1).status == 200
+    except (OSError, wire.PeerLeft):
+        return False
+
+
+@contextlib.contextmanager
+def in_a_terminal(how: str, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
+    """Run a bridge in a terminal of its own; give it, and what closes the terminal."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", IN_A_TERMINAL, how, q.__file__, *words]
+    closed = False
+
+    def close() -> None:
+        nonlocal closed
+        if not closed:
+            os.close(master)
+        closed = True
+
+    ends = {"stdin": slave, "stdout": slave, "stderr": slave}
+    with subprocess.Popen(command, start_new_session=True, **ends) as process:
+        os.close(slave)
+        try:
+            yield process, close
+        finally:
+            process.kill()
+            close()
+
+
+@posix
+@pytest.mark.parametrize("how", ["plain", "nohup"])
+def test_terminal_that_is_closed_leaves_no_orphan_on_the_port(
+    how: str, backend: wire.Backend, tmp_path: Path
+) -> None:
+    wire.write_auth(tmp_path / "auth.json", backend)
+    port = free_port()
+    words = ("--host", "127.0.0.1", "--port", str(port), "--upstream", backend.upstream,
+             "--issuer", backend.issuer, "--auth-file", str(tmp_path / "auth.json"), "--log-file", "-")
+    with in_a_terminal(how, *words) as (process, close):
+        assert until(lambda: serves(port))
+        close()
+        ended = until(lambda: process.poll() is not None, 1)
+        assert ended is (how == "plain")
+        assert serves(port) is (how == "nohup")

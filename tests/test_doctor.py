@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wire
 from conftest import Command, Launch, Start
-from help import KEY, SECONDS, free_port, outcome
+from help import KEY, SECONDS, free_port, outcome, posix, until
 
 import qoo_bridge as q
 
@@ -262,3 +263,61 @@ def test_doctor_prints_a_table_of_80_columns(backend: wire.Backend, tmp_path: Pa
     assert all(len(line) <= 80 for line in lines)
     assert {line[:1] for line in lines} == {"✓", "✗", "–", " "}
     assert any(line.startswith(" " * 15 + "→ run `codex login`") for line in lines)
+
+
+REDEEM = "/oauth/token"
+
+
+def expired(backend: wire.Backend, folder: Path) -> None:
+    """Write a sign-in whose access token has ended."""
+    backend.expires_in = -60
+    backend.rotate()
+    backend.expires_in = 864_000.0
+    wire.write_auth(folder / "auth.json", backend)
+
+
+def saved(folder: Path) -> str:
+    """Return the refresh token in the file."""
+    content: dict[str, Any] = json.loads((folder / "auth.json").read_bytes())
+    return str(content["tokens"]["refresh_token"])
+
+
+def kept(backend: wire.Backend, folder: Path) -> bool:
+    """Tell whether the token that the sign-in server gave is in the file."""
+    assert until(lambda: backend.refreshes == 1)
+    return saved(folder) == backend.refresh_token
+
+
+@pytest.fixture
+def slow_refresh(backend: wire.Backend) -> Iterator[threading.Event]:
+    """Have the sign-in server answer when the gate opens."""
+    gate = threading.Event()
+
+    def reply(exchange: wire.Exchange) -> None:
+        assert gate.wait(10)
+        backend.default(exchange)
+
+    backend.on(REDEEM, reply)
+    yield gate
+    gate.set()
+
+
+# -- a signal during a refresh ----------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_doctor_that_is_stopped_waits_for_its_refresh(
+    number: signal.Signals, launch: Launch, backend: wire.Backend, slow_refresh: threading.Event,
+    tmp_path: Path,
+) -> None:
+    expired(backend, tmp_path)
+    process = launch("doctor", "--upstream", backend.upstream, "--issuer", backend.issuer,
+                     "--auth-file", tmp_path / "auth.json", "--host", "127.0.0.1", "--port", free_port())
+    backend.wait_for(1, REDEEM)
+    process.send_signal(number)
+    until(lambda: process.poll() is not None, 0.4)
+    slow_refresh.set()
+    process.communicate(timeout=SECONDS)
+    assert kept(backend, tmp_path)
+    assert process.returncode != 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from conftest import cuts
-from help import short
+import wire
+from conftest import RunningBridge, cuts
+from help import BODY, CANARY, HOST, JSON_TYPE, POST, head, refused, short
 
 import qoo_bridge as q
 
@@ -311,3 +312,67 @@ def test_reply_body(method: str, status: int, headers: dict[str, str], kind: typ
 def test_malformed_reply_body_is_upstreams_fault(headers: dict[str, str]) -> None:
     with pytest.raises(q.BadUpstream):
         q.reply_body(q.ReplyHead(200, 1, headers))
+
+
+BAD_TRAILERS: dict[str, bytes] = {
+    "no colon": b"X-A 1\r\n",
+    "space before the colon": b"X-A : 1\r\n",
+    "no name": b": 1\r\n",
+    "folded": b"X-A: 1\r\n 2\r\n",
+    "folded at once": b" X-A: 1\r\n",
+    "nul": b"X-A: 1\x002\r\n",
+    "bare LF": b"X-A: 1\nX-B: 2\r\n",
+    "bare CR": b"X-A: 1\rX-B: 2\r\n",
+    "name not ascii": b"X-\xe9: 1\r\n",
+    "a request": b"GET /healthz HTTP/1.1\r\nHost: canary\r\n",
+    "a chunk": b"2\r\n{}\r\n",
+}
+GOOD_TRAILERS: dict[str, bytes] = {
+    "none": b"",
+    "one": b"X-A: 1\r\n",
+    "an empty value": b"X-A:\r\n",
+    "latin-1 value": b"X-A: \xe9\r\n",
+    "two alike": b"X-A: 1\r\nX-A: 2\r\n",
+}
+
+
+@pytest.mark.parametrize("trailers", BAD_TRAILERS)
+def test_trailers_are_fields_however_they_are_cut(trailers: str) -> None:
+    for pieces in cuts(b"2\r\n{}\r\n0\r\n" + BAD_TRAILERS[trailers] + b"\r\n"):
+        body = q.ChunkedBody()
+        with pytest.raises(q.MalformedHttp):
+            for piece in pieces:
+                body.feed(piece)
+
+
+@pytest.mark.parametrize("trailers", GOOD_TRAILERS)
+def test_trailers_are_read_and_dropped_however_they_are_cut(trailers: str) -> None:
+    for pieces in cuts(b"2\r\n{}\r\n0\r\n" + GOOD_TRAILERS[trailers] + b"\r\n"):
+        body = q.ChunkedBody()
+        assert b"".join(map(body.feed, pieces)) == b"{}"
+        assert (body.done, body.rest) == (True, b"")
+
+
+@pytest.mark.parametrize("trailers", BAD_TRAILERS)
+def test_request_with_malformed_trailers_is_refused(trailers: str, bridge: RunningBridge) -> None:
+    coded = b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(BODY), BODY, BAD_TRAILERS[trailers])
+    refused(bridge, head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded, 400)
+
+
+@pytest.mark.parametrize("trailers", GOOD_TRAILERS)
+def test_request_with_trailers_is_taken_and_the_next_one_too(trailers: str, bridge: RunningBridge) -> None:
+    coded = b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(BODY), BODY, GOOD_TRAILERS[trailers])
+    with wire.Client(bridge.address) as client:
+        client.send(head(POST, HOST, JSON_TYPE, "Transfer-Encoding: chunked") + coded + CANARY)
+        assert client.read_reply().json["status"] == "completed"
+        assert client.read_reply().json["status"] == "ok"
+
+
+@pytest.mark.parametrize("trailers", BAD_TRAILERS)
+def test_reply_with_malformed_trailers_is_a_bad_upstream(
+    trailers: str, bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    coded = b'e\r\n{"models": []}\r\n0\r\n%b\r\n' % BAD_TRAILERS[trailers]
+    reply = head("HTTP/1.1 200 OK", "Transfer-Encoding: chunked") + coded
+    backend.on("/models", wire.reply_raw(reply, "keep"))
+    assert wire.get(bridge.address, "/v1/models").status == 502

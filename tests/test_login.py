@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import pytest
 import wire
 from conftest import Command, Launch, Popen
 from help import outcome
+
+import qoo_bridge as q
 
 Login = Callable[[], tuple[int, str, str]]
 
@@ -158,3 +162,40 @@ def test_login_outlasts_a_server_that_stumbles(backend: wire.Backend, login: Log
     backend.on(POLL, wire.refuse(503, "busy"), wire.cut(), wire.refuse(429, "slower"))
     assert login()[0] == 0
     assert len(backend.wait_for(4, POLL)) == 4
+
+
+# -- login in a narrow terminal ------------------------------------------------------------
+
+
+class Narrow(io.TextIOWrapper):
+    """A standard output with a code page that has few letters."""
+
+    def __init__(self, encoding: str) -> None:
+        self.raw_bytes = io.BytesIO()
+        super().__init__(self.raw_bytes, encoding=encoding, write_through=True)
+
+
+NAMES = {"email": "josé.日本@example.com", "plan": "prö-日本", "folder": "jo\u0161é-日本"}
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp437", "cp1252", "utf-8"])
+@pytest.mark.parametrize("what", NAMES)
+def test_login_is_told_in_any_code_page(
+    what: str, encoding: str, backend: wire.Backend, tmp_path: Path, command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = NAMES[what]
+    folder = tmp_path / (name if what == "folder" else "codex")
+    claims = {"email": name if what == "email" else "ann@example.com", wire.AUTH_CLAIM: {
+        "chatgpt_account_id": backend.account_id, "chatgpt_plan_type": name if what == "plan" else "pro"}}
+    tokens = {**backend.rotate(), "id_token": wire.jwt(claims)}
+    backend.on("/oauth/token", wire.reply_json(200, tokens))
+    backend.approve_device()
+    out = Narrow(encoding)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr(sys, "stdout", out)
+    status = q.main(["login", "--issuer", backend.issuer, "--auth-file", str(folder / "auth.json")])
+    assert status == 0
+    content = json.loads((folder / "auth.json").read_bytes())
+    assert content["tokens"]["refresh_token"] == tokens["refresh_token"]
+    assert b"Signed in as" in out.raw_bytes.getvalue()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import Command, Launch
-from help import outcome
+from help import SECONDS, outcome
 
 import qoo_bridge as q
 
@@ -66,3 +67,36 @@ def test_an_old_python_is_told_in_one_line() -> None:
     assert "needs Python" in done.stderr
     before = source[:source.index("if sys.version_info < (3, 9)")]
     assert not [line for line in before.split("\n") if line.startswith(("def ", "class ", "@"))]
+
+
+# -- an older Python -----------------------------------------------------------------------
+
+OLD = """
+import collections, runpy, sys
+sys.argv = [sys.argv[1], "--version"]
+Version = collections.namedtuple("Version", "major minor micro releaselevel serial")
+sys.version_info = Version(3, 8, 18, "final", 0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def says_what_it_wants(words: list[str]) -> None:
+    """Run the file; it must end with one line that names the version."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode not in (0, None)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "3.9" in done.stderr
+    assert done.stdout == ""
+
+
+def test_older_python_is_told_what_is_wanted() -> None:
+    says_what_it_wants([sys.executable, "-I", "-c", OLD, q.__file__])
+
+
+def test_python_3_8_itself_is_told_what_is_wanted() -> None:
+    beside = Path(sys.base_prefix).parent.glob("3.8.*/bin/python3.8")
+    for python in filter(None, (shutil.which("python3.8"), *map(str, beside))):
+        if subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0:
+            says_what_it_wants([python, "-I", q.__file__, "--version"])
+            return
+    pytest.skip("there is no Python 3.8 here")

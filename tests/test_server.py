@@ -40,6 +40,7 @@ from help import (
     REQUEST,
     SECONDS,
     STREAM,
+    NoThreads,
     ask,
     asking,
     bearer,
@@ -861,3 +862,105 @@ def test_the_stop_waits_for_a_refresh(
             reply.result(5)
     tokens = json.loads((tmp_path / "auth.json").read_text())["tokens"]
     assert tokens["refresh_token"] == backend.refresh_token
+
+
+# -- HEAD that is malformed ------------------------------------------------------
+
+BAD_HEADS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "no host": (400, ("HEAD /v1/models HTTP/1.1",)),
+    "two hosts": (400, ("HEAD /v1/models HTTP/1.1", HOST, HOST)),
+    "no colon": (400, ("HEAD /v1/models HTTP/1.1", HOST, "X-A")),
+    "both lengths": (400, ("HEAD / HTTP/1.1", HOST, "Content-Length: 0", "Transfer-Encoding: chunked")),
+    "length of letters": (400, ("HEAD /v1/models HTTP/1.1", HOST, "Content-Length: x")),
+    "coding of 1.0": (400, ("HEAD /v1/models HTTP/1.0", HOST, "Transfer-Encoding: chunked")),
+    "unknown coding": (501, ("HEAD /v1/models HTTP/1.1", HOST, "Transfer-Encoding: gzip")),
+    "absolute form": (400, ("HEAD http://bridge.lan/healthz HTTP/1.1", HOST)),
+    "target too long": (414, (f"HEAD /{'a' * 10_000} HTTP/1.1", HOST)),
+    "too many fields": (431, ("HEAD / HTTP/1.1", HOST, *[f"X-{n}: a" for n in range(1000)])),
+    "too large": (431, ("HEAD / HTTP/1.1", HOST, f"X-A: {'a' * 100_000}")),
+    "version": (505, ("HEAD / HTTP/3.0", HOST)),
+    "web page": (403, ("HEAD /v1/models HTTP/1.1", HOST, "Origin: https://page.example")),
+    "name of another": (403, ("HEAD /v1/models HTTP/1.1", "Host: evil.example")),
+    "no such path": (404, ("HEAD /v1/nothing HTTP/1.1", HOST, "Connection: close")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADS)
+def test_refused_head_has_no_body(name: str, bridge: RunningBridge) -> None:
+    status, lines = BAD_HEADS[name]
+    with wire.Client(bridge.address) as client:
+        client.send(head(*lines))
+        assert client.read_head("HEAD").status == status
+        client.half_close()
+        assert client.reader.to_end() == b""  # it would be the next answer's beginning
+
+
+def test_head_that_is_slow_has_no_body(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    reply = wire.raw(start().address, b"HEAD /v1/models HTTP/1.1\r\nHost: bri", method="HEAD")
+    assert (reply.status, reply.rest) == (408, b"")
+
+
+# -- empty lines before a request -----------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [
+    pytest.param([b"\r\n" + CANARY], id="one"),
+    pytest.param([b"\r\n\r\n" + CANARY], id="two"),
+    pytest.param([b"\r\n", CANARY], id="alone first"),
+    pytest.param([b"\r", b"\n" + CANARY[:9], CANARY[9:]], id="cut"),
+])
+def test_empty_line_before_a_request_is_skipped(pieces: list[bytes], bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        for piece in pieces:
+            client.send(piece)
+        assert client.read_reply().json["status"] == "ok"
+
+
+@pytest.mark.parametrize("behind", [b"\r\n", b"\r\n\r\n"])
+def test_empty_line_behind_a_body_is_skipped(behind: bytes, bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        for _ in range(2):
+            request = head(POST, HOST, JSON_TYPE, f"Content-Length: {len(BODY)}") + BODY
+            client.send(request + behind)
+            assert client.read_reply().json["status"] == "completed"
+        client.send(CANARY)
+        assert client.read_reply().json["status"] == "ok"
+
+
+def test_nothing_but_an_empty_line_is_no_request(bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        client.send(b"\r\n")
+        client.half_close()
+        assert client.reader.to_end() == b""
+
+
+def test_empty_lines_without_end_are_refused(bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        with contextlib.suppress(OSError):
+            for _ in range(40):  # 2.6 MB
+                client.send(b"\r\n" * 32_768)
+        assert client.left()
+
+
+@pytest.mark.parametrize("raw", [b"\n" + CANARY, b" \r\n" + CANARY, b"\r\r\n" + CANARY, b"x\r\n" + CANARY])
+def test_what_is_no_empty_line_is_no_request(raw: bytes, bridge: RunningBridge) -> None:
+    assert wire.raw(bridge.address, raw).status == 400
+
+
+# -- a thread that cannot start ----------------------------------------------------
+
+
+def test_connection_without_a_thread_is_503_and_the_next_is_served(
+    bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = NoThreads(monkeypatch, "process_request_thread")
+    with wire.Client(bridge.address) as client:
+        reply = client.read_reply("GET")
+        assert (reply.status, reply.json["error"]["code"]) == (503, "bridge_overloaded")
+        assert client.left()
+    assert threads.failed
+    threads.names = ()
+    assert bridge.faults == []
+    assert until(lambda: not bridge.server._open, 1)
+    assert wire.get(bridge.address, "/healthz").status == 200

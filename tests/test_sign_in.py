@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +19,8 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import LogLines
-from help import json_answer, posix
+from conftest import LogLines, RunningBridge
+from help import json_answer, posix, respond, until
 
 import qoo_bridge as q
 
@@ -479,8 +481,10 @@ def test_dead_refresh_token_is_asked_about_once(
 
 @pytest.mark.parametrize(("seconds", "works"), [(60, True), (-60, False)])
 def test_dead_refresh_token_leaves_an_access_token_its_life(
-    seconds: float, works: bool, path: Path, credentials: q.Credentials, issuer: Issuer
+    seconds: float, works: bool, path: Path, credentials: q.Credentials, issuer: Issuer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(q, "REUSED_SECONDS", 0.1)
     expire_in(issuer, path, seconds)
     issuer.answers = [FINAL[0]]
     with contextlib.nullcontext() if works else pytest.raises(q.NotSignedIn):
@@ -861,3 +865,599 @@ def test_left_over_files_with_tokens_are_removed(tmp_path: Path) -> None:
     q.remove_leftovers(str(tmp_path))
     assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith(".auth")) == sorted(
         each.name for each in (new, other))
+
+
+LATER = 61.0  # seconds in which a write that failed is tried again, at the most
+REFUSED_PATHS: dict[str, int] = {"full": errno.ENOSPC, "read-only": errno.EROFS, "folder": errno.EACCES,
+                                 "busy": errno.EBUSY, "device": errno.EXDEV, "open": errno.EACCES}
+
+
+class Disk:
+    """The disk under auth.json; `problem` says what is wrong with it now, "" for nothing.
+
+    full: nothing more can be written · read-only: no file can be opened for writing · folder: no file can be
+    made in it · busy, device, open: no file can take the place of auth.json (a bind mount; Windows).
+    """
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()  # of the code under test, where the fixture is used
+        self.problem = ""
+        self.failures = 0
+        self._folder = str(folder)
+        self._open, self._fsync, self._replace = os.open, os.fsync, os.replace
+        monkeypatch.setattr(os, "open", self.open)
+        monkeypatch.setattr(os, "fsync", self.fsync)
+        monkeypatch.setattr(os, "replace", self.replace)
+        monkeypatch.setattr(q, "open", self.open_file, raising=False)
+
+    def _fail(self) -> None:
+        self.failures += 1
+        number = REFUSED_PATHS[self.problem]
+        raise OSError(number, os.strerror(number))
+
+    def _check_open(self, path: Any, writes: bool, makes: bool) -> None:
+        if not str(path).startswith(self._folder) or not writes:
+            return
+        if self.problem == "read-only" or (self.problem == "folder" and makes and not os.path.exists(path)):
+            self._fail()
+
+    def open(self, path: Any, flags: int, *words: Any, **options: Any) -> int:
+        """Take the place of os.open."""
+        writes = bool(flags & (os.O_WRONLY | os.O_RDWR))
+        self._check_open(path, writes, bool(flags & os.O_CREAT))
+        return self._open(path, flags, *words, **options)
+
+    def open_file(self, path: Any, mode: str = "r", *words: Any, **options: Any) -> Any:
+        """Take the place of open in the code under test."""
+        self._check_open(path, not set("wax+").isdisjoint(mode), not set("wax").isdisjoint(mode))
+        return open(path, mode, *words, **options)
+
+    def fsync(self, handle: int) -> None:
+        """Take the place of os.fsync."""
+        if self.problem == "full":
+            self._fail()
+        self._fsync(handle)
+
+    def replace(self, source: Any, target: Any) -> None:
+        """Take the place of os.replace."""
+        if self.problem in ("busy", "device", "open", "read-only"):
+            self._fail()
+        self._replace(source, target)
+
+
+@pytest.fixture
+def disk(path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """Put a disk under auth.json that can fail."""
+    made = Disk(path.parent, monkeypatch)
+    made.clock = clock
+    return made
+
+
+def refreshed(credentials: q.Credentials) -> q.Tokens:
+    """Refresh, as after a 401."""
+    return credentials.after_401(credentials.current_tokens())
+
+
+def saved(path: Path) -> str:
+    """Return the refresh token in the file."""
+    return str(stored(path)["tokens"]["refresh_token"])
+
+
+# -- a write that fails ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("problem", ["full", "read-only"])
+@pytest.mark.parametrize("use", ["bearer", "current_tokens"])
+def test_refreshed_token_is_written_once_it_can_be(
+    use: str, problem: str, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk
+) -> None:
+    clock = disk.clock
+    before, disk.problem = path.read_bytes(), problem
+    found = refreshed(credentials)
+    assert path.read_bytes() == before  # whole, and not written over while there is no room
+    for _ in range(3):
+        clock.skew += LATER
+        assert getattr(credentials, use)() == found  # the disk is as it was
+    assert path.read_bytes() == before
+    disk.problem = ""
+    clock.skew += LATER
+    assert getattr(credentials, use)() == found
+    assert saved(path) == issuer.refresh_token
+    assert len(issuer.asked) == 1
+    assert [each.name for each in path.parent.iterdir() if "auth.lock" not in each.name] == ["auth.json"]
+
+
+def test_write_that_fails_is_not_tried_by_each_request(
+    credentials: q.Credentials, disk: Disk, clock: Clock
+) -> None:
+    disk.problem = "full"
+    refreshed(credentials)
+    begun = disk.failures
+    for _ in range(50):
+        credentials.bearer()
+    assert disk.failures <= begun + 1
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "reread": lambda path: None,
+    "touch": lambda path: os.utime(path, (time.time() + 5, time.time() + 5)),
+    "written again": lambda path: path.write_text(path.read_text("utf-8") + " ", "utf-8"),
+    "another key added": lambda path: path.write_text(json.dumps({**stored(path), "added": 1}), "utf-8"),
+    "another file of the same": lambda path: path.write_bytes(path.read_bytes()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("problem", ["full", "read-only"])
+def test_spent_token_never_comes_back(
+    problem: str, change: str, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk
+) -> None:
+    clock, disk.problem = disk.clock, problem
+    found = refreshed(credentials)
+    CHANGES[change](path)
+    credentials.reread()
+    for _ in range(3):
+        assert credentials.bearer() == found
+        clock.skew += 1
+    assert len(issuer.asked) == 1
+    disk.problem = ""
+    clock.skew += LATER
+    assert credentials.bearer() == found
+    assert saved(path) == found.refresh_token
+    assert stored(path).get("added") == (1 if change == "another key added" else None)
+    assert refreshed(credentials).access_token == issuer.access_token
+    assert [asked["refresh_token"] for asked in issuer.asked][1] == found.refresh_token
+
+
+@pytest.mark.parametrize("problem", ["full", "read-only"])
+def test_newer_sign_in_counts_more_than_one_that_could_not_be_written(
+    problem: str, path: Path, credentials: q.Credentials, disk: Disk, clock: Clock
+) -> None:
+    disk.problem = problem
+    refreshed(credentials)
+    disk.problem = ""
+    other = Issuer()
+    wire.write_auth(path, other)  # somebody has signed in anew
+    assert credentials.bearer().access_token == other.access_token
+    clock.skew += LATER
+    assert credentials.bearer().access_token == other.access_token
+    assert saved(path) == other.refresh_token
+
+
+def test_sign_out_counts_more_than_a_token_that_could_not_be_written(
+    path: Path, credentials: q.Credentials, disk: Disk, clock: Clock
+) -> None:
+    disk.problem = "full"
+    refreshed(credentials)
+    disk.problem = ""
+    path.unlink()
+    for _ in range(3):
+        clock.skew += LATER
+        with pytest.raises(q.NotSignedIn):
+            credentials.bearer()
+    assert not path.exists()
+
+
+def test_failed_write_is_told_once_and_its_end_too(
+    path: Path, credentials: q.Credentials, disk: Disk, clock: Clock, log_lines: LogLines
+) -> None:
+    disk.problem = "full"
+    refreshed(credentials)
+    for _ in range(20):
+        clock.skew += LATER
+        credentials.bearer()
+    told = [line for line in log_lines.lines if "No space left" in line]
+    assert 1 <= len([line for line in told if not line.startswith("DEBUG")]) <= 3
+    disk.problem = ""
+    clock.skew += LATER
+    before = len(log_lines.lines)
+    credentials.bearer()
+    assert any(str(path) in line and not line.startswith("DEBUG") for line in log_lines.lines[before:])
+
+
+@pytest.mark.parametrize("problem", ["folder", "busy", "device"])
+def test_token_is_written_in_place_where_the_folder_cannot_be(
+    problem: str, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk, clock: Clock
+) -> None:
+    before, disk.problem = path.stat(), problem
+    refreshed(credentials)
+    clock.skew += LATER
+    credentials.bearer()
+    assert saved(path) == issuer.refresh_token
+    assert stored(path)["agent_identity"] == {"kept": True}
+    assert path.stat().st_ino == before.st_ino
+    if os.name == "posix":
+        assert path.stat().st_mode == before.st_mode
+    left = [each.name for each in path.parent.iterdir() if "auth.lock" not in each.name]
+    assert left == ["auth.json"]
+    assert credentials.bearer().refresh_token == issuer.refresh_token
+
+
+def test_shorter_sign_in_is_whole_when_it_is_written_in_place(
+    path: Path, issuer: Issuer, disk: Disk, clock: Clock
+) -> None:
+    content = json.dumps(wire.auth_json(issuer), indent=8) + " " * 5000
+    path.write_text(content, "utf-8")
+    credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
+    disk.problem = "busy"
+    refreshed(credentials)
+    clock.skew += LATER
+    credentials.bearer()
+    assert saved(path) == issuer.refresh_token  # nothing of the longer one is left behind it
+
+
+def test_file_that_is_open_elsewhere_on_windows_is_replaced_a_moment_later(
+    path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk, clock: Clock
+) -> None:
+    disk.problem, tries = "open", 0
+
+    def let_go() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 3:
+            disk.problem = ""
+
+    clock.on_sleep = let_go
+    refreshed(credentials)
+    assert saved(path) == issuer.refresh_token
+    assert clock.skew <= 2
+
+
+def test_no_turn_is_lost_with_a_full_disk_and_a_hang_up(
+    backend: wire.Backend, bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("REFRESH_PAUSE", "SAVE_PAUSE"):
+        monkeypatch.setattr(q, name, 0.02, raising=False)
+    disk = Disk(bridge.auth_file.parent, monkeypatch)
+    disk.problem = "full"
+    backend.revoke()
+    respond(bridge, input="hi")
+    for _ in range(3):
+        bridge.bridge.reread()  # what SIGHUP does
+        respond(bridge, input="hi")
+    assert backend.refreshes == 1
+    disk.problem = ""
+
+    def written() -> bool:
+        respond(bridge, input="hi")
+        return saved(bridge.auth_file) == backend.refresh_token
+
+    assert until(written, 2)
+    assert backend.refreshes == 1
+
+
+# -- a file that cannot be read for a moment --------------------------------------------
+
+
+class Door:
+    """Stand in for `open` in the code under test: the next tries fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failing: OSError | None = None
+        monkeypatch.setattr(q, "open", self, raising=False)
+
+    def __call__(self, path: Any, *words: Any, **options: Any) -> Any:
+        if self.failing is not None:
+            raise self.failing
+        return open(path, *words, **options)
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Door:
+    """Have files that cannot be opened for a while."""
+    return Door(monkeypatch)
+
+
+TROUBLES = [(seconds, number) for seconds in (0.05, 1.0, 30.0)
+            for number in (errno.EMFILE, errno.EACCES, errno.EIO, errno.EINTR)]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_file_that_is_unreadable_as_the_reply_comes_costs_no_token(
+    trouble: tuple[float, int], path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock,
+    door: Door,
+) -> None:
+    held, (seconds, number), begun = credentials.current_tokens(), trouble, 0.0
+
+    def shut() -> None:
+        nonlocal begun
+        begun = clock.skew
+        path.touch()
+        door.failing = OSError(number, os.strerror(number))
+
+    def open_again() -> None:
+        if clock.skew > begun + seconds:
+            door.failing = None
+
+    issuer.meanwhile, clock.on_sleep = shut, open_again
+    found = credentials.after_401(held)
+    assert found.access_token == issuer.access_token
+    door.failing = None
+    clock.skew += LATER
+    assert credentials.bearer() == found
+    assert saved(path) == issuer.refresh_token
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "torn"])
+def test_file_that_is_away_as_the_reply_comes_costs_no_token(
+    how: str, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    held, before = credentials.current_tokens(), path.read_bytes()
+
+    def away() -> None:
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"" if how == "empty" else before[:99])
+
+    issuer.meanwhile = away
+    clock.on_sleep = lambda: path.write_bytes(before)
+    assert credentials.after_401(held).access_token == issuer.access_token
+    assert saved(path) == issuer.refresh_token
+
+
+# -- what stands in the file after a write ----------------------------------------------
+
+
+def test_sign_in_that_is_written_right_behind_ours_is_read(
+    path: Path, credentials: q.Credentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, replace = Issuer(), os.replace
+
+    def and_then(source: Any, target: Any) -> None:
+        replace(source, target)
+        monkeypatch.setattr(os, "replace", replace)
+        wire.write_auth(path, other)
+
+    held = credentials.current_tokens()
+    monkeypatch.setattr(os, "replace", and_then)
+    credentials.after_401(held)
+    assert credentials.bearer().access_token == other.access_token
+
+
+LEFT_OVER = f".auth-{'0123456789abcdef'}"
+
+
+@pytest.mark.parametrize("when", ["refresh", "login"])
+def test_left_over_of_a_writer_that_was_killed_is_cleaned(
+    when: str, path: Path, credentials: q.Credentials, issuer: Issuer
+) -> None:
+    others = [path.parent / name for name in (".auth-notes", ".authors", "auth-0123456789abcdef")]
+    for each in others:
+        each.write_text("mine", "utf-8")
+    left_over = path.parent / LEFT_OVER
+    left_over.write_text(json.dumps(wire.auth_json(issuer)), "utf-8")
+    os.utime(left_over, (time.time() - 3600, time.time() - 3600))
+    if when == "refresh":
+        refreshed(credentials)
+    else:
+        q.save_sign_in(str(path), issuer.rotate())
+    assert not left_over.exists()
+    assert all(each.exists() for each in others)
+
+
+@posix
+def test_left_over_is_cleaned_where_a_link_points_to(path: Path, tmp_path: Path, issuer: Issuer) -> None:
+    (tmp_path / "home").mkdir()
+    link = tmp_path / "home" / "auth.json"
+    link.symlink_to(path)
+    left_over = path.parent / LEFT_OVER
+    left_over.write_text("{}", "utf-8")
+    os.utime(left_over, (time.time() - 3600, time.time() - 3600))
+    refreshed(q.Credentials(str(link), issuer.token_issuer, issuer.fetch))
+    assert not left_over.exists()
+
+
+# -- a refusal that may be another's success ---------------------------------------------
+
+REUSED = [
+    json_answer(401, {"error": {"code": "refresh_token_reused"}}),
+    json_answer(400, {"error": {"code": "refresh_token_reused"}}),
+    json_answer(403, {"code": "refresh_token_reused"}),
+    json_answer(400, {"error": "refresh_token_invalidated"}),
+]
+
+
+@pytest.mark.parametrize("answer", REUSED, ids=repr)
+@pytest.mark.parametrize("seconds", [0.0, 0.5, 1.5])
+def test_token_that_another_program_spent_is_waited_for(
+    seconds: float, answer: q.BufferedReply, path: Path, credentials: q.Credentials, issuer: Issuer,
+    clock: Clock,
+) -> None:
+    held, begun = credentials.current_tokens(), clock.skew
+
+    def other_writes() -> None:
+        if clock.skew >= begun + seconds:
+            wire.write_auth(path, issuer)
+
+    def other_wins() -> None:
+        issuer.rotate()
+        if not seconds:
+            wire.write_auth(path, issuer)
+
+    issuer.answers, issuer.meanwhile, clock.on_sleep = [answer], other_wins, other_writes
+    assert credentials.after_401(held).access_token == issuer.access_token
+    assert len(issuer.asked) == 1
+    assert credentials.bearer().access_token == issuer.access_token
+
+
+def test_expired_token_that_another_program_renews_is_waited_for(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    expire_in(issuer, path, -60)
+
+    def other_writes() -> None:
+        if clock.skew >= 0.5:
+            wire.write_auth(path, issuer)
+
+    issuer.answers, issuer.meanwhile, clock.on_sleep = [REUSED[0]], issuer.rotate, other_writes
+    assert credentials.bearer().access_token == issuer.access_token
+
+
+def test_refusal_that_stays_final_costs_two_seconds(
+    credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    held, begun = credentials.current_tokens(), clock.skew
+    issuer.answers = [REUSED[0]]
+    with pytest.raises(q.NotSignedIn, match="codex login"):
+        credentials.after_401(held)
+    assert 1.5 <= clock.skew - begun <= 3
+    begun = clock.skew
+    with pytest.raises(q.NotSignedIn):
+        credentials.after_401(held)
+    assert clock.skew == begun  # the second time it is known
+
+
+# -- a clock that is ahead ------------------------------------------------------------
+
+
+class FastClock(Clock):
+    """A clock whose wall time is ahead; `skew` moves both of its times."""
+
+    ahead = 30 * 86400.0
+
+    def time(self) -> float:
+        """Return the wall clock."""
+        return time.time() + self.ahead + self.skew
+
+
+@pytest.fixture
+def fast_clock(monkeypatch: pytest.MonkeyPatch) -> FastClock:
+    """Have the host's clock be a month ahead."""
+    fast = FastClock()
+    monkeypatch.setattr(q, "time", fast)
+    return fast
+
+
+def test_token_just_received_is_trusted_although_the_clock_is_ahead(
+    path: Path, credentials: q.Credentials, issuer: Issuer, fast_clock: FastClock
+) -> None:
+    for _ in range(5):
+        assert credentials.bearer().access_token == issuer.access_token
+        fast_clock.skew += q.AHEAD_PAUSE_SECONDS + 1
+    assert len(issuer.asked) == 1
+    os.utime(path)
+    credentials.reread()
+    assert credentials.bearer().access_token == issuer.access_token
+    assert len(issuer.asked) == 1
+
+
+def test_token_that_was_trusted_is_renewed_when_it_is_refused(
+    credentials: q.Credentials, issuer: Issuer, fast_clock: FastClock
+) -> None:
+    tokens = credentials.bearer()
+    assert credentials.after_401(tokens).access_token == issuer.access_token != tokens.access_token
+    assert len(issuer.asked) == 2
+    credentials.bearer()
+    assert len(issuer.asked) == 2
+
+
+def test_token_that_was_trusted_is_renewed_at_the_end_of_its_life(
+    credentials: q.Credentials, issuer: Issuer, fast_clock: FastClock
+) -> None:
+    credentials.bearer()
+    fast_clock.skew += issuer.expires_in
+    credentials.bearer()
+    assert len(issuer.asked) == 2
+
+
+# -- the lock -------------------------------------------------------------------------
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_lock_that_always_fails_costs_its_seconds_once(
+    number: int, credentials: q.Credentials, issuer: Issuer, clock: Clock, log_lines: LogLines,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    refreshed(credentials)
+    assert clock.skew <= q.LOCK_SECONDS + 0.2
+    before = clock.skew
+    for _ in range(3):
+        refreshed(credentials)
+    assert clock.skew - before < 0.5
+    told = [line for line in log_lines.lines if "auth.lock" in line and not line.startswith("DEBUG")]
+    assert len(told) == 1
+
+
+@posix
+def test_lock_that_was_not_had_is_logged(
+    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock, log_lines: LogLines
+) -> None:
+    with lock_held_elsewhere(path):
+        refreshed(credentials)
+    assert any("auth.lock" in line and not line.startswith("DEBUG") for line in log_lines.lines)
+    assert issuer.asked
+
+
+class Msvcrt(types.ModuleType):
+    """Stand in for Windows' msvcrt: what was locked and unlocked, in order."""
+
+    LK_UNLCK, LK_LOCK, LK_NBLCK, LK_RLCK, LK_NBRLCK = 0, 1, 2, 3, 4
+
+    def __init__(self) -> None:
+        super().__init__("msvcrt")
+        self.calls: list[int] = []
+        self.failing = 0
+
+    def locking(self, handle: int, mode: int, size: int) -> None:
+        """Lock some bytes of a file."""
+        assert os.fstat(handle)
+        assert size >= 1
+        self.calls.append(mode)
+        if mode != self.LK_UNLCK and self.failing:
+            self.failing -= 1
+            raise OSError(errno.EDEADLK, "Resource deadlock avoided")
+
+
+@pytest.fixture
+def msvcrt(monkeypatch: pytest.MonkeyPatch) -> Msvcrt:
+    """Be on Windows as far as locks go."""
+    module = Msvcrt()
+    monkeypatch.setitem(sys.modules, "msvcrt", module)
+    monkeypatch.setattr(q, "msvcrt", module, raising=False)
+    monkeypatch.setattr(q, "fcntl", None)
+    return module
+
+
+def test_lock_of_windows_is_held_while_the_server_is_asked(
+    credentials: q.Credentials, issuer: Issuer, msvcrt: Msvcrt
+) -> None:
+    at_the_question: list[list[int]] = []
+    issuer.meanwhile = lambda: at_the_question.append(list(msvcrt.calls))
+    refreshed(credentials)
+    assert at_the_question[0][-1:] in ([msvcrt.LK_NBLCK], [msvcrt.LK_LOCK])
+    assert msvcrt.calls.count(msvcrt.LK_UNLCK) <= 1  # the end of the handle is the lock's end, too
+
+
+def test_lock_of_windows_is_tried_for_some_seconds(
+    credentials: q.Credentials, issuer: Issuer, msvcrt: Msvcrt, clock: Clock
+) -> None:
+    msvcrt.failing = 3
+    refreshed(credentials)
+    assert len([mode for mode in msvcrt.calls if mode != msvcrt.LK_UNLCK]) == 4
+    assert clock.skew <= q.LOCK_SECONDS
+
+
+# -- threads ---------------------------------------------------------------------------
+
+
+def test_unsaved_token_is_written_once_by_many_threads(
+    path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk, clock: Clock
+) -> None:
+    disk.problem = "full"
+    found = refreshed(credentials)
+    disk.problem = ""
+    clock.skew += LATER
+    threads = [threading.Thread(target=credentials.bearer) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    with contextlib.suppress(q.NotSignedIn):
+        assert credentials.bearer() == found
+    assert saved(path) == issuer.refresh_token
