@@ -2103,8 +2103,7 @@ def test_messages_count_as_bodies_do(
             client.send(half_of(1600 << 10))
             client.send_frame(masked(b"", PONG))
     refused = [client for client in clients if turned_away(client)]
-    assert clients[0] not in refused
-    assert refused
+    assert 0 < len(refused) < len(clients)  # which ones is up to the threads
     assert wire.get(bridge.address, "/healthz").status == 200
 
 
