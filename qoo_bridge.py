@@ -166,6 +166,7 @@ USER_TIMEOUT_MS = 10_000  # milliseconds in which sent bytes must be acknowledge
 NEXT_ADDRESS_SECONDS = 0.3  # after which a host's next address is tried, as curl and Codex do
 CLOCK_GAP = 5  # seconds by which the two clocks may part before the host counts as having slept
 COUNTED_BODY = 16 * 1024  # bytes of a JSON body above which what parsing makes of it counts as well
+WORST_PARSED = 80  # bytes of memory that a byte of JSON can take, see `parsed_size`
 MAX_HOST = 300  # characters of a Host header that can name this bridge
 UNANSWERED_PINGS = 3  # after which one side of a WebSocket is dead
 BACKGROUND_POLL = 0.02  # seconds between two looks at a call in the background
@@ -5667,6 +5668,10 @@ class Budget:
                 raise Overloaded("too many large requests at once; retry in 5 s", retry_after=5)
             self._held += size
 
+    def room(self) -> int:
+        """Return how many bytes are left."""
+        return self._limit - self._held
+
     def give(self, size: int) -> None:
         """Release bytes."""
         with self._lock:
@@ -5980,8 +5985,14 @@ class Exchange:
         return body
 
     def hold_parsed(self, body: bytes, budget: Budget) -> None:
-        """Reserve memory for what parsing makes of the body. Raises Overloaded."""
-        self._hold(budget, max(0, parsed_size(body) - self._held_bytes))
+        """Reserve memory for what parsing makes of the body. Raises Overloaded.
+
+        The worst case is reserved where that is little of the room left: an estimate takes longer.
+        """
+        size = WORST_PARSED * len(body)
+        if size > budget.room() / 16:
+            size = parsed_size(body)
+        self._hold(budget, max(0, size - self._held_bytes))
 
     def _hold(self, budget: Budget, size: int) -> None:
         """Reserve memory for a part of the body. Raises Overloaded."""

@@ -96,3 +96,4 @@ def test_the_estimate_is_from_above_and_not_far(shape: str) -> None:
         tracemalloc.stop()
     assert parsed
     assert 0.9 * needed <= q.parsed_size(body) <= 4 * needed
+    assert q.parsed_size(body) <= q.WORST_PARSED * len(body)
