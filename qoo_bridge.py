@@ -169,7 +169,7 @@ COUNTED_BODY = 16 * 1024  # bytes of a JSON body above which what parsing makes 
 WORST_PARSED = 80  # bytes of memory that a byte of JSON can take, see `parsed_size`
 MAX_HOST = 300  # characters of a Host header that can name this bridge
 UNANSWERED_PINGS = 3  # after which one side of a WebSocket is dead
-BACKGROUND_POLL = 0.02  # seconds between two looks at a call in the background
+BACKGROUND_POLL = 0.005  # seconds between two looks at a call in the background
 TIDY_SECONDS = 5  # between two rounds of closing dead connections and writing unsaved tokens
 SAVE_PAUSE = 5  # seconds before refreshed tokens that could not be written are written again
 REFRESH_SECONDS = 35  # that a refresh takes at most: the end of the program waits for it
@@ -7751,7 +7751,7 @@ class Server(http.server.ThreadingHTTPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuse a client outside --allow or a connection beyond the limit, before a thread starts.
 
-        One machine uses at most half of the connections, so that others find room; loopback may have all.
+        One machine has at most half of the connections, so that others find room; loopback may have all.
         """
         address = str(client_address[0])
         if not network_allows(address, self.bridge.policy.networks):
@@ -7759,20 +7759,19 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             if len(self._open) >= self._limit:
                 self._close_idle()
-            greedy = self._busy(address) >= max(1, self._limit // 2) and address not in LOOPBACK
+            greedy = address not in LOOPBACK and self._has_share(address) and not self._close_idle(address)
             if len(self._open) < self._limit and not greedy:
                 self._open[request] = request
                 self._addresses[request] = address
                 return True
         if greedy:
-            error = Overloaded("this machine has half of all connections in use already", retry_after=2)
+            error = Overloaded("this machine has half of all connections in use", retry_after=2)
             return self._turn_away(request, error)
         return self._turn_away(request, Overloaded("all connections are in use", retry_after=2))
 
-    def _busy(self, address: str) -> int:
-        """Return how many connections of a machine are in use, without its idle ones. The lock is held."""
-        idle = {each.accepted for each in self._waiting}
-        return len([sock for sock, held in self._addresses.items() if held == address and sock not in idle])
+    def _has_share(self, address: str) -> bool:
+        """Tell whether a machine has half of all connections. The caller holds `_lock`."""
+        return list(self._addresses.values()).count(address) >= max(1, self._limit // 2)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own; where the system gives none, answer 503."""
@@ -7792,13 +7791,19 @@ class Server(http.server.ThreadingHTTPServer):
             request.recv(READ_SIZE)  # closing with unread bytes would reset the connection
         return False
 
-    def _close_idle(self) -> None:
-        """Close the kept connection that has been idle longest. The caller holds `_lock`."""
-        for handler, request in list(self._waiting.items())[:1]:
-            del self._waiting[handler]
-            # The connection no longer counts, though its thread still runs.
-            del self._open[handler.accepted], self._addresses[handler.accepted]
-            shut_down(request)
+    def _close_idle(self, address: str = "") -> bool:
+        """Close the connection that has been idle longest, and tell whether there is one.
+
+        With an address it is one of that machine. The caller holds `_lock`.
+        """
+        for handler, request in self._waiting.items():
+            if address in ("", str(handler.client_address[0])):
+                del self._waiting[handler]
+                # The connection no longer counts, though its thread still runs.
+                del self._open[handler.accepted], self._addresses[handler.accepted]
+                shut_down(request)
+                return True
+        return False
 
     def set_idle(self, handler: Handler, idle: bool) -> None:
         """Record whether a connection is between two requests."""

@@ -324,7 +324,8 @@ class NoThreads:
         start = threading.Thread.start
 
         def begin(thread: threading.Thread) -> None:
-            if any(name in thread.name for name in self.names):
+            known = f"{thread.name} {getattr(thread, '_target', None)}"  # on 3.9 no name tells it
+            if any(name in known for name in self.names):
                 self.failed += 1
                 raise RuntimeError("can't start new thread")
             start(thread)

@@ -293,13 +293,22 @@ def test_a_body_counts_by_what_parsing_makes_of_it(
 def test_one_machine_leaves_room_for_others(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "LOOPBACK", ())  # the test has only loopback addresses
     bridge = start("--max-connections", "8")
+    server = bridge.server
     with contextlib.ExitStack() as stack:
-        greedy = [stack.enter_context(contextlib.closing(
-            socket.create_connection(bridge.address, 5, ("127.0.0.2", 0)))) for _ in range(8)]
-        for each in greedy:
+        def connect() -> socket.socket:
+            there = socket.create_connection(bridge.address, 5, ("127.0.0.2", 0))
+            return stack.enter_context(contextlib.closing(there))
+
+        idle: list[socket.socket] = []
+        while len(idle) < 4:  # one after the other: the first is to be idle longest
+            idle.append(connect())
+            assert until(lambda: len(server._waiting) == len(idle))
+        greedy = connect()  # takes the place of the first idle one
+        assert idle[0].recv(100) == b""
+        for each in (*idle[1:], greedy):
             each.sendall(b"GET /v1/models HTTP/1.1\r\n")  # a head that never ends
-        refused = [each for each in greedy[4:] if each.recv(100).startswith(b"HTTP/1.1 503")]
-        assert len(refused) == 4
+        assert until(lambda: len(server._open) == 4 and not server._waiting)
+        assert [connect().recv(100)[:12] for _ in range(3)] == [b"HTTP/1.1 503"] * 3
         assert wire.get(bridge.address, "/healthz").status == 200
     assert until(lambda: not bridge.server._addresses)
 
