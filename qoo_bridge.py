@@ -189,11 +189,9 @@ LITE_METADATA = "ws_request_header_x_openai_internal_codex_responses_lite"  # fo
 WEBSOCKET_BETA = "responses_websockets=2026-02-06"
 
 PUBLIC = frozenset(("/healthz", "/"))  # paths that need no key: their responses show nothing of the plan
+USAGE_PATH = "/backend-api/wham/usage"  # the plan's limits, and whose account it is
 # Paths forwarded with this host's sign-in (exact match): bridge path -> method, upstream path. An upstream
 # path that begins with `/backend-api/` is at the upstream's origin, others are below its path (DESIGN).
-USAGE_PATH = "/backend-api/wham/usage"  # the plan's limits, and whose account it is
-
-
 SIDE_ROUTES = {
     "/responses/compact": ("POST", "/responses/compact"),
     "/alpha/search": ("POST", "/alpha/search"),
@@ -7937,28 +7935,36 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
 
 
 def catch_signals(server: Server) -> list[int]:
-    """Return a list that grows by each signal to stop; the second one raises KeyboardInterrupt.
-
-    Not an Event: a signal handler that takes a lock can deadlock with itself.
-    """
-    signals: list[int] = []
+    """Return a list that grows by each signal to stop; SIGHUP has the files read anew."""
+    signals = stop_signals(lambda: True)
     hang_ups = getattr(signal, "SIGHUP", None)  # not on Windows
     had_terminal = has_terminal() and hang_ups and signal.getsignal(hang_ups) != signal.SIG_IGN  # else nohup
-
-    def stop(number: int, _: Any) -> None:
-        signals.append(number)
-        if len(signals) > 1:
-            raise KeyboardInterrupt
 
     def hang_up(number: int, _: Any) -> None:
         if had_terminal and not has_terminal():
             signals.append(number)  # the terminal was closed: nobody could stop this program any more
         server.bridge.reread()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
     if hang_ups:
         signal.signal(hang_ups, hang_up)
+    return signals
+
+
+def stop_signals(waits: Callable[[], bool]) -> list[int]:
+    """Return a list that grows by each SIGTERM or Ctrl-C.
+
+    Each raises KeyboardInterrupt, but the first one while `waits` returns true. It is not an Event: a signal
+    handler that takes a lock can deadlock with itself.
+    """
+    signals: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1 or not waits():
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     return signals
 
 
@@ -8405,7 +8411,7 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     log.addHandler(logging.NullHandler())  # the table shows what the log would
     log.propagate = False
     rows, examined = [], Doctor(config)
-    signals = defer_signals(examined.bridge.account.is_refreshing)
+    signals = stop_signals(examined.bridge.account.is_refreshing)
     for check, finding in examined.examine((*CHECKS, LIVE) if words.live else CHECKS):
         if signals:
             raise KeyboardInterrupt
@@ -8419,23 +8425,6 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     if healthy:
         return 0
     return 1
-
-
-def defer_signals(is_busy: Callable[[], bool]) -> list[int]:
-    """Have the first signal to stop wait while `is_busy`; return a list of the signals that came.
-
-    A signal that need not wait raises KeyboardInterrupt, as Ctrl-C does by itself.
-    """
-    signals: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        signals.append(number)
-        if len(signals) > 1 or not is_busy():
-            raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    return signals
 
 
 def print_finding(name: str, finding: Finding) -> None:
