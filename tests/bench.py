@@ -443,7 +443,8 @@ def items(size: int) -> Iterator[wire.Item]:
 @functools.lru_cache
 def request_body(size: int) -> bytes:
     """Return a request of about `size` bytes."""
-    tool = {"type": "function", "name": "exec_command", "strict": False, "parameters": {"type": "object"}}
+    schema = {"type": "object", "properties": {}}
+    tool = {"type": "function", "name": "exec_command", "strict": False, "parameters": schema}
     request = {
         "model": "gpt-5.5", "stream": True, "input": list(items(size)), "tools": [tool],
         "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"effort": "medium"}, "store": False,

@@ -183,7 +183,8 @@ def from_address(bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch, address
 
 LOCAL_MD = "gpt-5.6-sol"  # what the default alias means with the stand-in's list: the best that is a gpt-5
 HI = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-TOOL = {"type": "function", "name": "run", "strict": False, "parameters": {"type": "object"}}
+SCHEMA = {"type": "object", "properties": {}}  # the least that the backend takes
+TOOL = {"type": "function", "name": "run", "strict": False, "parameters": SCHEMA}
 CARRIER = {"type": "additional_tools", "role": "developer", "tools": [TOOL]}
 PLAIN_BODY = {"model": "gpt-5.5", "input": [HI], "tools": [TOOL]}
 SDK_BODY = {**PLAIN_BODY, "model": "gpt-6-sol", "instructions": "be brief"}

@@ -21,7 +21,7 @@ import pytest
 import test_websockets
 import wire
 from conftest import RunningBridge, Start
-from help import AGENT, until
+from help import AGENT, SCHEMA, until
 from wire import CLOSE, CONTINUATION, PING, PONG, TEXT, Frame
 
 import qoo_bridge as q
@@ -41,8 +41,8 @@ CODEX_FIELDS = {  # a handshake of Codex 0.169, its long values cut
     "x-codex-window-id": f"{SESSION}:0",
     "sec-websocket-extensions": "permessage-deflate; client_max_window_bits",
 }
-TOOLS = [{"type": "function", "name": "shell", "parameters": {"type": "object"}, "strict": False}]
-OTHER_TOOLS = [{"type": "function", "name": "browse", "parameters": {"type": "object"}, "strict": False}]
+TOOLS = [{"type": "function", "name": "shell", "parameters": SCHEMA, "strict": False}]
+OTHER_TOOLS = [{"type": "function", "name": "browse", "parameters": SCHEMA, "strict": False}]
 SECOND = 1.0  # in which the other side must be closed
 ROUTE = ("GET", f"{wire.BASE}/responses", "websocket")
 Event = dict[str, Any]

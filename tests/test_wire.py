@@ -23,6 +23,12 @@ RESPONSES = f"{wire.BASE}/responses"
 LITE = {wire.LITE_HEADER: "true", "x-codex-routing-hint": "model=gpt-6-sol"}
 CIPHERTEXT = "gAAAAAB_enc"
 ABSENT = object()
+FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+HOLLOW = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+HOSTED = [{"type": "web_search"}, {"type": "image_generation"}]
+IMAGE = {"type": "input_image", "image_url": "data:,", "detail": "high"}
+CALL = {"type": "function_call", "call_id": "call_1", "name": "f", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "x"}
 
 
 @pytest.fixture
@@ -56,15 +62,26 @@ def message(text: str = "hi", **changes: object) -> wire.Item:
     return {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}], **changes}
 
 
+def thought(**changes: object) -> wire.Item:
+    """Return a reasoning item as the official client replays it; ABSENT takes a field out."""
+    good = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": CIPHERTEXT, **changes}
+    return {name: value for name, value in good.items() if value is not ABSENT}
+
+
 def plain(**changes: object) -> wire.Event:
     """Return the body of a good request for a plain model; ABSENT takes a field out."""
     good = {"model": "gpt-5.5", "input": [message()], "store": False, "stream": True, **changes}
     return {name: value for name, value in good.items() if value is not ABSENT}
 
 
+def carrier(*tools: object) -> wire.Item:
+    """Return the lite form's carrier of tools."""
+    return {"type": "additional_tools", "role": "developer", "tools": list(tools)}
+
+
 def lite(**changes: object) -> wire.Event:
     """Return the body of a good request for a lite model."""
-    tools = {"type": "additional_tools", "role": "developer", "tools": [{"type": "function", "name": "f"}]}
+    tools = carrier({"type": "function", "name": "f"})
     form = {
         "model": "gpt-6-sol",
         "input": [tools, message("be brief", role="developer"), message()],
@@ -94,18 +111,23 @@ def told(reply: wire.RawReply) -> str:
         (plain(instructions="", tools=[{"type": "web_search"}], tool_choice="auto"), {}),
         (plain(model="gpt-5"), {"x_codex_routing_hint": "model=gpt-5"}),
         (plain(service_tier="priority"), {"x_codex_routing_hint": "model=gpt-5.5;tier=priority"}),
-        (
-            plain(
-                input=[{"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": CIPHERTEXT}]
-            ),
-            {},
-        ),
+        (plain(input=[thought()]), {}),
+        (plain(input=[thought(content=None), thought(content=[])]), {}),
+        (plain(input=[message(content=[IMAGE])]), {}),
+        (plain(input=[{"type": "function_call", "call_id": "c" * 64, "name": "f", "arguments": "{}"}]), {}),
+        (plain(prompt_cache_key="k" * 64), {}),
+        (plain(reasoning={"effort": "none"}), {}),
+        (plain(tools=[FUNCTION, *HOSTED], tool_choice={"type": "function", "name": "f"}), {}),
+        (plain(tools=[{"type": "namespace", "name": "n", "tools": [FUNCTION]}], tool_choice="required"), {}),
+        (plain(tools=[FUNCTION], tool_choice="none"), {}),
         (plain(input=[{"type": "type-of-tomorrow", "id": "x", "role": "user"}]), {}),
         (plain(input=[message("\ud800")]), {}),
         (plain(input=[message(id="msg_" + "a" * 60)]), {}),
         (plain(reasoning={"effort": "xhigh"}), {}),
         (lite(), LITE),
         (lite(input=[message()]), LITE),
+        (lite(input=[carrier(FUNCTION, *HOSTED), message()], tool_choice="auto"), LITE),
+        (lite(input=[message(content=[{"type": "input_image", "image_url": "data:,"}])]), LITE),
     ],
 )
 def test_a_good_request_is_answered(backend: wire.Backend, body: wire.Event, changes: dict[str, str]) -> None:
@@ -154,6 +176,29 @@ FIELD_ROWS: list[tuple[wire.Event, int, str]] = [
     (plain(service_tier="auto"), 400, "service_tier"),
     (plain(reasoning={"effort": "ultra"}), 400, "'ultra' is not supported with the 'gpt-5.5' model"),
     (plain(reasoning={"effort": "max"}), 400, "'max' is not supported with the 'gpt-5.5' model"),
+    (plain(prompt_cache_key="k" * 65), 400, "Invalid 'prompt_cache_key': string too long"),
+    *[
+        (plain(tools=[FUNCTION, {"type": kind}]), 400, f"Unsupported tool type: {kind}")
+        for kind in ("web_search_preview", "web_search_preview_2025_03_11")
+    ],
+    *[
+        (plain(tools=[tool], tool_choice=tool), 400, f"Tool choice '{tool['type']}' not found in 'tools'")
+        for tool in HOSTED
+    ],
+    (plain(tools=[FUNCTION], tool_choice={"type": "function", "name": "g"}), 400, "choice 'g' not found"),
+    (plain(tool_choice={"type": "custom", "name": "f"}), 400, "Tool choice 'f' not found"),
+    (
+        plain(tools=[FUNCTION], tool_choice={"type": "allowed_tools", "mode": "auto", "tools": [HOSTED[0]]}),
+        400,
+        "Tool choice 'web_search' not found",
+    ),
+    (plain(tools=[FUNCTION], tool_choice="any"), 400, "Invalid value: 'any'"),
+    (plain(tools=[HOLLOW]), 400, "Invalid schema for function 'f': In context=(), object schema missing"),
+    (
+        plain(tools=[FUNCTION, {"type": "namespace", "name": "n", "tools": [HOLLOW]}]),
+        400,
+        "object schema missing properties",
+    ),
 ]
 ITEM_ROWS: list[tuple[object, int, str]] = [
     ("hi", 400, "input[0]"),
@@ -164,16 +209,38 @@ ITEM_ROWS: list[tuple[object, int, str]] = [
     (message(id="item_1"), 400, "begins with 'msg'"),
     (message(id=""), 400, "begins with 'msg'"),
     (message(id=7), 400, "input[0].id"),
-    ({"type": "reasoning", "id": "msg_1", "encrypted_content": CIPHERTEXT}, 400, "begins with 'rs'"),
+    (thought(id="msg_1"), 400, "begins with 'rs'"),
     ({"type": "function_call", "id": "call_1"}, 400, "begins with 'fc'"),
     ({"type": "function_call_output", "id": "fc_1"}, 400, "begins with 'fco'"),
     ({"type": "custom_tool_call", "id": "fc_1"}, 400, "begins with 'ctc'"),
     ({"type": "compaction", "id": "rs_1"}, 400, "begins with 'cmp'"),
-    ({"type": "reasoning", "id": "rs_1", "summary": []}, 404, NOT_FOUND),
-    ({"type": "reasoning", "id": "rs_1", "encrypted_content": None}, 404, NOT_FOUND),
+    (thought(encrypted_content=ABSENT), 404, NOT_FOUND),
+    (thought(encrypted_content=None), 404, NOT_FOUND),
     ({"type": "item_reference", "id": "rs_1"}, 404, NOT_FOUND),
-    ({"type": "reasoning", "id": "rs_1", "encrypted_content": "OTHER_account"}, 400, "could not be verified"),
+    (thought(encrypted_content="OTHER_account"), 400, "could not be verified"),
     ({"type": "additional_tools", "role": "developer", "tools": []}, 400, "additional_tools"),
+    (thought(status="completed"), 400, "Unknown parameter: 'input[0].status'."),
+    (thought(status=None), 400, "Unknown parameter: 'input[0].status'."),
+    (thought(content=[{"type": "reasoning_text", "text": "x"}]), 400, "'input[0].content': array too long"),
+    (thought(summary=ABSENT), 400, "Missing required parameter: 'input[0].summary'."),
+    (thought(summary=None), 400, "Invalid type for 'input[0].summary'"),
+    (message(name="ann"), 400, "Unknown parameter: 'input[0].name'."),
+    (message(prompt_cache_breakpoint=None), 400, "Unknown parameter: 'input[0].prompt_cache_breakpoint'."),
+    (message(content=[{"type": "thinking", "text": "x"}]), 400, "Invalid value: 'thinking'."),
+    (
+        message(content=[{"type": "input_text", "text": "x", "cache_control": {}}]),
+        400,
+        "Unknown parameter: 'input[0].content[0].cache_control'.",
+    ),
+    ({**CALL, "index": 0}, 400, "Unknown parameter: 'input[0].index'."),
+    ({**OUTPUT, "is_error": False}, 400, "Unknown parameter: 'input[0].is_error'."),
+    (
+        {**OUTPUT, "output": [{"type": "input_text", "text": "x", "odd": 1}]},
+        400,
+        "Unknown parameter: 'input[0].output[0].odd'.",
+    ),
+    ({**CALL, "call_id": "c" * 65}, 400, "Invalid 'input[0].call_id': string too long"),
+    ({**OUTPUT, "call_id": "c" * 83}, 400, "but got a string with length 83 instead"),
 ]
 
 
@@ -245,6 +312,80 @@ def test_a_lite_model_wants_the_lite_form(
     assert (reply.status, reply.json) == (status, {"detail": "Model not found gpt-6-sol"})
 
 
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        ("required", "required"),
+        ("none", "none"),
+        ({"type": "function", "name": "f"}, "f"),
+        ({"type": "custom", "name": "f"}, "f"),
+        ({"type": "web_search"}, "web_search"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+         "allowed_tools"),
+    ],
+)
+def test_the_lite_form_takes_no_choice_but_auto(backend: wire.Backend, choice: object, name: str) -> None:
+    reply = ask(backend, lite(tool_choice=choice), **LITE)
+    assert (reply.status, told(reply)) == (400, f"Tool choice '{name}' not found in 'tools' parameter.")
+
+
+@pytest.mark.parametrize(
+    ("item", "path"),
+    [
+        (message(content=[IMAGE]), "content[0]"),
+        (message(content=[{"type": "input_text", "text": "x"}, IMAGE]), "content[1]"),
+        ({**OUTPUT, "output": [IMAGE]}, "output[0]"),
+        ({**OUTPUT, "type": "custom_tool_call_output", "output": [IMAGE]}, "output[0]"),
+    ],
+)
+def test_the_lite_form_knows_no_image_detail(backend: wire.Backend, item: object, path: str) -> None:
+    reply = ask(backend, lite(input=[message(), item]), **LITE)
+    assert (reply.status, told(reply)) == (400, f"Unknown parameter: 'input[1].{path}.detail'.")
+    assert ask(backend, plain(input=[message(), item])).status == 200
+
+
+def test_a_schema_without_properties_is_refused_in_the_lite_form_too(backend: wire.Backend) -> None:
+    reply = ask(backend, lite(input=[carrier(HOLLOW), message()]), **LITE)
+    assert reply.json["error"]["param"] == "input[0].tools[0].parameters"
+
+
+def test_a_lite_model_can_take_the_plain_form_too(backend: wire.Backend) -> None:
+    hint = {"x-codex-routing-hint": "model=gpt-6-sol"}
+    body = plain(model="gpt-6-sol", tools=[FUNCTION], tool_choice="required", instructions="be brief")
+    assert told(ask(backend, body, **hint)) == "Model not found gpt-6-sol"
+    backend.takes_plain.add("gpt-6-sol")
+    reply = ask(backend, body, **hint)
+    assert wire.sse(reply.body)[-2]["item"]["name"] == "f"
+    assert ask(backend, lite(), **LITE).status == 200
+    assert "responses lite only" in told(ask(backend, lite(), **hint))
+
+
+SEARCH, DRAW = {"type": "web_search"}, {"type": "image_generation"}
+
+
+@pytest.mark.parametrize(
+    ("body", "head", "kinds"),
+    [
+        (plain(input=[message("search it")], tools=[SEARCH]), {}, ["web_search_call", "message"]),
+        (plain(input=[message("draw it")], tools=[DRAW]), {}, ["image_generation_call"]),
+        (plain(input=[message("search it")], tools=[DRAW]), {}, ["message"]),
+        (lite(input=[carrier(SEARCH, DRAW), message("search it")]), LITE, ["message"]),
+        (lite(input=[carrier(SEARCH, DRAW), message("draw it")]), LITE, ["message"]),
+        (
+            plain(tools=[FUNCTION], tool_choice={"type": "function", "name": "f"}),
+            {},
+            ["function_call"],
+        ),
+    ],
+)
+def test_a_hosted_tool_runs_in_the_plain_form_alone(
+    backend: wire.Backend, body: wire.Event, head: dict[str, str], kinds: list[str]
+) -> None:
+    events = wire.sse(ask(backend, body, **head).body)
+    done = [event["item"]["type"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == kinds
+
+
 def test_a_plain_model_refuses_the_lite_header(backend: wire.Backend) -> None:
     reply = ask(backend, plain(), **{wire.LITE_HEADER: "true"})
     assert (reply.status, "lite is not supported" in told(reply)) == (400, True)
@@ -265,6 +406,77 @@ def test_a_plain_model_refuses_the_lite_header(backend: wire.Backend) -> None:
 )
 def test_a_body_that_is_no_json_object_is_refused(backend: wire.Backend, body: bytes) -> None:
     assert ask(backend, body).status == 400
+
+
+# == what is cached ===========================================================
+
+UUID7 = "01a201e4-4ce1-7c41-adda-ecb6a8c97083"
+RANDOM, STRAY = "5a0dd5b4-93a6-4c7e-8f9e-5f5e6d0c6a53", "ffffffff-ffff-7c41-adda-ecb6a8c97083"
+
+
+def turn_of(backend: wire.Backend, key: object, count: int, **head: str | None) -> wire.Event:
+    """Ask with so many messages, all four names alike but for `head`; return the last event's response."""
+    names = {"session_id": str(key), "thread_id": str(key), "x_client_request_id": str(key), **head}
+    body = plain(input=[message(f"{number} " * 400) for number in range(count)], prompt_cache_key=key)
+    events = wire.sse(ask(backend, body, **names).body)
+    assert events[0]["response"]["prompt_cache_key"] == events[-1]["response"]["prompt_cache_key"]
+    response: wire.Event = events[-1]["response"]
+    return response
+
+
+def cached_share(response: wire.Event) -> float:
+    """Return which part of the prompt was cached."""
+    usage = response["usage"]
+    return float(usage["input_tokens_details"]["cached_tokens"] / usage["input_tokens"])
+
+
+@pytest.mark.parametrize("key", [UUID7, RANDOM, "a-name"])
+def test_the_beginning_of_an_earlier_request_is_cached(backend: wire.Backend, key: str) -> None:
+    assert [cached_share(turn_of(backend, key, count)) > 0.8 for count in (9, 10, 11)] == [False, True, True]
+
+
+@pytest.mark.parametrize("name", wire.CACHE_HEADERS)
+@pytest.mark.parametrize("value", [None, "another"])
+def test_nothing_is_cached_unless_four_names_are_one(
+    backend: wire.Backend, name: str, value: str | None
+) -> None:
+    if (name, value) == ("session-id", None):
+        return  # refused: see test_a_header_is_refused
+    shares = [cached_share(turn_of(backend, UUID7, count, **{name: value})) for count in (9, 10)]
+    assert shares == [0, 0]
+
+
+def test_a_changed_name_makes_the_next_turn_cold(backend: wire.Backend) -> None:
+    assert [cached_share(turn_of(backend, key, 9)) > 0 for key in (UUID7, RANDOM, UUID7)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+def test_another_beginning_is_not_cached(backend: wire.Backend) -> None:
+    head = {"session_id": UUID7, "thread_id": UUID7, "x_client_request_id": UUID7}
+    for text in ("one", "two"):
+        events = wire.sse(ask(backend, plain(input=[message(text)], prompt_cache_key=UUID7), **head).body)
+        assert cached_share(events[-1]["response"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "originator", "kept"),
+    [
+        (UUID7, "qoo_bridge", True),
+        (RANDOM, "qoo_bridge", False),
+        (STRAY, "qoo_bridge", False),
+        ("a-name", "qoo_bridge", False),
+        (RANDOM, "codex_exec", True),
+    ],
+)
+def test_a_key_can_be_replaced(backend: wire.Backend, key: str, originator: str, kept: bool) -> None:
+    assert turn_of(backend, key, 1, originator=originator)["prompt_cache_key"] == key
+    backend.cache.replaces_keys = True
+    responses = [turn_of(backend, key, 9, originator=originator) for _ in range(2)]
+    assert [response["prompt_cache_key"] == key for response in responses] == [kept, kept]
+    assert (cached_share(responses[1]) > 0.8) == kept
 
 
 # == what is refused in a head ================================================
@@ -302,6 +514,8 @@ def test_a_body_that_is_no_json_object_is_refused(backend: wire.Backend, body: b
         ("cf-connecting-ip", "192.0.2.1", 400),
         ("x-stainless-lang", "python", 400),
         ("te", "trailers", 400),
+        ("x-openai-actor-authorization", "lan", 400),
+        ("x-openai-internal-other", "x", 400),
         ("upgrade", "h2c", 404),
     ],
 )
@@ -695,3 +909,45 @@ def test_frames_of_every_length_are_read(backend: wire.Backend, size: int) -> No
         assert (pong.opcode, pong.payload) == (wire.PONG, b"a" * min(size, 125))
         assert client.read_turn()[-1]["type"] == "response.completed"
     assert backend.wait_for_frames(1)[0]["input"][0]["content"][0]["text"] == "a" * size
+
+
+def test_two_side_frames_can_open_a_turn(backend: wire.Backend) -> None:
+    backend.side_frames = True
+    client, _ = handshake(backend)
+    with client:
+        client.send_json(create())
+        turn = client.read_turn()
+        client.send_json(create(store=True))
+        refused = client.read_turn()
+    opening = ["codex.rate_limits", "codex.response.metadata"]
+    assert [event["type"] for event in turn[:3]] == [*opening, "response.created"]
+    assert turn[0]["rate_limits"]["secondary"] is None
+    assert turn[1]["headers"]["x-models-etag"] == backend.etag
+    assert [event["type"] for event in refused] == [*opening, "error"]
+
+
+@pytest.mark.parametrize(("room", "code"), [(0, None), (-1, 1009)])
+def test_a_message_of_the_limit_is_closed(backend: wire.Backend, room: int, code: int | None) -> None:
+    payload = json.dumps(create()).encode()
+    backend.max_message = len(payload) + 1 + room
+    client, _ = handshake(backend)
+    with client:
+        client.send_frame(wire.Frame(wire.TEXT, payload, masked=True))
+        if code is None:
+            assert client.read_turn()[-1]["type"] == "response.completed"
+        else:
+            assert client.read_close() == code
+
+
+def test_a_chain_is_cached_as_a_whole(backend: wire.Backend) -> None:
+    names = {"session_id": UUID7, "thread_id": UUID7, "x_client_request_id": UUID7}
+    client, _ = handshake(backend, **names)
+    with client:
+        previous: dict[str, object] = {}
+        shares = []
+        for text in ("a" * 4000, "b" * 400):
+            client.send_json(create(input=[message(text)], prompt_cache_key=UUID7, **previous))
+            response = client.read_turn()[-1]["response"]
+            shares.append(cached_share(response) > 0.8)
+            previous = {"previous_response_id": response["id"]}
+    assert shares == [False, True]

@@ -7,7 +7,7 @@ callable that gets an `Exchange` and writes whatever it likes to the socket, rig
 Every public name can be read here; to patch one, patch it in the module that uses it.
 
 From the bottom up: reader (bytes), tls, zstd, http1, frames, events, exchange, replies, listener, catalog,
-refusals, signin, websocket, backend; and beside the backend: proxy, clients.
+wish, items, tools, refusals, cache, signin, websocket, backend; and beside the backend: proxy, clients.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ from .backend import Backend as Backend
 from .backend import Route as Route
 from .backend import checked as checked
 from .backend import send_refusal as send_refusal
+from .cache import CACHE_HEADERS as CACHE_HEADERS
+from .cache import Charge as Charge
+from .cache import Piece as Piece
+from .cache import PromptCache as PromptCache
+from .cache import has_real_time as has_real_time
+from .cache import names_of as names_of
+from .cache import prompt_of as prompt_of
+from .cache import uuid7_seconds as uuid7_seconds
 from .catalog import CATALOG as CATALOG
 from .catalog import CATALOG_JSON as CATALOG_JSON
 from .catalog import EFFORTS as EFFORTS
@@ -38,10 +46,12 @@ from .clients import take_event as take_event
 from .clients import trusting as trusting
 from .events import COUNTER as COUNTER
 from .events import INNER_EVENTS as INNER_EVENTS
+from .events import PIXEL as PIXEL
 from .events import UNFINISHED as UNFINISHED
 from .events import USAGE as USAGE
 from .events import Event as Event
 from .events import Item as Item
+from .events import answer_items as answer_items
 from .events import call_item as call_item
 from .events import call_turn as call_turn
 from .events import completed as completed
@@ -51,15 +61,21 @@ from .events import custom_call_turn as custom_call_turn
 from .events import echo as echo
 from .events import failed as failed
 from .events import fresh as fresh
+from .events import image_item as image_item
 from .events import incomplete as incomplete
 from .events import items_turn as items_turn
+from .events import keepalive as keepalive
 from .events import message_item as message_item
+from .events import metadata_frame as metadata_frame
 from .events import numbered as numbered
 from .events import pieces as pieces
+from .events import rate_limits_frame as rate_limits_frame
 from .events import reasoning_item as reasoning_item
 from .events import response_object as response_object
+from .events import search_item as search_item
 from .events import sse_bytes as sse_bytes
 from .events import text_turn as text_turn
+from .events import timing_frame as timing_frame
 from .exchange import REASONS as REASONS
 from .exchange import SSE_HEADERS as SSE_HEADERS
 from .exchange import Exchange as Exchange
@@ -101,6 +117,23 @@ from .http1 import read_body as read_body
 from .http1 import read_chunk as read_chunk
 from .http1 import read_fields as read_fields
 from .http1 import read_request as read_request
+from .items import COMMON_FIELDS as COMMON_FIELDS
+from .items import ID_PREFIXES as ID_PREFIXES
+from .items import ITEM_FIELDS as ITEM_FIELDS
+from .items import MAX_ID as MAX_ID
+from .items import PART_FIELDS as PART_FIELDS
+from .items import PARTS_OF as PARTS_OF
+from .items import missing as missing
+from .items import parts as parts
+from .items import refuse_call_ids as refuse_call_ids
+from .items import refuse_continuity as refuse_continuity
+from .items import refuse_id as refuse_id
+from .items import refuse_item_fields as refuse_item_fields
+from .items import refuse_items as refuse_items
+from .items import refuse_parts as refuse_parts
+from .items import refuse_reasoning as refuse_reasoning
+from .items import too_long as too_long
+from .items import unknown as unknown
 from .leaks import ISSUED as ISSUED
 from .leaks import LEAKS as LEAKS
 from .leaks import ClientReader as ClientReader
@@ -126,34 +159,22 @@ from .refusals import FIELDS as FIELDS
 from .refusals import FORBIDDEN as FORBIDDEN
 from .refusals import FORBIDDEN_PREFIXES as FORBIDDEN_PREFIXES
 from .refusals import FRAME_FIELDS as FRAME_FIELDS
-from .refusals import ID_PREFIXES as ID_PREFIXES
 from .refusals import LIBRARY_AGENT as LIBRARY_AGENT
-from .refusals import LITE_HEADER as LITE_HEADER
-from .refusals import LITE_METADATA as LITE_METADATA
-from .refusals import MAX_ID as MAX_ID
-from .refusals import MAX_INTEGER as MAX_INTEGER
+from .refusals import MAX_KEY as MAX_KEY
 from .refusals import PLAIN_EFFORTS as PLAIN_EFFORTS
 from .refusals import REFUSALS as REFUSALS
 from .refusals import SINGLE as SINGLE
 from .refusals import TIERS as TIERS
 from .refusals import VERSION as VERSION
 from .refusals import WEBSOCKET_BETA as WEBSOCKET_BETA
-from .refusals import Refused as Refused
-from .refusals import Wish as Wish
-from .refusals import detail as detail
-from .refusals import fault as fault
 from .refusals import forbidden as forbidden
-from .refusals import has_lite_flag as has_lite_flag
 from .refusals import lite_fault as lite_fault
-from .refusals import parse_json as parse_json
-from .refusals import refuse_continuity as refuse_continuity
 from .refusals import refuse_effort as refuse_effort
 from .refusals import refuse_fields as refuse_fields
 from .refusals import refuse_form as refuse_form
 from .refusals import refuse_headers as refuse_headers
-from .refusals import refuse_id as refuse_id
-from .refusals import refuse_items as refuse_items
 from .refusals import refuse_library_agent as refuse_library_agent
+from .refusals import refuse_long_key as refuse_long_key
 from .refusals import refuse_session as refuse_session
 from .refusals import refuse_tier as refuse_tier
 from .refusals import refuse_types as refuse_types
@@ -183,11 +204,26 @@ from .tls import LEAF_KEY_PEM as LEAF_KEY_PEM
 from .tls import LEAF_PEM as LEAF_PEM
 from .tls import certificates as certificates
 from .tls import server_context as server_context
+from .tools import all_tools as all_tools
+from .tools import not_found as not_found
+from .tools import refuse_schemas as refuse_schemas
+from .tools import refuse_tool_choice as refuse_tool_choice
+from .tools import refuse_tool_types as refuse_tool_types
+from .tools import tools_in as tools_in
+from .websocket import MAX_MESSAGE as MAX_MESSAGE
 from .websocket import FrameReply as FrameReply
 from .websocket import WebSocketExchange as WebSocketExchange
 from .websocket import answer_frame as answer_frame
 from .websocket import check_create as check_create
 from .websocket import check_handshake as check_handshake
+from .wish import LITE_HEADER as LITE_HEADER
+from .wish import LITE_METADATA as LITE_METADATA
+from .wish import MAX_INTEGER as MAX_INTEGER
+from .wish import Refused as Refused
+from .wish import Wish as Wish
+from .wish import detail as detail
+from .wish import fault as fault
+from .wish import parse_json as parse_json
 from .zstd import HAS_ZSTD as HAS_ZSTD
 from .zstd import ZSTD as ZSTD
 from .zstd import ZstdBuffer as ZstdBuffer

@@ -8,26 +8,17 @@ import json
 import urllib.parse
 from collections.abc import Callable
 
+from .cache import PromptCache
 from .catalog import CATALOG_JSON
-from .events import Event, echo, text_turn
+from .events import Event, answer_items, items_turn
 from .exchange import Exchange, Reply
 from .http1 import Request, dump
 from .listener import BASE, Listener
-from .refusals import (
-    REFUSALS,
-    VERSION,
-    Refused,
-    Wish,
-    detail,
-    fault,
-    parse_json,
-    refuse_headers,
-    refuse_library_agent,
-    require_headers,
-)
+from .refusals import REFUSALS, VERSION, refuse_headers, refuse_library_agent, require_headers
 from .replies import TURN_HEADERS, cloudflare, turn
 from .signin import SignIn
-from .websocket import FrameReply, WebSocketExchange, answer_frame, check_handshake
+from .websocket import MAX_MESSAGE, FrameReply, WebSocketExchange, answer_frame, check_handshake
+from .wish import Refused, Wish, detail, fault, parse_json
 
 USAGE_REPORT = {
     "user_id": "user-wire", "account_id": "user-wire", "email": "someone@example.com", "plan_type": "pro",
@@ -63,6 +54,10 @@ class Backend(Listener, SignIn):
         self.required_headers: dict[str, str] = {}
         self.partners: dict[str, str] = {}  # an item's id -> the reasoning item that must come with it
         self.enforce_lite = True
+        self.takes_plain: set[str] = set()  # lite models that are answered in the plain form, too
+        self.cache = PromptCache()
+        self.side_frames = False  # two frames open each turn of a WebSocket, before `response.created`
+        self.max_message = MAX_MESSAGE
         self.require_instructions = False
         self.refusals: list[str] = []
         self.frames: list[Event] = []
@@ -155,10 +150,11 @@ class Backend(Listener, SignIn):
         return body
 
     def responses(self, exchange: Exchange) -> None:
-        """Answer `POST /responses`: echo the last text of the input."""
+        """Answer `POST /responses`: echo the last text of the input, or do what it asks for."""
         body = self.turn_body(exchange.request)
+        charge = self.cache.charge(exchange.request, body)
         headers = [*TURN_HEADERS, ("x-models-etag", self.etag)]
-        turn(*text_turn(echo(body), model=body["model"]), headers=headers)(exchange)
+        turn(*charge.sign(items_turn(*answer_items(body), model=body["model"])), headers=headers)(exchange)
 
     def models(self, exchange: Exchange) -> None:
         """Answer `GET /models`, also with 304."""
@@ -221,7 +217,7 @@ def checked(backend: Backend, reply: Reply) -> Reply:
     """Hold a request for a turn to the rules first, and answer it with `reply` only if it passes."""
 
     def route(_: Backend, exchange: Exchange) -> None:
-        backend.turn_body(exchange.request)
+        backend.cache.charge(exchange.request, backend.turn_body(exchange.request))
         reply(exchange)
 
     def judged(exchange: Exchange) -> None:

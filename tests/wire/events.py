@@ -18,7 +18,7 @@ Event = dict[str, Any]
 Item = dict[str, Any]
 
 COUNTER = itertools.count(1)
-USAGE = {
+USAGE: dict[str, Any] = {
     "input_tokens": 32,
     "input_tokens_details": {"cached_tokens": 16},
     "output_tokens": 9,
@@ -30,6 +30,39 @@ USAGE = {
 def fresh(prefix: str) -> str:
     """Return an id that no other has, such as `msg_…`."""
     return f"{prefix}_{next(COUNTER):032x}"
+
+
+def keepalive(sequence_number: int = 0) -> Event:
+    """Return what the backend sends of itself while a turn is parked, about every 30 s."""
+    return {"type": "keepalive", "sequence_number": sequence_number}
+
+
+def rate_limits_frame(primary: Event | None = None, secondary: Event | None = None) -> Event:
+    """Return the first side frame of a turn on a WebSocket: the plan's limits."""
+    first = {"used_percent": 8, "window_minutes": 10080, "reset_after_seconds": 379518}
+    limits = {
+        "allowed": True, "limit_reached": False, "primary": primary or {**first, "reset_at": 1795346042},
+        "secondary": secondary,
+    }
+    return {
+        "type": "codex.rate_limits", "plan_type": "pro", "rate_limits": limits,
+        "code_review_rate_limits": None, "additional_rate_limits": None,
+        "credits": {"has_credits": False, "unlimited": False, "balance": "0"}, "promo": None,
+    }
+
+
+def metadata_frame(etag: str, **headers: str) -> Event:
+    """Return the second side frame of a turn on a WebSocket: headers that HTTP has in its head."""
+    return {
+        "type": "codex.response.metadata",
+        "headers": {"x-models-etag": etag, "x-codex-turn-state": "ts-sticky-1", **headers},
+    }
+
+
+def timing_frame(response_id: str = "resp_1") -> Event:
+    """Return the side frame before the end of a turn on a WebSocket."""
+    metrics = {"timing_scope": "logical_turn", "response_id": response_id, "total_turn_time_s": 1.27}
+    return {"type": "responsesapi.websocket_timing", "timing_metrics": metrics}
 
 
 def numbered(*events: Event) -> list[Event]:
@@ -111,6 +144,41 @@ def custom_call_item(name: str, text: str, call_id: str = "call_1") -> Item:
     }
 
 
+def search_item(query: str) -> Item:
+    """Return a web search that the backend ran itself."""
+    action = {"type": "search", "query": query}
+    return {"type": "web_search_call", "id": fresh("ws"), "status": "completed", "action": action}
+
+
+def image_item(result: str = "", **fields: Any) -> Item:
+    """Return an image that the backend made itself; `result` is base64."""
+    return {
+        "type": "image_generation_call", "id": fresh("ig"), "status": "completed",
+        "output_format": "png", "revised_prompt": "a dot", "size": "1024x1024", "result": result or PIXEL,
+        **fields,
+    }
+
+
+def answer_items(body: Event) -> list[Item]:
+    """Return what the model answers: the last text again, and what was asked of the tools at the top.
+
+    `search …` makes it search and `draw …` draw, where that tool is offered there; a forced function is
+    called, and for `required` the first one. In the lite form nothing is at the top: no hosted tool runs.
+    """
+    text, tools = echo(body), [tool for tool in body.get("tools") or () if isinstance(tool, dict)]
+    offered, choice = [tool.get("type") for tool in tools], body.get("tool_choice")
+    wanted = choice.get("name") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if choice == "required":
+        wanted = next((tool.get("name") for tool in tools if tool.get("type") == "function"), None)
+    if isinstance(wanted, str):
+        return [call_item(wanted, "{}")]
+    if text.startswith("search ") and "web_search" in offered:
+        return [search_item(text), message_item(text)]
+    if text.startswith("draw ") and "image_generation" in offered:
+        return [image_item()]
+    return [message_item(text)]
+
+
 def pieces(text: str) -> list[str]:
     """Cut a text into deltas, as tokens come: a word and the space before it."""
     return re.findall(r"\s*\S+|\s+\Z", text) or [""]
@@ -162,6 +230,7 @@ INNER_EVENTS: dict[str, Callable[[Item, Event], list[Event]]] = {
     "function_call": _call_events,
     "custom_tool_call": _custom_call_events,
 }
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 UNFINISHED: dict[str, dict[str, object]] = {
     "message": {"content": [], "status": "in_progress"},
     "reasoning": {"summary": []},

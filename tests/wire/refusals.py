@@ -1,19 +1,27 @@
-"""Everything that WIRE says the backend refuses, a function each; the first that raises answers.
+"""What WIRE says the backend refuses of heads, fields and forms, a function each.
 
-`Refused`, which they raise, and the strict JSON parser are here too.
+The first of `REFUSALS` that raises answers; those of single items and of tools have modules of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from .events import Event, Item
 from .http1 import Request, find_all
+from .items import (
+    refuse_call_ids,
+    refuse_continuity,
+    refuse_item_fields,
+    refuse_items,
+    refuse_parts,
+    refuse_reasoning,
+    too_long,
+)
 from .replies import CLOUDFLARE_PAGE
+from .tools import refuse_schemas, refuse_tool_choice, refuse_tool_types
+from .wish import LITE_HEADER, Refused, Wish, detail, fault
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -23,12 +31,10 @@ LIBRARY_AGENT = re.compile(
     r"(?:python|aiohttp|httpx|curl|wget|okhttp|go-http-client|(?:async)?openai|node|axios|undici|java)\b",
     re.IGNORECASE,
 )
-LITE_HEADER = "x-openai-internal-codex-responses-lite"
-LITE_METADATA = "ws_request_header_x_openai_internal_codex_responses_lite"
 WEBSOCKET_BETA = "responses_websockets=2026-02-06"
 FORBIDDEN = (
     "cookie", "x-api-key", "forwarded", "x-real-ip", "via", "expect", "te", "trailer", "keep-alive",
-    "proxy-authorization", "proxy-connection", "proxy-authenticate",
+    "proxy-authorization", "proxy-connection", "proxy-authenticate", "x-openai-actor-authorization",
 )
 FORBIDDEN_PREFIXES = ("x-forwarded-", "cf-", "x-stainless-", "x-qoo-")
 SINGLE = (
@@ -45,88 +51,9 @@ FIELDS = frozenset([
     "stream", "include", "prompt_cache_key", "text", "service_tier", "client_metadata",
 ])
 FRAME_FIELDS = FIELDS | {"type", "previous_response_id", "generate"}
-ID_PREFIXES = {
-    "message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
-    "custom_tool_call": "ctc_", "additional_tools": "at_", "compaction": "cmp_",
-}
-MAX_ID = 64  # characters
+MAX_KEY = 64  # characters of prompt_cache_key
 PLAIN_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 TIERS = ("priority", "default")
-MAX_INTEGER = 4000  # digits that int() takes on every Python
-
-
-class Refused(Exception):
-    """Answer a request with a refusal; `body` is JSON, or text for a page."""
-
-    def __init__(self, status: int, body: object) -> None:
-        super().__init__(f"{status} {body}")
-        self.status = status
-        self.body = body
-
-
-def detail(status: int, text: str) -> Refused:
-    """Return a refusal in the backend's short form."""
-    return Refused(status, {"detail": text})
-
-
-def fault(status: int, message: str, code: str | None, param: str | None = None) -> Refused:
-    """Return a refusal in the API's long form."""
-    error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
-    return Refused(status, {"error": error})
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> Event:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("duplicate key")
-    return value
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _integer(digits: str) -> int | str:
-    return int(digits) if len(digits) <= MAX_INTEGER else digits
-
-
-def parse_json(raw: bytes) -> Event:
-    """Return a JSON object; duplicate keys, NaN, Infinity and broken UTF-8 are refused."""
-    try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant, parse_int=_integer
-        )
-    except (ValueError, RecursionError) as exc:
-        raise fault(400, f"We could not parse the JSON body of your request: {exc}", None) from exc
-    if not isinstance(value, dict):
-        raise fault(400, "The body is not a JSON object.", None)
-    return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Wish:
-    """Hold what is judged: the request, its body, and where it stands."""
-
-    backend: Backend
-    request: Request
-    body: Event
-    websocket: bool = False
-
-    @property
-    def entry(self) -> Event:
-        """Return the catalogue's entry of the model, empty where there is none."""
-        found = (each for each in self.backend.catalog if each.get("slug") == self.body["model"])
-        return next(found, {})
-
-    @property
-    def lite(self) -> bool:
-        """Tell whether the catalogue wants the lite form for the model."""
-        return bool(self.entry.get("use_responses_lite"))
-
-    @property
-    def items(self) -> Iterator[tuple[int, Item]]:
-        """Return the items of the input with their places."""
-        return enumerate(self.body["input"])
 
 
 def refuse_library_agent(request: Request) -> None:
@@ -140,6 +67,8 @@ def forbidden(name: str, websocket: bool) -> bool:
     """Tell whether a request field must never reach the backend."""
     name = name.lower()
     if name in FORBIDDEN or name.startswith(FORBIDDEN_PREFIXES):
+        return True
+    if name.startswith("x-openai-internal-") and name != LITE_HEADER:
         return True
     return not websocket and (name == "upgrade" or name.startswith("sec-websocket-"))
 
@@ -219,73 +148,23 @@ def refuse_types(wish: Wish) -> None:
             raise fault(400, f"Invalid type for '{name}'.", "invalid_type", name)
 
 
-def refuse_items(wish: Wish) -> None:
-    """Refuse items without a type, with the role system, or with an id that is not theirs."""
-    for index, item in wish.items:
-        where = f"input[{index}]"
-        if not isinstance(item, dict):
-            raise fault(400, f"Invalid type for '{where}': expected an object.", "invalid_type", where)
-        if item.get("role") == "system":
-            raise detail(400, "System messages are not allowed")
-        if not isinstance(item.get("type"), str):
-            raise fault(
-                400, f"Missing required parameter: '{where}.type'.", "missing_required_parameter", where
-            )
-        refuse_id(item, where)
-
-
-def refuse_id(item: Item, where: str) -> None:
-    """Refuse an id that is too long or begins with the wrong prefix."""
-    item_id = item.get("id")
-    if item_id is None or item["type"] == "item_reference":
-        return
-    if not isinstance(item_id, str):
-        raise fault(400, f"Invalid type for '{where}.id': expected a string.", "invalid_type", f"{where}.id")
-    if len(item_id) > MAX_ID:
-        message = (
-            f"Invalid '{where}.id': string too long. Expected a string with maximum length {MAX_ID}, "
-            f"but got a string with length {len(item_id)} instead."
-        )
-        raise fault(400, message, "string_above_max_length", f"{where}.id")
-    prefix = ID_PREFIXES.get(item["type"], "")
-    if not item_id.startswith(prefix) or not item_id:
-        message = (
-            f"Invalid '{where}.id': '{item_id}'. Expected an ID that begins with '{prefix.rstrip('_')}'."
-        )
-        raise fault(400, message, "invalid_value", f"{where}.id")
-
-
-def refuse_continuity(wish: Wish) -> None:
-    """Refuse items that point at something which `store: false` never kept."""
-    present = {item.get("id") for _, item in wish.items if item["type"] == "reasoning"}
-    for index, item in wish.items:
-        where = f"input[{index}]"
-        secret = item.get("encrypted_content")
-        if item["type"] == "item_reference" or (item["type"] == "reasoning" and not secret):
-            message = (
-                f"Item with id '{item.get('id')}' not found. Items are not persisted when `store` is set to "
-                "false. Try again with `store` set to true, or remove this item from your input."
-            )
-            raise fault(404, message, None, "input")
-        if isinstance(secret, str) and secret.startswith("OTHER"):
-            message = f"The encrypted content {secret[:8]}... could not be verified."
-            raise fault(400, message, "invalid_encrypted_content", f"{where}.encrypted_content")
-        partner = wish.backend.partners.get(str(item.get("id")))
-        if partner is not None and partner not in present:
-            message = (
-                f"Item '{item['id']}' of type '{item['type']}' was provided without its required 'reasoning' "
-                f"item: '{partner}'."
-            )
-            raise fault(400, message, None, "input")
+def refuse_long_key(wish: Wish) -> None:
+    """Refuse a prompt_cache_key that is too long."""
+    key = wish.body.get("prompt_cache_key")
+    if isinstance(key, str) and len(key) > MAX_KEY:
+        raise too_long("prompt_cache_key", key, MAX_KEY)
 
 
 def refuse_effort(wish: Wish) -> None:
-    """Refuse an effort that the model does not have; `ultra` is a word of Codex, not of the backend."""
+    """Refuse an effort that the model does not have; `ultra` is a word of Codex, not of the backend.
+
+    `none` is taken by every model, listed or not.
+    """
     effort = (wish.body.get("reasoning") or {}).get("effort")
     levels = wish.entry.get("supported_reasoning_levels")
     known = [level["effort"] for level in levels] if levels else list(PLAIN_EFFORTS)
     known = [each for each in known if each != "ultra"]
-    if effort is not None and effort not in known:
+    if effort is not None and effort not in (*known, "none"):
         message = (
             f"Unsupported value: '{effort}' is not supported with the '{wish.body['model']}' model. "
             f"Supported values are: {', '.join(map(repr, known))}."
@@ -299,13 +178,6 @@ def refuse_tier(wish: Wish) -> None:
     tier = wish.body.get("service_tier")
     if tiers is not None and tier == "priority" and tier not in [each["id"] for each in tiers]:
         raise detail(400, f"Unsupported service_tier: {tier}")
-
-
-def has_lite_flag(wish: Wish) -> bool:
-    """Tell whether a request says that it is in the lite form."""
-    if wish.websocket:
-        return (wish.body.get("client_metadata") or {}).get(LITE_METADATA) == "true"
-    return wish.request.header(LITE_HEADER) is not None
 
 
 def lite_fault(wish: Wish) -> str | None:
@@ -328,15 +200,15 @@ def lite_fault(wish: Wish) -> str | None:
 
 def refuse_form(wish: Wish) -> None:
     """Hold lite models to the lite form, and keep it from all others."""
-    model, flagged = wish.body["model"], has_lite_flag(wish)
+    model, flagged = wish.body["model"], wish.lite_form
     if wish.lite and wish.backend.enforce_lite:
-        if not flagged:
+        if not flagged and model not in wish.backend.takes_plain:
             raise detail(404, f"Model not found {model}")
-        why = lite_fault(wish)
+        why = lite_fault(wish) if flagged else None
         if why is not None:
             wish.backend.note(f"{model}: not in the lite form: {why}")
             raise detail(400, f"Model not found {model}")
-    if wish.lite:
+    if wish.lite and (flagged or not wish.backend.enforce_lite):
         return
     if flagged:
         raise detail(400, f"Responses lite is not supported for model {model}")
@@ -351,9 +223,17 @@ def refuse_form(wish: Wish) -> None:
 REFUSALS: tuple[Callable[[Wish], None], ...] = (
     refuse_fields,
     refuse_types,
+    refuse_long_key,
     refuse_session,
     refuse_items,
+    refuse_item_fields,
+    refuse_parts,
+    refuse_reasoning,
+    refuse_call_ids,
     refuse_form,
+    refuse_tool_types,
+    refuse_schemas,
+    refuse_tool_choice,
     refuse_effort,
     refuse_tier,
     refuse_continuity,

@@ -15,7 +15,7 @@ from .events import COUNTER, Event
 from .exchange import Exchange
 from .http1 import Request, dump
 from .leaks import issue
-from .refusals import detail, fault, parse_json
+from .wish import detail, fault, parse_json
 
 CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"
 AUTH_CLAIM = "https://api.openai.com/auth"

@@ -10,7 +10,8 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .events import Event, echo, items_turn, text_turn
+from .cache import Charge, Piece
+from .events import Event, answer_items, items_turn, metadata_frame, rate_limits_frame
 from .exchange import Exchange
 from .frames import (
     CLOSE,
@@ -26,10 +27,13 @@ from .frames import (
     read_frame,
 )
 from .http1 import Request, dump, head_bytes
-from .refusals import LITE_HEADER, WEBSOCKET_BETA, Refused, detail, fault, parse_json
+from .refusals import WEBSOCKET_BETA
+from .wish import LITE_HEADER, Refused, detail, fault, parse_json
 
 if TYPE_CHECKING:
     from .backend import Backend
+
+MAX_MESSAGE = 16 * 1024 * 1024  # bytes from which a message is closed with 1009; over HTTP it passes
 
 
 def check_handshake(request: Request) -> None:
@@ -60,7 +64,8 @@ class WebSocketExchange:
         self.exchange = exchange
         self.request = exchange.request
         self.reader = exchange.reader
-        self.known: set[str] = set()  # the response ids of this connection
+        self.known: dict[str, list[Piece]] = {}  # the responses of this connection -> the prompts behind them
+        self.charge: Charge | None = None  # of the frame that is being answered
 
     def send_frame(self, frame: Frame) -> None:
         """Send one frame as it is."""
@@ -70,7 +75,7 @@ class WebSocketExchange:
         """Send one event as a text frame, and remember the response that it names."""
         response = event.get("response")
         if isinstance(response, dict) and isinstance(response.get("id"), str):
-            self.known.add(response["id"])
+            self.known[response["id"]] = self.charge.prompt if self.charge else []
         self.send_frame(Frame(TEXT, dump(event)))
 
     def events(self, *events: Event) -> None:
@@ -133,6 +138,8 @@ class WebSocketExchange:
                 continue
             parts.append(frame.payload)
             inside = not frame.final
+            if sum(map(len, parts)) >= self.backend.max_message:
+                raise FrameError(1009, "message too big")
             if frame.final:
                 return decode_text(b"".join(parts))
 
@@ -141,7 +148,11 @@ class WebSocketExchange:
         try:
             body = parse_json(text.encode("utf-8"))
             reply = self.backend.next_frame_reply(body)
+            if self.backend.side_frames:
+                self.events(rate_limits_frame(), metadata_frame(self.backend.etag))
             check_create(self, body)
+            before = self.known.get(str(body.get("previous_response_id")), ())
+            self.charge = self.backend.cache.charge(self.request, body, before)
             reply(self, body)
         except Refused as exc:
             self.backend.note(str(exc))
@@ -162,8 +173,7 @@ def check_create(ws: WebSocketExchange, body: Event) -> None:
 
 
 def answer_frame(ws: WebSocketExchange, body: Event) -> None:
-    """Answer a `response.create`: echo its last text, or nothing for a prewarm."""
-    if body.get("generate") is False:
-        ws.events(*items_turn(model=body["model"]))
-        return
-    ws.events(*text_turn(echo(body), model=body["model"]))
+    """Answer a `response.create`: echo its last text or do what it asks for; nothing for a prewarm."""
+    items = [] if body.get("generate") is False else answer_items(body)
+    events = items_turn(*items, model=body["model"])
+    ws.events(*(ws.charge.sign(events) if ws.charge else events))
