@@ -38,31 +38,37 @@ Five parts and their rooms; each room uses only the rooms above it:
         10  login           the device sign-in
         11  account         account routing
     C rules                 pure, but codings may load libzstd
-        12  normalize       request -> request, by named rules; repairs after a refusal
-        13  chat requests   Chat Completions request -> Responses request
-        14  chat answers    Responses events -> Chat Completions chunks
-        15  codings         gzip, deflate, zstd
-        16  fields          which headers are forwarded; the client's identity
-        17  events          server-sent events; events -> one response
-        18  frames          WebSocket frame codec
-        19  access          which clients are admitted
+        12  items           what rules share; rules for single items; an estimate of tokens
+        13  forms           the lite and the plain form; tools
+        14  normalize       request -> request, by named rules
+        15  repairs         a refusal's text -> a changed context
+        16  chat requests   Chat Completions request -> Responses request
+        17  chat answers    Responses events -> Chat Completions chunks
+        18  codings         gzip, deflate, zstd
+        19  fields          which headers are forwarded; the client's identity
+        20  events          server-sent events; events -> one response
+        21  outputs         events -> the client's bytes
+        22  frames          WebSocket frame codec
+        23  access          which clients are admitted
     D the bridge            one request from accept to its log line
-        20  catalog         the live model list and the aliases
-        21  telemetry       counters, recent requests, the log line
-        22  log             standard error and bridge.log
-        23  store           conversations for previous_response_id
-        24  admission       limits: body memory, requests per key; the keys
-        25  exchange        one client request and its response; the relay
-        26  turns           model requests, sent until upstream accepts them
-        27  websockets      frames both ways
-        28  pages           the status page; the clients' configuration
-        29  routes          path -> handler
-        30  server          threads, their limit, drain, shutdown
+        24  catalog         the live model list and the aliases
+        25  telemetry       counters, recent requests, the log line
+        26  log             standard error and bridge.log
+        27  store           conversations for previous_response_id
+        28  admission       limits: body memory, requests per key; the keys
+        29  exchange        one client request and its response; the relay
+        30  dialects        the APIs: Responses, Chat Completions, legacy completions
+        31  turns           model requests, sent until upstream accepts them
+        32  in flight       what a WebSocket holds beside its frames
+        33  websockets      frames both ways
+        34  pages           the status page; the clients' configuration
+        35  routes          path -> handler
+        36  server          threads, their limit, drain, shutdown
     E commands              the command line; only this part prints
-        31  commands        serve, client-config, new-key, login, litellm-config
-        32  doctor          checks of every step between this host and a reply
-        33  demo            the bridge with a built-in stand-in backend
-        34  main            the command line
+        37  commands        serve, client-config, new-key, login, litellm-config
+        38  doctor          checks of every step between this host and a reply
+        39  demo            the bridge with a built-in stand-in backend
+        40  main            the command line
 """
 from __future__ import annotations
 
@@ -81,6 +87,7 @@ import http.server
 import ipaddress
 import json
 import logging
+import math
 import operator
 import os
 import queue
@@ -218,8 +225,12 @@ ID_PREFIXES = {  # of item types; WIRE 4
     "message": "msg_", "reasoning": "rs_", "function_call": "fc_", "function_call_output": "fco_",
     "custom_tool_call": "ctc_", "additional_tools": "at_", "compaction": "cmp_",
 }
-MAX_ID = 64  # characters of an item id
+MAX_ID = 64  # characters of an item id or a call id
 MAX_CACHE_KEY = 64  # characters of prompt_cache_key
+MAX_CONVERSATIONS = 4096  # names of conversations kept in memory
+IMAGE_TOKENS = 1100  # tokens of an image in an estimate; a large one costs about this
+FAILURE_WAIT = 2  # seconds that an `error` frame without a status waits for upstream's response.failed
+MAX_FRAME = 16 * 1024 * 1024  # bytes at which the backend closes a WebSocket for a message (WIRE 6)
 
 TERMINAL_EVENTS = frozenset(("response.completed", "response.failed", "response.incomplete"))
 STORED_EVENTS = ("response.completed", "response.incomplete")  # a later request may continue these
@@ -474,6 +485,13 @@ def parsed_size(body: bytes) -> int:
             + 40 * body.count(b",") + 90 * body.count(b":"))
 
 
+def counted_size(body: bytes) -> int:
+    """Return the bytes that a small JSON body has, a larger one is estimated to take when it is parsed."""
+    if len(body) <= COUNTED_BODY:
+        return len(body)
+    return parsed_size(body)
+
+
 def parse_json(body: bytes) -> Any:
     """Parse a request body as strict UTF-8 JSON. Raises InvalidRequest."""
     try:
@@ -524,14 +542,22 @@ def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in names}
 
 
-def drop_path(value: Any, path: list[str]) -> Any:
-    """Return a copy of nested objects without the field at `path`; the same object if `path` is missing."""
-    if not isinstance(value, dict) or path[0] not in value:
+def drop_path(value: Any, path: tuple[str, ...], empties: bool = False) -> Any:
+    """Return a copy of nested objects without the field at `path`; the same object if nothing changes.
+
+    A list on the way means each of its entries. With `empties` the field becomes an empty list.
+    """
+    if isinstance(value, list):
+        entries = [drop_path(entry, path, empties) for entry in value]
+        return entries if any(map(operator.is_not, entries, value)) else value
+    if not isinstance(value, dict):
         return value
+    if len(path) == 1 and empties:
+        return value if value.get(path[0]) == [] else {**value, path[0]: []}
     if len(path) == 1:
         return without(value, path[0])
-    inner = drop_path(value[path[0]], path[1:])
-    if inner is value[path[0]]:
+    inner = drop_path(value.get(path[0]), path[1:], empties)
+    if inner is value.get(path[0]):
         return value
     return {**value, path[0]: inner}
 
@@ -643,10 +669,12 @@ def _error_object(parsed: Any) -> dict[str, Any] | None:
     """Return the error object of a parsed refusal; None without one."""
     if not isinstance(parsed, dict):
         return None
-    error = parsed.get("error")
+    error, detail = parsed.get("error"), parsed.get("detail")
     if isinstance(error, dict):
-        message = error.get("message") or error.get("code") or error.get("type") or "upstream gave no reason"
-        return {**error, "message": str(message)}
+        words = filter(None, map(error.get, ("message", "code", "type")))
+        return {**error, "message": str(next(words, "upstream gave no reason"))}
+    if isinstance(detail, dict) and "code" in detail:
+        return _detail_error(detail)
     for key in ("detail", "message", "error"):
         value = parsed.get(key)
         if value:
@@ -654,19 +682,59 @@ def _error_object(parsed: Any) -> dict[str, Any] | None:
     return None
 
 
-def failure(error: Any) -> BridgeError:
-    """Map a failure that upstream reports inside a stream to an HTTP error, for a JSON response."""
-    error = or_empty(error, dict)
-    code, message = or_empty(error.get("code"), str), or_empty(error.get("message"), str)
-    status = FAILURE_STATUS.get(code or str(error.get("type")), 502)
-    return UpstreamRefusal(status, {**error, "message": message or code or "upstream reported a failure"})
+def _detail_error(detail: dict[str, Any]) -> dict[str, Any]:
+    """Return the error of `{"detail": {"code": …}}`, whose code becomes the words if it has none."""
+    words = f"upstream refused the request: {detail['code']}".replace("_", " ")
+    return {**detail, "message": str(detail.get("message") or words)}
 
 
-FAILURE_STATUS = {  # the backend's codes inside `response.failed`; DESIGN "Endpoints"
+def failure(event: Mapping[str, Any]) -> UpstreamRefusal:
+    """Map a failure that an event reports (`error`, `response.failed`) to an HTTP error.
+
+    The event's own status decides, then the error's code, then its type (WIRE 5).
+    """
+    error = reported_error(event)
+    code, kind = or_empty(error.get("code"), str), or_empty(error.get("type"), str)
+    status = reported_status(event) or code_status(code) or code_status(kind) or 502
+    message = or_empty(error.get("message"), str) or code or "upstream reported a failure"
+    return UpstreamRefusal(status, {**error, "message": message})
+
+
+def reported_error(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the error object of an event: nested, in its response, or the event's own fields."""
+    for holder in (event, or_empty(event.get("response"), dict)):
+        if isinstance(holder.get("error"), dict):
+            return dict(holder["error"])
+    if event.get("type") != "error":
+        return {}
+    return without(dict(event), "type", "sequence_number", "status", "status_code", "headers", "event_id")
+
+
+def reported_status(event: Mapping[str, Any]) -> int:
+    """Return an event's own HTTP status; 0 without one."""
+    for name in ("status", "status_code"):
+        status = event.get(name)
+        if type(status) is int and 400 <= status < 600:
+            return status
+    return 0
+
+
+def code_status(code: str) -> int:
+    """Return the HTTP status for an error's code or type; 0 for an unknown one.
+
+    SDKs repeat a 5xx, so what a repeat cannot cure is 400.
+    """
+    if CURELESS.match(code):
+        return 400
+    return FAILURE_STATUS.get(code, 0)
+
+
+FAILURE_STATUS = {  # the backend's codes inside `response.failed` and `error`; DESIGN "Endpoints"
     "rate_limit_exceeded": 429, "usage_limit_reached": 429, "insufficient_quota": 429,
     "server_is_overloaded": 503, "slow_down": 503, "overloaded": 503,
-    "context_length_exceeded": 400, "invalid_prompt": 400, "invalid_request_error": 400,
+    "context_length_exceeded": 400,
 }
+CURELESS = re.compile(r"(?:invalid|unknown|unsupported|missing)_|\w*image_|\w*_image|\w*_policy(?:_|$)")
 
 
 # == 5 http ===================================================================
@@ -1312,13 +1380,30 @@ def find_proxy(target: Target) -> urllib.parse.SplitResult | None:
     address = proxies.get("https") or proxies.get("all")
     if not address or urllib.request.proxy_bypass_environment(target.host):  # type: ignore[attr-defined]
         return None
+    return read_proxy(address)
+
+
+def read_proxy(address: str) -> urllib.parse.SplitResult:
+    """Read a proxy's address. Raises BadUpstream, which names the variable and no password."""
     if "://" not in address:
         address = f"http://{address}"
     with contextlib.suppress(ValueError):
         proxy = urllib.parse.urlsplit(address)
         if proxy.scheme == "http" and proxy.hostname and proxy.port != 0:
             return proxy
-    raise BadUpstream("HTTPS_PROXY must be http://host:port")
+    spoken = ""
+    if address.lower().startswith("socks"):
+        spoken = "; SOCKS is not spoken here"
+    raise BadUpstream(f"{proxy_variable()} must be http://host:port{spoken}")
+
+
+def proxy_variable() -> str:
+    """Return the name of the variable with the proxy's address; in both spellings the lower one counts."""
+    for kind in PROXY_VARIABLES:
+        names = [name for name in os.environ if name.lower() == kind and os.environ[name]]
+        if names:
+            return max(names)
+    return PROXY_VARIABLES[0]
 
 
 def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
@@ -1915,6 +2000,7 @@ class Upstream:
         self._count("upstream_opened")
         proxy = None if self._own_bridge else find_proxy(target)
         host, port = (proxy.hostname or "", proxy.port or 80) if proxy else (target.host, target.port)
+        where = f"the proxy {authority(host, port)} ({proxy_variable()})" if proxy else host
         connection: http.client.HTTPConnection
         if target.scheme == "https":
             connection = http.client.HTTPSConnection(host, port, timeout=self._connect_timeout,
@@ -1929,8 +2015,8 @@ class Upstream:
         except (OSError, http.client.HTTPException, ValueError) as exc:
             connection.close()
             if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
-                raise UpstreamTimeout(f"{host} did not answer within {self._connect_timeout:g} s") from exc
-            raise BadUpstream(f"cannot connect to {host}: {describe_error(exc)}") from exc
+                raise UpstreamTimeout(f"{where} did not answer within {self._connect_timeout:g} s") from exc
+            raise BadUpstream(f"cannot connect to {where}: {describe_error(exc)}") from exc
         return Connection(connection.sock)
 
     def _open_socket(self, address: tuple[str, int], timeout: float, _: Any = None) -> socket.socket:
@@ -2051,8 +2137,10 @@ def read_tokens(content: Any, path: str) -> Tokens:
     if not access:
         raise NotSignedIn(f"{path} has no ChatGPT access token; {sign_in_hint(path)}")
     identity = jwt_claims(tokens.get("id_token"))
-    claims = or_empty(identity.get(AUTH_CLAIM), dict)
-    account = visible_ascii(tokens.get("account_id")) or visible_ascii(claims.get("chatgpt_account_id"))
+    own = or_empty(jwt_claims(access).get(AUTH_CLAIM), dict)
+    claims = {**own, **or_empty(identity.get(AUTH_CLAIM), dict)}
+    named = (tokens.get("account_id"), claims.get("chatgpt_account_id"), own.get("chatgpt_account_id"))
+    account = next(filter(None, map(visible_ascii, named)), "")
     sign_in = SignIn(
         account=account, plan=or_empty(claims.get("chatgpt_plan_type"), str),
         email=or_empty(identity.get("email"), str), expires=token_expiry(access, content),
@@ -2697,8 +2785,8 @@ class Account:
 ###############################################################################
 
 
-# == 12 normalize =============================================================
-# Request dict in, request dict out. No I/O, no clock, no log.
+# == 12 items =================================================================
+# What the rules share, and the rules for single items of the input. No I/O, no clock, no log.
 # A rule never modifies its argument; a second run of all rules changes nothing.
 
 class Model(NamedTuple):
@@ -2710,26 +2798,37 @@ class Model(NamedTuple):
     tiers: tuple[str, ...] | None = None  # service tiers in the entry; None: unknown
 
 
+class ItemFix(NamedTuple):
+    """A field that upstream refused in one item; it is taken out of all items of that type."""
+
+    item_type: str
+    path: tuple[str, ...]  # names of nested fields; a list on the way means each of its entries
+    empties: bool  # upstream wants an empty list there
+
+
 class Context(NamedTuple):
     """The rules' input besides the request; fixed before the first rule runs."""
 
     slug: str = ""  # the upstream model that the request's model name means
+    effort: str = ""  # the reasoning effort in the model's name or alias; "" without one
     model: Model | None = None  # the slug's catalogue entry; None: unknown, and no catalogue rule fires
     codex: bool = False  # the client is Codex, whose own fields are correct
     websocket: bool = False  # the request is a response.create frame
-    session: str = ""  # the client's session header
-    client: str = ""  # the client's key name or address, to separate conversations
+    name: str = ""  # the conversation's name for the backend's cache (WIRE 4)
     lite_header: bool = False  # the client sent the lite header
+    plain: bool = False  # a lite model is tried in the plain form, which keeps what lite would lose
     strict: bool = False  # --continuity strict, or a repair
     force_instructions: bool = False  # a repair: "Instructions are required"
+    auto_choice: bool = False  # a repair: upstream does not know the chosen tool
     dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
+    item_fixes: tuple[ItemFix, ...] = ()  # fields of items that upstream refused
 
     @property
     def is_lite(self) -> bool:
         """Tell whether the request is sent in the lite form: by the catalogue, else by its header."""
         if self.model is None:
             return self.lite_header
-        return self.model.lite
+        return self.model.lite and not self.plain
 
 
 class Rule(NamedTuple):
@@ -2738,63 +2837,10 @@ class Rule(NamedTuple):
     name: str
     why: str
     apply: Callable[[dict[str, Any], Context], dict[str, Any]]
+    per_item: bool = False  # the function gets the input's items, one by one, in place of the request
 
 
 HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
-
-
-def check_request(request: Any) -> None:
-    """Check that the bridge can read `model` and `input`; no rule could fix these.
-
-    Raises InvalidRequest, which names the parameter.
-    """
-    if not isinstance(request, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {json_type_name(request)}")
-    model = request.get("model")
-    if not isinstance(model, str) or not model.strip():
-        raise InvalidRequest(f"model must be a model's name, not {json_type_name(model)}", "model")
-    if not HEADER_WORD.fullmatch(model):
-        raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
-    if not isinstance(request.get("input", []), (str, list)):
-        given = json_type_name(request["input"])
-        raise InvalidRequest(f"input must be a string or a list, not {given}", "input")
-
-
-def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the request in the backend's form, and the names of the rules that changed it.
-
-    If no rule fires, return the same object, so that the caller can forward the client's own bytes.
-    """
-    fired = []
-    for rule in RULES:
-        try:
-            changed = rule.apply(request, context)
-        except RecursionError as exc:
-            raise InvalidRequest("the request is nested too deeply") from exc
-        if changed is not request:
-            fired.append(rule.name)
-            request = changed
-    return request, tuple(fired)
-
-
-def resolve_alias(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Replace an alias with its slug."""
-    if context.slug and request.get("model") != context.slug:
-        return {**request, "model": context.slug}
-    return request
-
-
-def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Replace a string input with one user message."""
-    text = request.get("input")
-    if isinstance(text, str):
-        return {**request, "input": [message_item("user", text)]}
-    return request
-
-
-def message_item(role: str, text: str) -> dict[str, Any]:
-    """Return a message item with one text."""
-    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
 
 
 DROPPED_ITEM = object()  # marks an item to remove
@@ -2811,23 +2857,493 @@ def map_items(request: dict[str, Any], change: Callable[[dict[str, Any]], Any]) 
     return {**request, "input": [item for item in changed if item is not DROPPED_ITEM]}
 
 
-def type_bare_messages(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Add the type `message` to items that have only `role` and `content`."""
+def message_item(role: str, text: str) -> dict[str, Any]:
+    """Return a message item with one text."""
+    return {"type": "message", "role": role, "content": [{"type": "input_text", "text": text}]}
+
+
+def type_bare_message(item: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Add the type `message` to an item that has only `role` and `content`."""
+    if item.get("type") is None and "role" in item and "content" in item:
+        return {**item, "type": "message"}
+    return item
+
+
+def system_to_developer(item: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Give a system message the developer role."""
+    if item.get("role") == "system":
+        return {**item, "role": "developer"}
+    return item
+
+
+def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop items that refer to unstored ones, and then the ids that could require a dropped item.
+
+    Keep a reasoning item that has its ciphertext, with its id: the ciphertext is bound to the id (WIRE 4).
+    """
+    def change(item: dict[str, Any]) -> Any:
+        if points_at_nothing(item, context.strict):
+            return DROPPED_ITEM
+        item_type = or_empty(item.get("type"), str)
+        # The id of a message or a call can require the reasoning item before it.
+        if context.strict or item_type == "message" or item_type.endswith(("_call", "_output")):
+            return without(item, "id")
+        return item
+
+    items = request.get("input")
+    if not isinstance(items, list):
+        return request
+    if context.strict or any(isinstance(item, dict) and item.get("type") in ("reasoning", "item_reference")
+                             and points_at_nothing(item, False) for item in items):
+        return map_items(request, change)
+    return request
+
+
+def points_at_nothing(item: Any, strict: bool) -> bool:
+    """Tell whether an item refers to an unstored one; with `strict`, every reasoning item counts as such."""
+    if not isinstance(item, dict):
+        return False
+    if item.get("type") == "reasoning":
+        return strict or not item.get("encrypted_content")
+    return item.get("type") == "item_reference"
+
+
+def drop_bad_id(item: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Drop an item's id that is too long or has another type's prefix; never rewrite one."""
+    if "id" not in item:
+        return item
+    item_id, prefix = item["id"], ID_PREFIXES.get(or_empty(item.get("type"), str), "")
+    if isinstance(item_id, str) and 0 < len(item_id) <= MAX_ID and item_id.startswith(prefix):
+        return item
+    return without(item, "id")
+
+
+def fit_reasoning_item(item: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Reduce a reasoning item that an SDK echoes to what upstream takes; keep its ciphertext and its id.
+
+    `status` is unknown to upstream, also as null; `content` must be empty; `summary` must be a list (WIRE 4).
+    """
+    if item.get("type") != "reasoning":
+        return item
+    fitted = without(item, "status")
+    if fitted.get("content"):
+        fitted = {**fitted, "content": []}
+    if fitted.get("summary") is None:
+        fitted = {**fitted, "summary": []}
+    return fitted
+
+
+def shorten_call_id(item: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Shorten a call id of another provider's history: a call and its output get the same new id."""
+    call_id = item.get("call_id")
+    if isinstance(call_id, str) and len(call_id) > MAX_ID:
+        return {**item, "call_id": short_call_id(call_id)}
+    return item
+
+
+def short_call_id(call_id: str) -> str:
+    """Return a short id for a long one: distinct, and the same each time."""
+    digest = hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"call_{digest[:40]}"
+
+
+def long_call_ids(request: Mapping[str, Any]) -> dict[str, str]:
+    """Return the call ids that `shorten_call_id` shortens: short id -> long id."""
+    given = {or_empty(item.get("call_id"), str) for item in dicts_in(request.get("input"))}
+    return {short_call_id(call_id): call_id for call_id in given if len(call_id) > MAX_ID}
+
+
+def fix_item_fields(item: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Take the field that upstream refused in one item out of an item of its type; a repair."""
+    for fix in context.item_fixes:
+        if item.get("type") == fix.item_type:
+            item = drop_path(item, fix.path, fix.empties)
+    return item
+
+
+def estimate_tokens(request: Mapping[str, Any]) -> int:
+    """Estimate a request's input tokens: a quarter of its text's UTF-8 bytes, and a fixed number an image.
+
+    Text is every string and name in `instructions`, `input`, `tools` and `text`.
+    """
+    tokens = 0.0
+    waiting = [request.get(name) for name in ("instructions", "input", "tools", "text")]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            tokens += len(value.encode("utf-8", "surrogatepass")) / 4
+        elif isinstance(value, dict) and value.get("type") in ("input_image", "image_url"):
+            tokens += IMAGE_TOKENS
+        elif isinstance(value, dict):
+            tokens += 1
+            waiting.extend(value)
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return math.ceil(tokens)
+
+
+ITEM_RULES = (  # in this order, in one pass over the input
+    Rule("type-messages", "upstream requires every item's type", type_bare_message, per_item=True),
+    Rule("system-to-developer", "upstream refuses the system role", system_to_developer, per_item=True),
+    Rule("reasoning-items", "upstream refuses fields that SDKs echo in reasoning items", fit_reasoning_item,
+         per_item=True),
+    Rule("call-ids", "upstream refuses call ids of more than 64 characters", shorten_call_id, per_item=True),
+    Rule("item-fields", "upstream has refused a field of an item", fix_item_fields, per_item=True),
+    Rule("item-ids", "upstream refuses malformed ids", drop_bad_id, per_item=True),
+)
+
+
+def apply_item_rules(request: dict[str, Any], context: Context, fired: dict[str, None]) -> dict[str, Any]:
+    """Apply all rules for items in one pass over the input; add the names of those that change one."""
     def change(item: dict[str, Any]) -> dict[str, Any]:
-        bare = item.get("type") is None and "role" in item and "content" in item
-        if bare:
-            return {**item, "type": "message"}
+        for rule in ITEM_RULES:
+            changed = rule.apply(item, context)
+            if changed is not item:
+                fired[rule.name] = None
+                item = changed
         return item
     return map_items(request, change)
 
 
-def system_to_developer(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Give system messages the developer role, and keep their position."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
-        if item.get("role") == "system":
-            return {**item, "role": "developer"}
+def stable_id(text: str) -> str:
+    """Return a text's hash in the form of a UUID, like Codex's session ids."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+
+
+def conversation_hash(request: Mapping[str, Any], owner: str, slug: str) -> str:
+    """Return a hash of a conversation's constants: client, model, instructions, first user message."""
+    first: Any = None
+    items = request.get("input")
+    if isinstance(items, str):
+        first = items
+    for item in items if isinstance(items, list) else ():
+        if isinstance(item, dict) and item.get("role") == "user":
+            first = item.get("content")
+            break
+    if isinstance(first, str):
+        first = [{"type": "input_text", "text": first}]  # both forms of one text give one hash
+    return stable_id(json.dumps([owner, slug, request.get("instructions"), first]))
+
+
+# == 13 forms =================================================================
+# The lite and the plain form of a request, and the tools in both (WIRE 4). No I/O, no clock, no log.
+
+LITE_TOOLS = ("function", "custom", "namespace", "tool_search")  # a lite model runs no other tool
+
+
+def is_additional_tools(item: Any) -> bool:
+    """Tell whether an item carries tools in the lite form."""
+    return isinstance(item, dict) and item.get("type") == "additional_tools"
+
+
+def map_tools(tools: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Map each tool of a list, also those in namespaces. Return the same list if none changes."""
+    if not isinstance(tools, list):
+        return tools
+    changed = [_map_tool(tool, change) if isinstance(tool, dict) else tool for tool in tools]
+    if any(map(operator.is_not, changed, tools)):
+        return changed
+    return tools
+
+
+def _map_tool(tool: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    inner = map_tools(tool.get("tools"), change)
+    if inner is not tool.get("tools"):
+        tool = {**tool, "tools": inner}
+    return change(tool)
+
+
+def with_tools(holder: dict[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Return a request or item with its tools mapped; the same object if none changes."""
+    tools = map_tools(holder.get("tools"), change)
+    if tools is holder.get("tools"):
+        return holder
+    return {**holder, "tools": tools}
+
+
+def complete_schemas(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Add empty `properties` to an object schema without them, as some MCP servers send it."""
+    def change(tool: dict[str, Any]) -> dict[str, Any]:
+        schema = tool.get("parameters")
+        if isinstance(schema, dict) and schema.get("type") == "object" and schema.get("properties") is None:
+            return {**tool, "parameters": {**schema, "properties": {}}}
+        return tool
+
+    def change_item(item: dict[str, Any]) -> dict[str, Any]:
+        if is_additional_tools(item):
+            return with_tools(item, change)
         return item
-    return map_items(request, change)
+
+    request = with_tools(request, change)
+    if not any(map(is_additional_tools, or_empty(request.get("input"), list))):
+        return request
+    return map_items(request, change_item)
+
+
+def rename_hosted_tools(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Give the web search its present name, in the tools and in the choice of one."""
+    def change(tool: dict[str, Any]) -> dict[str, Any]:
+        if or_empty(tool.get("type"), str).startswith("web_search_preview"):
+            return {**tool, "type": "web_search"}
+        return tool
+    request = with_tools(request, change)
+    choice = request.get("tool_choice")
+    if isinstance(choice, dict):
+        renamed = change(with_tools(choice, change))
+        if renamed is not choice:
+            return {**request, "tool_choice": renamed}
+    return request
+
+
+def set_tool_choice(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Leave the choice of a tool to the model, where upstream does not know the chosen one; a repair."""
+    if context.auto_choice and is_forced(request.get("tool_choice")):
+        return {**request, "tool_choice": "auto"}
+    return request
+
+
+def is_forced(choice: Any) -> bool:
+    """Tell whether a tool_choice forces a call."""
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return choice.get("mode") != "auto"
+    return choice not in (None, "auto", "none")
+
+
+def is_hosted(tool: Any) -> bool:
+    """Tell whether a tool runs on OpenAI's side, which no lite model offers."""
+    return isinstance(tool, dict) and isinstance(tool.get("type"), str) and tool["type"] not in LITE_TOOLS
+
+
+def lite_losses(request: Mapping[str, Any]) -> list[str]:
+    """Return what the lite form would lose of a plain request: `tool_choice`, types of hosted tools."""
+    choice = request.get("tool_choice")
+    if choice == "none":
+        return []
+    losses = [tool["type"] for tool in or_empty(request.get("tools"), list) if is_hosted(tool)]
+    if is_forced(choice):
+        losses.insert(0, "tool_choice")
+    return losses
+
+
+def lite_tools(request: Mapping[str, Any], context: Context) -> list[Any]:
+    """Return the tools that the lite form can offer, which has no choice but `auto`.
+
+    A forced tool is the only one offered. Raises InvalidRequest if that is impossible.
+    """
+    choice, tools = request.get("tool_choice"), request.get("tools") or []
+    if choice == "none":
+        return []
+    if isinstance(choice, dict):
+        chosen = choice["tools"] if isinstance(choice.get("tools"), list) else [choice]
+        tools = [tool for tool in tools if any(is_chosen(tool, wanted) for wanted in chosen)]
+        if is_forced(choice) and not any(not is_hosted(tool) for tool in tools):
+            kinds = ", ".join(str(wanted.get("type")) for wanted in dicts_in(chosen))
+            raise InvalidRequest(f"{context.slug} cannot be made to use the tool {kinds}: it has no such "
+                                 "tool; choose another model, or leave tool_choice out", "tool_choice")
+    return [tool for tool in tools if not is_hosted(tool)]
+
+
+def is_chosen(tool: Any, wanted: Any) -> bool:
+    """Tell whether a tool_choice's entry means a tool."""
+    if not isinstance(tool, dict) or not isinstance(wanted, dict):
+        return False
+    return (tool.get("type"), tool.get("name")) == (wanted.get("type"), wanted.get("name"))
+
+
+def drop_details(items: list[Any]) -> list[Any]:
+    """Return the items without the `detail` of their images, which the lite form does not know."""
+    def change(item: Any) -> Any:
+        for field in ("content", "output"):
+            parts = or_empty(or_empty(item, dict).get(field), list)
+            if any(map(has_detail, parts)):
+                item = {**item, field: [drop_path(part, ("detail",)) for part in parts]}
+        return item
+    return [change(item) for item in items]
+
+
+def has_detail(part: Any) -> bool:
+    """Tell whether a part is an image with a `detail`."""
+    return isinstance(part, dict) and part.get("type") == "input_image" and "detail" in part
+
+
+def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Convert the request to its model's form, lite or plain, according to the catalogue."""
+    if context.model is None or not isinstance(request.get("input", []), list):
+        return request
+    if context.is_lite:
+        return lite_form(request, context)
+    return plain_form(request, context)
+
+
+def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Move tools and instructions into the input, as lite models require (WIRE 4)."""
+    if not is_typed(request, tools=list, reasoning=dict, instructions=str):
+        return request  # a field has a wrong type: upstream's refusal will name it
+    tools = request.get("tools") or []
+    if not context.lite_header:
+        tools = lite_tools(request, context)
+    items = lite_items(request, tools)
+    if context.websocket and "input" not in request and not items:
+        return request
+    reasoning = or_empty(request.get("reasoning"), dict)
+    form = {**without(request, "tools", "instructions"), "input": items, "parallel_tool_calls": False,
+            "reasoning": {**reasoning, "context": "all_turns"}}
+    form = with_lite_choice(form, request, context)
+    if context.websocket:
+        form["client_metadata"] = {**or_empty(request.get("client_metadata"), dict), LITE_METADATA: "true"}
+    if form == request:
+        return request
+    return form
+
+
+def with_lite_choice(form: dict[str, Any], request: Mapping[str, Any], context: Context) -> dict[str, Any]:
+    """Return the lite form with the only choice that it takes, `auto`, wherever there are tools.
+
+    The official client always sends it; without it models have written their calls as text (WIRE 4).
+    """
+    if context.lite_header and request.get("tool_choice") is not None:
+        return form
+    form = without(form, "tool_choice")
+    has_tools = any(map(is_additional_tools, form["input"]))
+    if has_tools or (context.websocket and "tool_choice" in request):  # the chain may have the tools
+        form["tool_choice"] = "auto"
+    return form
+
+
+def is_typed(request: Mapping[str, Any], **types: type) -> bool:
+    """Tell whether each of these fields has its type; a missing, null or empty one counts as correct."""
+    return all(isinstance(request.get(name) or kind(), kind) for name, kind in types.items())
+
+
+def lite_items(request: Mapping[str, Any], tools: list[Any]) -> list[Any]:
+    """Return the lite form's input: first tools, then instructions, then the items."""
+    carrier, items = gather_tools(list(request.get("input", [])), tools)
+    items = drop_details(items)
+    if request.get("instructions"):
+        items = [message_item("developer", request["instructions"]), *items]
+    if carrier:
+        items = [carrier, *items]
+    return items
+
+
+def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
+    """Merge all tools into one `additional_tools` item; return that item, and the other items."""
+    carriers = [item for item in items if is_additional_tools(item)]
+    others = [item for item in items if not is_additional_tools(item)]
+    if not tools and len(carriers) < 2 and carriers == items[:len(carriers)]:
+        return next(iter(carriers), None), others
+    gathered = merge_tools([tool for given in (*(carrier.get("tools") for carrier in carriers), tools)
+                            for tool in or_empty(given, list)])
+    if not gathered:
+        return None, others
+    first = next(iter(carriers), {"type": "additional_tools", "role": "developer"})
+    return {**first, "tools": gathered}, others
+
+
+def merge_tools(tools: list[Any]) -> list[Any]:
+    """Return the tools, each once; namespaces of one name become one with the tools of all (WIRE 4)."""
+    merged: list[Any] = []
+    for tool in tools:
+        place = next((at for at, other in enumerate(merged) if is_same_tool(tool, other)), None)
+        if place is None:
+            merged.append(tool)
+        elif tool != merged[place] and isinstance(tool.get("tools"), list):
+            inner = [*or_empty(merged[place].get("tools"), list), *tool["tools"]]
+            merged[place] = {**merged[place], "tools": merge_tools(inner)}
+    return merged
+
+
+def is_same_tool(tool: Any, other: Any) -> bool:
+    """Tell whether two tools are the same: equal, or with one type and one name."""
+    if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
+        return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
+    return bool(tool == other)
+
+
+def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Convert a lite request for a plain model: move the tools to `tools`, drop `reasoning.context`."""
+    items, metadata = request.get("input", []), request.get("client_metadata")
+    marked = isinstance(metadata, dict) and LITE_METADATA in metadata
+    carried = any(map(is_additional_tools, items))
+    if not context.lite_header and not marked and not carried and not context.plain:
+        return request
+    form = dict(request)
+    carrier, items = gather_tools(items, or_empty(request.get("tools"), list))
+    if carrier is not None and isinstance(carrier.get("tools"), list):
+        form["tools"], form["input"] = carrier["tools"], items
+    if marked:
+        form["client_metadata"] = without(request["client_metadata"], LITE_METADATA)
+    plain: dict[str, Any] = drop_path(request if form == request else form, ("reasoning", "context"))
+    return plain
+
+
+# == 14 normalize =============================================================
+# Request dict in, request dict out: the rules for the request's own fields, and the list of all rules.
+
+def check_request(request: Any) -> None:
+    """Check that the bridge can read `model` and `input`; no rule could fix these.
+
+    Raises InvalidRequest, which names the parameter.
+    """
+    if not isinstance(request, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {json_type_name(request)}")
+    model = request.get("model")
+    if not isinstance(model, str) or not model.strip():
+        raise InvalidRequest(f"model must be a model's name, not {json_type_name(model)}", "model")
+    if not HEADER_WORD.fullmatch(model):
+        raise InvalidRequest("model must be at most 128 visible ASCII characters", "model")
+    given = request.get("input")
+    if given is not None and not isinstance(given, (str, list)):
+        raise InvalidRequest(f"input must be a string or a list, not {json_type_name(given)}", "input")
+
+
+def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the request in the backend's form, and the names of the rules that changed it.
+
+    If no rule fires, return the same object, so that the caller can forward the client's own bytes.
+    """
+    fired: dict[str, None] = {}
+    try:
+        for rule in RULES:
+            if rule is ITEM_RULES[0]:
+                changed = apply_item_rules(request, context, fired)
+            elif not rule.per_item:
+                changed = rule.apply(request, context)
+                if changed is not request:
+                    fired[rule.name] = None
+            request = changed
+    except RecursionError as exc:
+        raise InvalidRequest("the request is nested too deeply") from exc
+    return request, tuple(rule.name for rule in RULES if rule.name in fired)
+
+
+def resolve_alias(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Replace an alias with its slug."""
+    if context.slug and request.get("model") != context.slug:
+        return {**request, "model": context.slug}
+    return request
+
+
+def set_named_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Take the reasoning effort from the model's name or alias, if the client gives none."""
+    reasoning = request.get("reasoning")
+    if reasoning is None:
+        reasoning = {}
+    if not context.effort or not isinstance(reasoning, dict) or reasoning.get("effort") is not None:
+        return request
+    return {**request, "reasoning": {**reasoning, "effort": context.effort}}
+
+
+def input_to_list(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Replace a string input with one user message, and null with an empty list."""
+    text = request.get("input", [])
+    if isinstance(text, str):
+        return {**request, "input": [message_item("user", text)]}
+    if text is None:
+        return {**request, "input": []}
+    return request
 
 
 def store_false(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2863,7 +3379,7 @@ def drop_unsupported(request: dict[str, Any], context: Context) -> dict[str, Any
         request = without(request, *refused)
     for path in context.dropped:
         if "." in path:
-            request = drop_path(request, path.split("."))
+            request = drop_path(request, tuple(path.split(".")))
     return request
 
 
@@ -2890,91 +3406,41 @@ def fit_effort(request: dict[str, Any], context: Context) -> dict[str, Any]:
     if not isinstance(reasoning, dict):
         return request
     effort = reasoning.get("effort")
-    if not isinstance(effort, str) or effort not in EFFORTS:
-        return request
-    nearest = effort
-    if effort == "ultra":
-        nearest = "max"
-    listed = [name for name in (context.model.efforts if context.model else ()) if name in EFFORTS[:-1]]
-    if listed and nearest not in listed:
-        rank = EFFORTS.index(nearest)
-        nearest = min(listed, key=lambda name: (abs(EFFORTS.index(name) - rank), EFFORTS.index(name)))
+    if effort == "none" or not isinstance(effort, str) or effort not in EFFORTS:
+        return request  # every model takes "none" (WIRE 4)
+    nearest = nearest_effort(effort, context.model)
     if nearest == effort:
         return request
     return {**request, "reasoning": {**reasoning, "effort": nearest}}
 
 
-def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop items that refer to unstored ones, and then the ids that could require a dropped item.
-
-    Keep a reasoning item that has its ciphertext, with its id: the ciphertext is bound to the id (WIRE 4).
-    """
-    def change(item: dict[str, Any]) -> Any:
-        if points_at_nothing(item, context.strict):
-            return DROPPED_ITEM
-        item_type = or_empty(item.get("type"), str)
-        # The id of a message or a call can require the reasoning item before it.
-        if context.strict or item_type == "message" or item_type.endswith(("_call", "_output")):
-            return without(item, "id")
-        return item
-
-    items = request.get("input")
-    if not isinstance(items, list):
-        return request
-    if context.strict or any(points_at_nothing(item, context.strict) for item in items):
-        return map_items(request, change)
-    return request
-
-
-def points_at_nothing(item: Any, strict: bool) -> bool:
-    """Tell whether an item refers to an unstored one; with `strict`, every reasoning item counts as such."""
-    if not isinstance(item, dict):
-        return False
-    if item.get("type") == "reasoning":
-        return strict or not item.get("encrypted_content")
-    return item.get("type") == "item_reference"
-
-
-def drop_bad_ids(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Drop item ids that are too long or have another type's prefix; never rewrite one."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
-        if "id" not in item:
-            return item
-        item_id, prefix = item["id"], ID_PREFIXES.get(or_empty(item.get("type"), str), "")
-        if isinstance(item_id, str) and 0 < len(item_id) <= MAX_ID and item_id.startswith(prefix):
-            return item
-        return without(item, "id")
-    return map_items(request, change)
+def nearest_effort(effort: str, model: Model | None) -> str:
+    """Return the effort of a model that is nearest to the wanted one; `ultra` is `max` on the wire."""
+    if effort == "ultra":
+        effort = "max"
+    listed = [name for name in (model.efforts if model else ()) if name in EFFORTS[:-1]]
+    if not listed or effort in listed:
+        return effort
+    rank = EFFORTS.index(effort)
+    return min(listed, key=lambda name: (abs(EFFORTS.index(name) - rank), EFFORTS.index(name)))
 
 
 def set_cache_key(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Set the cache key: the client's, else the session, else a hash of the conversation's beginning."""
+    """Set the cache key to the conversation's name; a Codex's own key stays, unless it is too long."""
     key = request.get("prompt_cache_key")
-    if isinstance(key, str) and key:
+    wanted = context.name
+    if context.codex and isinstance(key, str) and key:
+        wanted = cache_name(key)
+    if not wanted or key == wanted:
         return request
-    session = context.session
-    if session and len(session) > MAX_CACHE_KEY:
-        session = stable_id(session)
-    return {**request, "prompt_cache_key": session or conversation_hash(request, context.client)}
+    return {**request, "prompt_cache_key": wanted}
 
 
-def conversation_hash(request: dict[str, Any], client: str) -> str:
-    """Return a hash of a conversation's constants: client, model, instructions, first user message."""
-    first: Any = None
-    items = request.get("input")
-    for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and item.get("role") == "user":
-            first = item.get("content")
-            break
-    if isinstance(first, str):
-        first = [{"type": "input_text", "text": first}]  # both forms of one text give one hash
-    return stable_id(json.dumps([client, request.get("model"), request.get("instructions"), first]))
-
-
-def stable_id(text: str) -> str:
-    """Return a text's hash in the form of a UUID, like Codex's session ids."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+def cache_name(own: str) -> str:
+    """Return a client's key or session header as a conversation's name; a hash if it fits no header."""
+    if len(own) <= MAX_CACHE_KEY and HEADER_WORD.fullmatch(own):
+        return own
+    return stable_id(own)
 
 
 def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -2982,7 +3448,7 @@ def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, An
 
     Codex sends none since 0.162; its requests stay unchanged until upstream refuses one (WIRE 4).
     """
-    if request.get("instructions") is not None or (context.model and context.model.lite):
+    if request.get("instructions") is not None or context.is_lite:
         return request
     if context.websocket and request.get("previous_response_id") is not None:
         return request  # the earlier response of the chain has them
@@ -2991,95 +3457,11 @@ def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, An
     return request
 
 
-def is_additional_tools(item: Any) -> bool:
-    """Tell whether an item carries tools in the lite form."""
-    return isinstance(item, dict) and item.get("type") == "additional_tools"
-
-
-def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Convert the request to its model's form, lite or plain, according to the catalogue."""
-    if context.model is None or not isinstance(request.get("input", []), list):
-        return request
-    if context.model.lite:
-        return lite_form(request, context)
-    return plain_form(request, context)
-
-
-def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Move tools and instructions into the input, as lite models require (WIRE 4)."""
-    if not is_typed(request, tools=list, reasoning=dict, instructions=str):
-        return request  # a field has a wrong type: upstream's refusal will name it
-    items = lite_items(request)
-    if context.websocket and "input" not in request and not items:
-        return request
-    reasoning = or_empty(request.get("reasoning"), dict)
-    form = {**without(request, "tools", "instructions"), "input": items, "parallel_tool_calls": False,
-            "reasoning": {**reasoning, "context": "all_turns"}}
-    if context.websocket:
-        form["client_metadata"] = {**or_empty(request.get("client_metadata"), dict), LITE_METADATA: "true"}
-    if form == request:
-        return request
-    return form
-
-
-def is_typed(request: Mapping[str, Any], **types: type) -> bool:
-    """Tell whether each of these fields has its type; a missing, null or empty one counts as correct."""
-    return all(isinstance(request.get(name) or kind(), kind) for name, kind in types.items())
-
-
-def lite_items(request: Mapping[str, Any]) -> list[Any]:
-    """Return the lite form's input: first tools, then instructions, then the items."""
-    tools, items = gather_tools(list(request.get("input", [])), request.get("tools") or [])
-    if request.get("instructions"):
-        items = [message_item("developer", request["instructions"]), *items]
-    if tools:
-        items = [tools, *items]
-    return items
-
-
-def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
-    """Merge all tools into one `additional_tools` item; return that item, and the other items."""
-    carriers = [item for item in items if is_additional_tools(item)]
-    others = [item for item in items if not is_additional_tools(item)]
-    if not tools and len(carriers) < 2 and carriers == items[:len(carriers)]:
-        return next(iter(carriers), None), others
-    gathered: list[Any] = []
-    for given in (*(carrier.get("tools") for carrier in carriers), tools):
-        for tool in or_empty(given, list):
-            if not any(is_same_tool(tool, other) for other in gathered):
-                gathered.append(tool)
-    first = next(iter(carriers), {"type": "additional_tools", "role": "developer"})
-    return {**first, "tools": gathered}, others
-
-
-def is_same_tool(tool: Any, other: Any) -> bool:
-    """Tell whether two tools are the same: equal, or with one type and one name."""
-    if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
-        return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
-    return bool(tool == other)
-
-
-def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Convert a lite request for a plain model: move the tools to `tools`, drop `reasoning.context`."""
-    items, metadata = request.get("input", []), request.get("client_metadata")
-    marked = isinstance(metadata, dict) and LITE_METADATA in metadata
-    if not context.lite_header and not marked and not any(map(is_additional_tools, items)):
-        return request
-    form = dict(request)
-    carrier, items = gather_tools(items, or_empty(request.get("tools"), list))
-    if carrier is not None and isinstance(carrier.get("tools"), list):
-        form["tools"], form["input"] = carrier["tools"], items
-    if marked:
-        form["client_metadata"] = without(request["client_metadata"], LITE_METADATA)
-    plain: dict[str, Any] = drop_path(request if form == request else form, ["reasoning", "context"])
-    return plain
-
-
 RULES = (  # in this order; later rules rely on earlier ones
     Rule("alias", "the backend does not know this host's aliases", resolve_alias),
+    Rule("effort-name", "upstream takes the effort in a field, not in the model's name", set_named_effort),
     Rule("input-to-list", "upstream requires a list", input_to_list),
-    Rule("type-messages", "upstream requires every item's type", type_bare_messages),
-    Rule("system-to-developer", "upstream refuses the system role", system_to_developer),
+    *ITEM_RULES,
     Rule("store-false", "upstream refuses to store", store_false),
     Rule("stream-true", "upstream only streams", stream_true),
     Rule("include-reasoning", "the backend stores no reasoning, so the client must send it back",
@@ -3089,34 +3471,68 @@ RULES = (  # in this order; later rules rely on earlier ones
          fit_service_tier),
     Rule("effort", "each model accepts its own efforts", fit_effort),
     Rule("continuity", "the backend has stored no item that a request could refer to", keep_continuity),
-    Rule("item-ids", "upstream refuses malformed ids", drop_bad_ids),
     Rule("cache-key", "upstream caches a conversation only by its key", set_cache_key),
+    Rule("hosted-tools", "upstream knows the web search by its present name", rename_hosted_tools),
+    Rule("tool-schemas", "upstream refuses an object schema without properties", complete_schemas),
+    Rule("tool-choice", "upstream has refused the chosen tool", set_tool_choice),
     Rule("instructions", "plain models have refused requests without instructions", fill_instructions),
     Rule("form", "lite models accept only the lite form, plain models only the plain form", set_form),
 )
 
 
-# -- repairs: a refusal's text -> a changed context -> the rules run again
+# == 15 repairs ===============================================================
+# A refusal's text -> a changed context -> the rules run again.
 
 class Repair(NamedTuple):
-    """One known refusal; `apply` returns a context with which the rules fix it, or the same context."""
+    """One known refusal.
+
+    `apply` gets the context, the match and the refused request. It returns a context with which the rules
+    fix the request, and what changes ("" if the name says it); the same context if it does not know.
+    """
 
     name: str
     why: str
     pattern: re.Pattern[str]
-    apply: Callable[[Context, re.Match[str]], Context]
+    apply: Callable[[Context, re.Match[str], dict[str, Any]], tuple[Context, str]]
 
 
-def _drop_named(context: Context, match: re.Match[str]) -> Context:
-    name = re.sub(r"\[\d+\]", "", match[1]).rstrip(".")
+def _drop_named(context: Context, match: re.Match[str], request: dict[str, Any]) -> tuple[Context, str]:
+    name = without_indices(match[1])
     if name in NEVER_DROPPED or name.partition(".")[0] == "input":
-        return context
-    return context._replace(dropped=context.dropped | {name})
+        return context, ""
+    return context._replace(dropped=context.dropped | {name}), name
+
+
+def without_indices(path: str) -> str:
+    """Return a field's path without the numbers in it: `tools[0].name` is `tools.name`."""
+    return re.sub(r"\[\d+\]", "", path).rstrip(".")
+
+
+def _fix_item(context: Context, match: re.Match[str], request: dict[str, Any]) -> tuple[Context, str]:
+    """Find the item that upstream names; fix all of its type. What an item is about is never dropped."""
+    items, at = or_empty(request.get("input"), list), int(match["index"])
+    item = items[at] if at < len(items) else None
+    names = tuple(without_indices(match["path"]).split("."))
+    if not isinstance(item, dict) or not isinstance(item.get("type"), str):
+        return context, ""
+    is_name_of_call = names == ("name",) and item["type"].endswith("_call")
+    empties = match["unknown"] is None
+    if names[-1] in ITEM_MEANING or is_name_of_call or (not empties and drop_path(item, names) is item):
+        return context, ""
+    fix = ItemFix(item["type"], names, empties)
+    if fix in context.item_fixes:
+        return context, ""
+    return context._replace(item_fixes=(*context.item_fixes, fix)), f"input.{item['type']}.{'.'.join(names)}"
 
 
 FORM_REPAIR = "form"
 MAX_REPAIRS = 4  # for one request
 REPAIRS = (
+    Repair("item-field", "drop the field of an item that upstream names, from all items of its type",
+           re.compile(r"\A(?:\W*detail)?\W*(?:(?P<unknown>(?:unsupported|unknown) parameter)|"
+                      r"missing required parameter|invalid(?=[^\n]{0,200}array too long)):? *['\"`\\]*"
+                      r"input\[(?P<index>\d{1,6})\]\.(?P<path>[a-z_][\w.\[\]-]{0,80})", re.IGNORECASE),
+           _fix_item),
     Repair("drop-parameter", "drop the parameter that upstream names, and remember it for the model",
            # Only at the message's beginning: a later match may be a quotation of the client's text.
            re.compile(r"\A(?:\W*detail)?\W*(?:unsupported|unknown) parameter:? *['\"`\\]*"
@@ -3125,15 +3541,22 @@ REPAIRS = (
            _drop_named),
     Repair("instructions", "send empty instructions",
            re.compile(r"instructions are required", re.IGNORECASE),
-           lambda context, match: context._replace(force_instructions=True)),
+           lambda context, match, request: (context._replace(force_instructions=True), "")),
+    Repair("auto-choice", "leave the choice of a tool to the model, where upstream does not know the tool",
+           re.compile(r"tool choice '[^']{0,200}' not found", re.IGNORECASE),
+           lambda context, match, request: (context._replace(auto_choice=True), "tool_choice")),
     Repair("continuity", "drop every reasoning item and every item id",
            re.compile(r"items are not persisted|item with id '[^']*' not found|without its required|"
                       r"invalid_encrypted_content|encrypted content .{0,80}could not be", re.IGNORECASE),
-           lambda context, match: context._replace(strict=True)),
-    Repair(FORM_REPAIR, "fetch the model list again, and convert the request to the model's form",
+           lambda context, match, request: (context._replace(strict=True), "")),
+    Repair(FORM_REPAIR, "send the other form, lite or plain; without another one, fetch the model list again",
            re.compile(r"model not found|responses[-_ ]lite|additional_tools", re.IGNORECASE),
-           lambda context, match: context),  # Turns._repair_form asks the catalogue
+           lambda context, match, request: (context, "")),  # Turns._repair_form knows the forms
 )
+ITEM_MEANING = frozenset((  # fields without which an item or a part says something else
+    "type", "role", "content", "text", "refusal", "call_id", "arguments", "input", "output", "action",
+    "encrypted_content", "image_url", "file_data", "file_id", "file_url", "tools",
+))
 
 
 def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
@@ -3145,7 +3568,7 @@ def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
     return None
 
 
-# == 13 chat requests =========================================================
+# == 16 chat requests =========================================================
 # Chat Completions and legacy completions: request dict in, Responses request out. No argument is modified.
 
 Object = dict[str, Any]  # a JSON object
@@ -3249,15 +3672,24 @@ def _input_part(part: _Node) -> Object:
         return {"type": "input_text", "text": part.need("text", str)}
     if part_type == "image_url" and isinstance(part.fields.get("image_url"), str):  # not in the API, but seen
         return {"type": "input_image", "image_url": part.fields["image_url"]}
-    if part_type == "image_url":
+    if part_type == "image_url" or isinstance(part.fields.get("image_url"), dict):
         image = part.node("image_url")
         return {"type": "input_image", "image_url": image.need("url", str), **image.given(str, "detail")}
-    if part_type == "file":
-        fields = part.node("file").given(str, "file_data", "file_id", "filename")
-        if "file_data" not in fields and "file_id" not in fields:
-            raise InvalidRequest(f"{part.at('file')} must have file_data or file_id", part.at("file"))
-        return {"type": "input_file", **fields}
+    if part_type == "input_image":  # the Responses API's own form
+        fields = part.given(str, "image_url", "file_id", "detail")
+        return {"type": part_type, **_need_one(part, fields, "image_url", "file_id")}
+    if part_type in ("file", "input_file"):
+        node = _inner(part, "file")
+        fields = node.given(str, "file_data", "file_id", "file_url", "filename")
+        return {"type": "input_file", **_need_one(node, fields, "file_data", "file_id", "file_url")}
     raise part.unsupported("type")
+
+
+def _need_one(node: _Node, fields: Object, *names: str) -> Object:
+    """Return the fields if they have one of the names. Raises InvalidRequest."""
+    if fields.keys().isdisjoint(names):
+        raise InvalidRequest(f"{node.path} must have one of {', '.join(names)}", node.path)
+    return fields
 
 
 def _output_part(part: _Node) -> Object:
@@ -3371,10 +3803,22 @@ def _custom_tool(custom: _Node) -> Object:
 def _tool(tool: _Node) -> Object:
     tool_type = tool.need("type", str)
     if tool_type == "function":
-        return _function_tool(tool.node("function"))
-    if tool_type == "custom":
+        return _function_tool(_inner(tool, tool_type))
+    if tool_type == "custom" and "custom" in tool.fields:
         return _custom_tool(tool.node("custom"))
+    if tool_type == "custom":
+        tool.need("name", str)
     return tool.fields  # the backend's own tools are the same in both APIs
+
+
+FLAT_FIELDS = ("name", "file_data", "file_id", "file_url")
+
+
+def _inner(node: _Node, kind: str) -> _Node:
+    """Return a tool's or part's own object; Cursor and others send its fields flat, as Responses does."""
+    if kind not in node.fields and not node.fields.keys().isdisjoint(FLAT_FIELDS):
+        return node
+    return node.node(kind)
 
 
 def _web_search_tool(options: _Node) -> Object:
@@ -3389,7 +3833,7 @@ def _web_search_tool(options: _Node) -> Object:
 def _named_tool(choice: _Node) -> Object:
     tool_type = choice.need("type", str)
     if tool_type in ("function", "custom"):
-        return {"type": tool_type, "name": choice.node(tool_type).need("name", str)}
+        return {"type": tool_type, "name": _inner(choice, tool_type).need("name", str)}
     return choice.fields
 
 
@@ -3466,6 +3910,8 @@ def chat_request(body: Object) -> Object:
     _refuse(body, CHAT_REFUSED)
     wants_usage(body)  # checks the field's type; ChatStream uses the value
     node = _Node(body)
+    if body.get("input") is not None:
+        return _responses_body(node)
     text = node.given(str, "verbosity")
     if node.get("response_format", dict) is not None:
         text["format"] = _text_format(node.node("response_format"))
@@ -3481,6 +3927,22 @@ def chat_request(body: Object) -> Object:
     }
 
 
+# Fields of a chat that mean nothing in a Responses body, or are translated.
+CHAT_ONLY = frozenset((
+    *CHAT_DROPPED, *CHAT_REFUSED, "messages", "stream_options", "functions", "function_call", "tools",
+    "tool_choice", "web_search_options", "response_format", "reasoning_effort", "verbosity",
+))
+
+
+def _responses_body(node: _Node) -> Object:
+    """Translate a Responses body at the chat's address, as Cursor sends it; tools may have either form."""
+    if node.fields.get("messages") is not None:
+        raise InvalidRequest("the body has both messages and input: send one of them", "messages")
+    request = input_to_list(without(node.fields, *CHAT_ONLY), Context())
+    return {**request, "stream": bool(node.get("stream", bool)), "reasoning": _reasoning(node),
+            **_tool_fields(node)}
+
+
 def completion_request(body: Object) -> Object:
     """Translate a legacy completions request to a Responses request; the prompt becomes a user message."""
     _refuse(body, COMPLETION_REFUSED)
@@ -3492,7 +3954,7 @@ def completion_request(body: Object) -> Object:
     return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
 
 
-# == 14 chat answers ==========================================================
+# == 17 chat answers ==========================================================
 # Responses events in, Chat Completions chunks out. Ids and times are arguments. ChatDeltas turns events into
 # deltas. A stream wraps deltas in chunks and a JSON response merges them, so both always agree.
 
@@ -3514,6 +3976,7 @@ PARTS = {
     "reasoning_text": ("reasoning_content", "text"),
 }
 CALLS = {"function_call": ("function", "arguments"), "custom_tool_call": ("custom", "input")}
+IMAGE_TYPES = {"jpeg": "image/jpeg", "webp": "image/webp"}  # of an image's output_format; else PNG
 INCOMPLETE_REASONS = {"max_output_tokens": "length", "content_filter": "content_filter"}
 
 
@@ -3524,11 +3987,13 @@ def chat_usage(usage: Object | None) -> Object | None:
     prompt, answer = or_empty(usage.get("input_tokens"), int), or_empty(usage.get("output_tokens"), int)
     cached = or_empty(usage.get("input_tokens_details"), dict).get("cached_tokens")
     reasoning = or_empty(usage.get("output_tokens_details"), dict).get("reasoning_tokens")
+    written = or_empty(usage.get("input_tokens_details"), dict).get("cache_write_tokens")
+    kept = {"cache_write_tokens": written} if type(written) is int else {}
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answer,
         "total_tokens": or_empty(usage.get("total_tokens"), int) or prompt + answer,
-        "prompt_tokens_details": {"cached_tokens": or_empty(cached, int)},
+        "prompt_tokens_details": {"cached_tokens": or_empty(cached, int), **kept},
         "completion_tokens_details": {"reasoning_tokens": or_empty(reasoning, int)},
     }
 
@@ -3548,6 +4013,7 @@ class ChatDeltas:
         self._legacy_functions = legacy_functions
         self._sent: dict[tuple[str, int | str, int], int] = {}
         self._calls: dict[int | str, int] = {}  # item → index of its call
+        self._images: dict[int | str, int] = {}  # item → index of its image
         self._last: dict[str, Any] = {}  # delta field → item or part of the field's last piece
         self._content_length = 0
         self._starts: dict[tuple[int | str, int], int] = {}  # item and part → offset in the content
@@ -3610,9 +4076,24 @@ class ChatDeltas:
             for parts in ("summary", "content"):
                 for index, part in enumerate(or_empty(item.get(parts), list)):
                     yield from self._missing_text(part, key, index)
+        elif item.get("type") == "image_generation_call":
+            yield from self._image(item, key)
         else:
             yield from self._open_call(item, key)
             yield from self._missing_text(item, key, 0)
+
+    def _image(self, item: Object, key: int | str) -> Iterator[Object]:
+        """Yield an image in the form that Open WebUI and LibreChat read, which is OpenRouter's.
+
+        It is no Markdown in the text: LibreChat shows no data URL there, and clients would send it back.
+        """
+        data = or_empty(item.get("result"), str)
+        if key in self._images or not re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", data):
+            return
+        self._images[key] = index = len(self._images)
+        media_type = IMAGE_TYPES.get(or_empty(item.get("output_format"), str), "image/png")
+        url = f"data:{media_type};base64,{data}"
+        yield {"images": [{"index": index, "type": "image_url", "image_url": {"url": url}}]}
 
     def _open_call(self, item: Object, key: int | str) -> Iterator[Object]:
         form, field = CALLS.get(or_empty(item.get("type"), str), ("", ""))
@@ -3647,7 +4128,7 @@ class ChatDeltas:
         if type_name not in ("response.completed", "response.incomplete"):
             return
         response = or_empty(event.get("response"), dict)
-        if not self._sent and not self._calls:  # only the terminal event has the answer
+        if not self._sent and not self._calls and not self._images:  # only the terminal event has the answer
             for index, item in enumerate(or_empty(response.get("output"), list)):
                 yield from self._item_rest(or_empty(item, dict), index)
         if self._annotations:
@@ -3770,8 +4251,8 @@ def chat_completion(
     message: Object = {"role": None, "content": None, "refusal": None}
     for choice in choices:
         _merge(message, choice["delta"])
-    for call in message.get("tool_calls", ()):
-        del call["index"]
+    for entry in (*message.get("tool_calls", ()), *message.get("images", ())):
+        del entry["index"]
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last["finish_reason"]}
     return stream.whole("chat.completion", choice)
 
@@ -3783,7 +4264,7 @@ def text_completion(response: Object, completion_id: str, created: int, model: s
     return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
 
 
-# == 15 codings ===============================================================
+# == 18 codings ===============================================================
 # Content codings of bodies: gzip, deflate, and zstd (by Python's own module or libzstd).
 
 ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
@@ -3904,18 +4385,21 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
     return content
 
 
-# == 16 fields ================================================================
+# == 19 fields ================================================================
 # Which headers are forwarded, to upstream and to the client, and the identity that requests carry.
 
 CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
 PASSED_UP = frozenset((
     "originator", "session-id", "thread-id", "user-agent", "version", "x-client-request-id",
-    "x-openai-subagent",
-))  # also x-codex-*, whose names change with Codex's version; no other header is forwarded
-NOT_PASSED_UP = frozenset(("x-codex-routing-hint",))  # the bridge sets its own
-PASSED_FOR_ALL = ("thread-id", "x-client-request-id", "session-id")  # forwarded for every client
+))  # no other header is forwarded, but for these families, whose names change with Codex's version
+PASSED_FAMILIES = ("x-codex-", "x-openai-", "x-responsesapi-")
+# The bridge sets these itself, for its own sign-in; `internal` ones are between Codex and ChatGPT (WIRE 4).
+NOT_PASSED_UP = re.compile(r"x-codex-routing-hint|x-openai-(?:internal-.*|fedramp|account-routing-override)"
+                           r"|.*authorization.*")
+NAME_HEADERS = ("session-id", "thread-id", "x-client-request-id")  # with prompt_cache_key, for the cache
 PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # also x-*, openai-*
-NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-")  # a front proxy would obey the first two
+# A front proxy would obey the first two; the list's ETag is of upstream's list, not of this bridge's.
+NOT_PASSED_DOWN = ("x-accel-", "x-sendfile", "x-qoo-bridge-", "x-models-etag")
 SESSION_HEADERS = ("session-id", "session_id", "conversation_id")  # newest first (WIRE 3)
 
 
@@ -3948,29 +4432,28 @@ class Identity(NamedTuple):
 
 
 def upstream_headers(headers: Mapping[str, str], client: ClientHeaders, identity: Identity,
-                     session: str) -> dict[str, str]:
+                     name: str) -> dict[str, str]:
     """Select the client's headers to forward, and add the headers that Codex sends to ChatGPT.
 
     This is an allow-list. It never forwards any other header, such as the client's credentials or addresses.
+    `name` is the conversation's; upstream caches only where it stands in all of NAME_HEADERS (WIRE 4).
     The sender adds the headers for sign-in, routing and framing.
     """
-    passes = is_passed_up if client.codex else PASSED_FOR_ALL.__contains__
-    passed = {name: value for name, value in headers.items() if value and passes(name)}
+    chosen = {"version": client.version or identity.version, "originator": identity.originator,
+              "user-agent": USER_AGENT, **dict.fromkeys(NAME_HEADERS, name)}
+    if not client.codex:
+        return chosen
+    if headers.get("originator"):  # an old Codex sends no user agent on a WebSocket
+        chosen["user-agent"] = f"{headers['originator']}/{chosen['version']}"
     if headers.get("thread_id"):
-        passed.setdefault("thread-id", headers["thread_id"])
-    if not HEADER_WORD.fullmatch(session):
-        session = stable_id(session)
-    passed.setdefault("session-id", session)
-    chosen = {"version": client.version or identity.version, **passed}
-    chosen.setdefault("originator", identity.originator)
-    if not client.codex or "user-agent" not in chosen:
-        chosen["user-agent"] = USER_AGENT
+        chosen["thread-id"] = headers["thread_id"]
+    chosen.update({name: value for name, value in headers.items() if value and is_passed_up(name)})
     return chosen
 
 
 def is_passed_up(name: str) -> bool:
     """Tell whether Codex's header is forwarded to upstream."""
-    return name in PASSED_UP or (name.startswith("x-codex-") and name not in NOT_PASSED_UP)
+    return (name in PASSED_UP or name.startswith(PASSED_FAMILIES)) and not NOT_PASSED_UP.fullmatch(name)
 
 
 def routing_hint(request: Mapping[str, Any]) -> str:
@@ -3985,19 +4468,241 @@ def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
             and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
 
 
-# == 17 events ================================================================
+# == 20 events ================================================================
 # Server-sent events: bytes in, events out; events in, one response out. Lines end only at CR or LF, because
 # str.splitlines would also split a text at U+2028.
 
 BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
 KEPT_EVENTS = ("response.output_item.done", "response.content_part.done", "response.output_text.done")
+OPENING_EVENTS = ("response.created", "response.queued", "response.in_progress")  # before any answer
 NOTABLE_EVENT = re.compile(  # an event that may add to the response, or end it
     rb"response\.(?:output_item\.done|content_part\.done|output_text\.done|completed|failed|incomplete)")
 TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
+SIDE_EVENTS = ("codex.", "responsesapi.")  # beginnings of types that only Codex knows (WIRE 6)
+LIMITS_EVENT, METADATA_EVENT = "codex.rate_limits", "codex.response.metadata"  # those that are read here
 
 
 OUTPUT_INDEX = re.compile(rb'"output_index" ?: ?([0-9]{1,9})')
 
+
+def event_json(event: bytes) -> dict[str, Any] | None:
+    """Return an event's JSON object; None without one."""
+    lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
+    parts = [line[5:] for line in lines if line.startswith(b"data:")]
+    parsed = None
+    if parts:
+        parsed = json_or_none(b"\n".join(parts))
+    if isinstance(parsed, dict):
+        return parsed
+    return None
+
+
+def event_type(parsed: Mapping[str, Any] | None) -> str:
+    """Return an event's JSON `type`, which is decisive, not the `event:` line (WIRE 5)."""
+    value = parsed.get("type") if parsed else None
+    return value if isinstance(value, str) else ""
+
+
+def render_event(parsed: Mapping[str, Any]) -> bytes:
+    """Encode an event in upstream's form; omit the `event:` line if the type is not one word."""
+    type_name = event_type(parsed)
+    name = b""
+    if re.fullmatch(r"[\w.-]{1,100}", type_name, re.ASCII):
+        name = f"event: {type_name}\n".encode()
+    return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
+
+
+KEEPALIVE_MARK = b'"keepalive"'  # in upstream's own signs of life, which are no progress (WIRE 5)
+
+
+CREATED_MARK = b"response.created"
+OPENING_MARK = re.compile(rb'"type" ?: ?"response\.(?:created|queued|in_progress)"')
+RARE_EVENT = re.compile(rb'"type" ?: ?"(?:error"|keepalive"|codex\.|responsesapi\.)')
+
+
+def is_side_event(kind: str) -> bool:
+    """Tell whether an event is no part of a response, and unknown to SDKs."""
+    return kind == "keepalive" or kind.startswith(SIDE_EVENTS)
+
+
+def with_etag(event: dict[str, Any], etag: str) -> dict[str, Any]:
+    """Return a side event that names this bridge's own model list, not upstream's; the same one without.
+
+    Codex fetches the list again for each ETag that is not its list's (WIRE 5).
+    """
+    headers = event.get("headers")
+    if not isinstance(headers, dict):
+        return event
+    kept = {name: value for name, value in headers.items() if name.lower() != "x-models-etag"}
+    if len(kept) == len(headers):
+        return event
+    if etag:
+        kept = {"x-models-etag": etag, **kept}
+    return {**event, "headers": kept}
+
+
+def side_etag(event: Mapping[str, Any]) -> str:
+    """Return the ETag of upstream's model list in a side event; "" without one."""
+    for name, value in or_empty(event.get("headers"), dict).items():
+        if name.lower() == "x-models-etag" and isinstance(value, str):
+            return value
+    return ""
+
+
+def failed_event(event: Mapping[str, Any], created: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `response.failed` for an `error` event, which alone means nothing to Codex (WIRE 5).
+
+    `created` is the response of the turn's `response.created`; {} if that has not come.
+    """
+    error = reported_error(event)
+    code = error.get("code") or error.get("type") or "server_error"
+    error = {**error, "code": code, "message": error.get("message") or str(code)}
+    response = {"object": "response", "output": [], **created, "status": "failed", "error": error}
+    return {"type": "response.failed", "sequence_number": event.get("sequence_number", 0),
+            "response": response}
+
+
+def restore_call_ids(events: bytes, call_ids: Mapping[str, bytes]) -> bytes:
+    """Put the client's own long call ids back in the place of `short_call_id`'s."""
+    for short, long in call_ids.items():
+        events = events.replace(short.encode("ascii"), long)
+    return events
+
+
+KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
+KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
+
+
+class ResponseAssembler:
+    """Collects what a response's events carry, for the one object that they amount to.
+
+    Upstream's final event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5). Where
+    an item has no such event, its texts are taken from `content_part.done` and `output_text.done`.
+    """
+
+    def __init__(self) -> None:
+        self.final: dict[str, Any] | None = None  # the final event
+        self.error: dict[str, Any] | None = None  # a bare `error` event
+        self.overflowed = False  # the events were too large to be kept: `output` is not filled
+        self._items: dict[tuple[int, int], Any] = {}  # those without an index come last
+        self._texts: dict[int, dict[int, Any]] = {}  # output index -> content index -> part
+        self._ids: dict[int, str] = {}  # output index -> the item's id
+        self._pending: list[bytes] = []  # events that look like one with an item or a text
+        self._size = 0
+
+    def keep(self, event: bytes) -> None:
+        """Keep an event that looks like one with an item or a text; it is parsed only if it is needed."""
+        self._size += len(event)
+        if self._size > MAX_EVENT:
+            self.overflowed = True
+            self._pending.clear()
+        else:
+            self._pending.append(event)
+
+    def add(self, parsed: Mapping[str, Any]) -> None:
+        """Add one event."""
+        kind = event_type(parsed)
+        index = parsed.get("output_index")
+        if kind == "response.output_item.done" and parsed.get("item") is not None:
+            place = (0, index) if type(index) is int else (1, len(self._items))
+            self._items[place] = parsed.get("item")
+        elif kind in ("response.content_part.done", "response.output_text.done") and type(index) is int:
+            self._add_text(index, parsed)
+        elif kind in TERMINAL_EVENTS:
+            self.final = dict(parsed)
+        elif kind == "error":
+            self.error = dict(parsed)
+
+    def _add_text(self, index: int, parsed: Mapping[str, Any]) -> None:
+        """Add a text, for an item that has no event of its own."""
+        part = parsed.get("part")
+        if isinstance(parsed.get("item_id"), str):
+            self._ids[index] = parsed["item_id"]
+        if not isinstance(part, dict):
+            part = {"type": "output_text", "text": or_empty(parsed.get("text"), str), "annotations": []}
+        place = parsed.get("content_index")
+        message = self._texts.setdefault(index, {})
+        message[place if type(place) is int else len(message)] = part
+
+    def fill(self) -> bool:
+        """Fill the final event's empty `output` from what was seen; tell whether the response changed."""
+        response = self.final.get("response") if self.final else None
+        if self.final is None or not isinstance(response, dict) or response.get("output"):
+            return False
+        items = self._output()
+        if not items and response.get("output") is not None:
+            return False
+        self.final["response"] = {**response, "output": items}
+        return True
+
+    def _output(self) -> list[Any]:
+        """Return the items seen, by their index; none where they were too large to be kept."""
+        if self.overflowed:
+            return []
+        texts = []
+        for event in self._pending:
+            if b"output_item.done" not in event:
+                texts.append(event)
+                continue
+            parsed = event_json(event) or {}
+            if event_type(parsed) in KEPT_EVENTS:  # a text may only speak of one
+                self.add(parsed)
+        for event in texts:  # of items that had no event of their own
+            index = OUTPUT_INDEX.search(event)
+            if index and (0, int(index[1])) not in self._items:
+                self.add(event_json(event) or {})
+        items = {(0, index): text_message(parts, self._ids.get(index))
+                 for index, parts in self._texts.items()}
+        items.update(self._items)
+        return [items[place] for place in sorted(items)]
+
+    def set_fields(self, fields: Mapping[str, Any]) -> bool:
+        """Set fields of the terminal event's response; tell whether the response changed."""
+        response = self.final.get("response") if self.final else None
+        if self.final is None or not isinstance(response, dict):
+            return False
+        completed = {**response, **fields}
+        self.final["response"] = completed
+        return completed != response
+
+    def failure(self) -> BridgeError:
+        """Return the reason for a missing response: upstream's error (429, 503, 400, 502), or truncation."""
+        event = self.error or self.final
+        if event is not None:
+            return failure(event)
+        return BadUpstream("upstream ended the stream without a terminal event")
+
+    def response(self) -> dict[str, Any]:
+        """Return the assembled response object. Raises what `failure` returns."""
+        if self.final is None or event_type(self.final) == "response.failed":
+            raise self.failure()
+        self.fill()
+        return or_empty(self.final.get("response"), dict)
+
+
+def text_message(parts: Mapping[int, Any], item_id: str | None) -> dict[str, Any]:
+    """Make an assistant's message of its parts, by content index."""
+    content = [parts[place] for place in sorted(parts)]
+    message = {"type": "message", "role": "assistant", "status": "completed", "content": content}
+    if item_id is None:
+        return message
+    return {"id": item_id, **message}
+
+
+def token_counts(response: Any) -> dict[str, int]:
+    """Return a response's token counts: input, cached, output, reasoning."""
+    usage = response.get("usage") if isinstance(response, dict) else None
+    if not isinstance(usage, dict):
+        return {}
+    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens")}
+    for name, details in (("cached", "input_tokens_details"), ("reasoning", "output_tokens_details")):
+        if isinstance(usage.get(details), dict):
+            found[name] = usage[details].get(f"{name}_tokens")
+    return {name: count for name, count in found.items() if type(count) is int}
+
+
+# == 21 outputs ===============================================================
+# Upstream's events in, the client's bytes out, for each kind of client and of response.
 
 class Events:
     """A splitter of a byte stream into complete events; it keeps back an incomplete one."""
@@ -4079,173 +4784,34 @@ def split_events(events: bytes) -> list[bytes]:
     return pieces
 
 
-def event_json(event: bytes) -> dict[str, Any] | None:
-    """Return an event's JSON object; None without one."""
-    lines = event.split(b"\n") if b"\r" not in event else re.split(rb"\r\n|\n|\r", event)
-    parts = [line[5:] for line in lines if line.startswith(b"data:")]
-    parsed = None
-    if parts:
-        parsed = json_or_none(b"\n".join(parts))
-    if isinstance(parsed, dict):
-        return parsed
-    return None
+class Audience(NamedTuple):
+    """What an output must know of the client that it is for."""
+
+    codex: bool = False
+    models_etag: str = ""  # of the model list that a Codex gets here; "" without one
+    call_ids: Mapping[str, bytes] = {}  # short call id -> the client's own, JSON-escaped
+    final_fields: Mapping[str, Any] = {}  # fields of the final response that upstream cannot know
 
 
-def event_type(parsed: Mapping[str, Any] | None) -> str:
-    """Return an event's JSON `type`, which is decisive, not the `event:` line (WIRE 5)."""
-    value = parsed.get("type") if parsed else None
-    return value if isinstance(value, str) else ""
-
-
-def render_event(parsed: Mapping[str, Any]) -> bytes:
-    """Encode an event in upstream's form; omit the `event:` line if the type is not one word."""
-    type_name = event_type(parsed)
-    name = b""
-    if re.fullmatch(r"[\w.-]{1,100}", type_name, re.ASCII):
-        name = f"event: {type_name}\n".encode()
-    return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
-
-
-KEEPALIVE_MARK = b'"keepalive"'  # in upstream's own signs of life, which are no progress (WIRE 5)
-
-
-KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
-KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
-
-
-class ResponseAssembler:
-    """Collects what a response's events carry, for the one object that they amount to.
-
-    Upstream's final event has an empty `output` nowadays: the items are in `output_item.done` (WIRE 5). Where
-    an item has no such event, its texts are taken from `content_part.done` and `output_text.done`.
-    """
-
-    def __init__(self) -> None:
-        self.final: dict[str, Any] | None = None  # the final event
-        self.error: Any = None  # of a bare `error` event
-        self.overflowed = False  # the events were too large to be kept: `output` is not filled
-        self._items: dict[tuple[int, int], Any] = {}  # those without an index come last
-        self._texts: dict[int, dict[int, Any]] = {}  # output index -> content index -> part
-        self._pending: list[bytes] = []  # events that look like one with an item or a text
-        self._size = 0
-
-    def keep(self, event: bytes) -> None:
-        """Keep an event that looks like one with an item or a text; it is parsed only if it is needed."""
-        self._size += len(event)
-        if self._size > MAX_EVENT:
-            self.overflowed = True
-            self._pending.clear()
-        else:
-            self._pending.append(event)
-
-    def add(self, parsed: Mapping[str, Any]) -> None:
-        """Add one event."""
-        kind = event_type(parsed)
-        index = parsed.get("output_index")
-        if kind == "response.output_item.done" and parsed.get("item") is not None:
-            place = (0, index) if type(index) is int else (1, len(self._items))
-            self._items[place] = parsed.get("item")
-        elif kind in ("response.content_part.done", "response.output_text.done") and type(index) is int:
-            self._add_text(index, parsed)
-        elif kind in TERMINAL_EVENTS:
-            self.final = dict(parsed)
-        elif kind == "error":
-            flat = without(dict(parsed), "type", "sequence_number")
-            self.error = parsed["error"] if isinstance(parsed.get("error"), dict) else flat
-
-    def _add_text(self, index: int, parsed: Mapping[str, Any]) -> None:
-        """Add a text, for an item that has no event of its own."""
-        part = parsed.get("part")
-        if not isinstance(part, dict):
-            part = {"type": "output_text", "text": or_empty(parsed.get("text"), str), "annotations": []}
-        place = parsed.get("content_index")
-        message = self._texts.setdefault(index, {})
-        message[place if type(place) is int else len(message)] = part
-
-    def fill(self) -> bool:
-        """Fill the final event's empty `output` from what was seen; tell whether the response changed."""
-        response = self.final.get("response") if self.final else None
-        if self.final is None or not isinstance(response, dict) or response.get("output"):
-            return False
-        items = self._output()
-        if not items and response.get("output") is not None:
-            return False
-        self.final["response"] = {**response, "output": items}
-        return True
-
-    def _output(self) -> list[Any]:
-        """Return the items seen, by their index; none where they were too large to be kept."""
-        if self.overflowed:
-            return []
-        texts = []
-        for event in self._pending:
-            if b"output_item.done" not in event:
-                texts.append(event)
-                continue
-            parsed = event_json(event) or {}
-            if event_type(parsed) in KEPT_EVENTS:  # a text may only speak of one
-                self.add(parsed)
-        for event in texts:  # of items that had no event of their own
-            index = OUTPUT_INDEX.search(event)
-            if index and (0, int(index[1])) not in self._items:
-                self.add(event_json(event) or {})
-        items = {(0, index): text_message(parts) for index, parts in self._texts.items()}
-        items.update(self._items)
-        return [items[place] for place in sorted(items)]
-
-    def set_fields(self, fields: Mapping[str, Any]) -> bool:
-        """Set fields of the terminal event's response; tell whether the response changed."""
-        response = self.final.get("response") if self.final else None
-        if self.final is None or not isinstance(response, dict):
-            return False
-        completed = {**response, **fields}
-        self.final["response"] = completed
-        return completed != response
-
-    def failure(self) -> BridgeError:
-        """Return the reason for a missing response: upstream's error (429, 503, 400, 502), or truncation."""
-        if self.final is not None:
-            return failure(or_empty(self.final.get("response"), dict).get("error"))
-        if self.error is not None:
-            return failure(self.error)
-        return BadUpstream("upstream ended the stream without a terminal event")
-
-    def response(self) -> dict[str, Any]:
-        """Return the assembled response object. Raises what `failure` returns."""
-        if self.final is None or event_type(self.final) == "response.failed":
-            raise self.failure()
-        self.fill()
-        return or_empty(self.final.get("response"), dict)
-
-
-def text_message(parts: Mapping[int, Any]) -> dict[str, Any]:
-    """Make an assistant's message of its parts, by content index."""
-    content = [parts[place] for place in sorted(parts)]
-    return {"type": "message", "role": "assistant", "status": "completed", "content": content}
-
-
-def token_counts(response: Any) -> dict[str, int]:
-    """Return a response's token counts: input, cached, output, reasoning."""
-    usage = response.get("usage") if isinstance(response, dict) else None
-    if not isinstance(usage, dict):
-        return {}
-    found = {"input": usage.get("input_tokens"), "output": usage.get("output_tokens")}
-    for name, details in (("cached", "input_tokens_details"), ("reasoning", "output_tokens_details")):
-        if isinstance(usage.get(details), dict):
-            found[name] = usage[details].get(f"{name}_tokens")
-    return {name: count for name, count in found.items() if type(count) is int}
+SDK = Audience()  # a client that is not Codex
 
 
 class ResponsesOutput:
-    """The output for a Responses API client: upstream's events, with the terminal event's `output` filled."""
+    """The output for a Responses API client: upstream's events, with the terminal event's `output` filled.
 
-    def __init__(self, codex: bool = False, final_fields: Mapping[str, Any] | None = None) -> None:
+    Side events go to a Codex only; a Codex gets an `error` as the `response.failed` that ends its turn.
+    """
+
+    def __init__(self, audience: Audience = SDK) -> None:
         self.assembler = ResponseAssembler()
-        self._final_fields = final_fields or {}  # fields of the final response that upstream cannot know
+        self._audience = audience
         self.count = 0  # events so far
+        self.created: dict[str, Any] = {}  # the response of response.created
+        self.begun = False  # an event of the answer itself has come: the request cannot be repeated
         self.done = False  # the terminal event has arrived: nothing may follow
         self.failure: BridgeError | None = None  # a failure that upstream reported, for `relay` to raise
-        self.filler = KEEPALIVE_EVENT if codex else KEEPALIVE_COMMENT
+        self.filler = KEEPALIVE_EVENT if audience.codex else KEEPALIVE_COMMENT
+        self.side_events: dict[str, dict[str, Any]] = {}  # type -> the last one of that type
         self._events = Events()
 
     def final(self) -> tuple[str, dict[str, Any]]:
@@ -4259,41 +4825,86 @@ class ResponsesOutput:
     def feed(self, payload: bytes) -> bytes:
         """Return the client's bytes for upstream's next bytes: only complete events."""
         events = self._events.feed(payload)
-        if NOTABLE_EVENT.search(events):
+        if self._audience.call_ids:
+            events = restore_call_ids(events, self._audience.call_ids)
+        if not self.begun or NOTABLE_EVENT.search(events) or RARE_EVENT.search(events):
             return self._feed_notable(events)
         self.count += events.count(b"\ndata:") + events.startswith(b"data:")
         return events
 
     def _feed_notable(self, events: bytes) -> bytes:
-        """Split and handle complete events; at least one of them matches NOTABLE_EVENT."""
+        """Split and handle complete events; at least one of them may be notable."""
         pieces = []
         several = b"\r" in events or events.count(b"\n\n") > 1
         for event in split_events(events) if several else [events]:
-            self.count += 1
-            pieces.append(self._replace(event) if NOTABLE_EVENT.search(event) else event)
+            self.count += bool(event)
+            pieces.append(self._replace(event))
             if self.done:
                 break
         return b"".join(pieces)
 
     def _replace(self, event: bytes) -> bytes:
         """Return the client's bytes for one event."""
-        parsed = None
-        if TERMINAL_MARK.search(event):
+        is_created = not self.begun and CREATED_MARK in event
+        if is_created or TERMINAL_MARK.search(event) or RARE_EVENT.search(event):
             parsed = event_json(event)
-        if parsed is None or event_type(parsed) not in TERMINAL_EVENTS:
+            if parsed is not None:
+                return self._replace_parsed(event, parsed)
+        self.begun = self.begun or (b"data:" in event and not OPENING_MARK.search(event))
+        if NOTABLE_EVENT.search(event):
             self.assembler.keep(event)  # parsed only if the terminal event's output is empty
-            return event
-        self.assembler.add(parsed)
-        if self._complete():
-            return render_event(self.assembler.final or parsed)
         return event
+
+    def _replace_parsed(self, event: bytes, parsed: dict[str, Any]) -> bytes:
+        """Return the client's bytes for one event; note what it says of the response."""
+        kind = event_type(parsed)
+        if is_side_event(kind):
+            return self._replace_side(event, parsed)
+        if kind == "error":
+            return self._replace_error(event, parsed)
+        if kind in TERMINAL_EVENTS:
+            self.assembler.add(parsed)
+            if self._complete():
+                return render_event(self.assembler.final or parsed)
+            return event
+        if kind == "response.created":
+            self.created = or_empty(parsed.get("response"), dict)
+        self.begun = self.begun or kind not in OPENING_EVENTS
+        if NOTABLE_EVENT.search(event):
+            self.assembler.keep(event)
+        return event
+
+    def _replace_side(self, event: bytes, parsed: dict[str, Any]) -> bytes:
+        """Return a side event for a Codex, with the bridge's own ETag; else at most a comment."""
+        kind = event_type(parsed)
+        if kind == "keepalive":
+            return event if self._audience.codex else KEEPALIVE_COMMENT
+        self._keep_side(kind, parsed)
+        if not self._audience.codex:
+            return b""
+        own = with_etag(parsed, self._audience.models_etag)
+        return event if own is parsed else render_event(own)
+
+    def _keep_side(self, kind: str, parsed: dict[str, Any]) -> None:
+        """Keep the last side event of each type that this bridge itself reads."""
+        if kind in (LIMITS_EVENT, METADATA_EVENT):
+            self.side_events[kind] = parsed
+
+    def _replace_error(self, event: bytes, parsed: dict[str, Any]) -> bytes:
+        """Return an `error` as it is, for a Codex as the failure that ends its turn."""
+        self.assembler.add(parsed)
+        if not self._audience.codex:
+            return event
+        self.assembler.final = failed_event(parsed, self.created)
+        self.done = True
+        return render_event(self.assembler.final)
 
     def _complete(self) -> bool:
         """Complete the terminal event's response; tell whether the response changed."""
         self.done = True
         filled = self.assembler.fill()
-        if self._final_fields:
-            filled = self.assembler.set_fields(self._final_fields) or filled
+        if self._audience.final_fields:
+            filled = self.assembler.set_fields(self._audience.final_fields) or filled
         return filled
 
     def break_off(self) -> None:
@@ -4308,20 +4919,20 @@ class ResponsesOutput:
 class ChatOutput(ResponsesOutput):
     """The output for a streaming chat client: Chat Completions chunks or legacy completion chunks."""
 
-    def __init__(self, stream: ChatStream) -> None:
-        super().__init__()
+    def __init__(self, stream: ChatStream, audience: Audience) -> None:
+        super().__init__(audience)
         self._stream = stream
 
     def feed(self, payload: bytes) -> bytes:
         """Return the chunks for upstream's next bytes; set `failure` if upstream reports one."""
         pieces = []
-        for event in split_events(self._events.feed(payload)):
+        events = restore_call_ids(self._events.feed(payload), self._audience.call_ids)
+        for event in split_events(events):
             self.count += 1
             parsed = event_json(event)
             if parsed is None:
                 continue
-            self.assembler.add(parsed)
-            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._stream.feed(parsed)]
+            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._chunks(parsed)]
             if self._stream.failed:
                 self.failure = self.assembler.failure()
                 break
@@ -4330,6 +4941,19 @@ class ChatOutput(ResponsesOutput):
                 pieces.append(b"data: [DONE]\n\n")
                 break
         return b"".join(pieces)
+
+    def _chunks(self, parsed: dict[str, Any]) -> list[Object]:
+        """Return an event's chunks; none for a side event."""
+        kind = event_type(parsed)
+        if is_side_event(kind):
+            self._keep_side(kind, parsed)
+            return []
+        if kind == "response.created":
+            self.created = or_empty(parsed.get("response"), dict)
+        self.assembler.add(parsed)
+        chunks = self._stream.feed(parsed)
+        self.begun = self.begun or bool(chunks)
+        return chunks
 
     def render_error(self, error: BridgeError) -> bytes:
         """Return the bytes of an error object, which SDKs raise as an exception."""
@@ -4341,17 +4965,11 @@ class JsonOutput(ResponsesOutput):
 
     def feed(self, payload: bytes) -> bytes:
         """Collect upstream's next bytes."""
-        for event in split_events(self._events.feed(payload)):
-            self.count += 1
-            if not self.done and (b'"error"' in event or NOTABLE_EVENT.search(event)):
-                parsed = event_json(event) or {}
-                self.assembler.add(parsed)
-                if event_type(parsed) in TERMINAL_EVENTS:
-                    self._complete()
+        super().feed(payload)
         return b""
 
 
-# == 18 frames ================================================================
+# == 22 frames ================================================================
 # Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
 # The bridge never negotiates an extension, so every reserved bit is an error.
 
@@ -4421,6 +5039,13 @@ def apply_mask(payload: bytes, mask: bytes) -> bytes:
         return b"".join([apply_mask(payload[at:at + MASK_PIECE], mask) for at in range(0, size, MASK_PIECE)])
     key = int.from_bytes((mask * (size // MASK_BYTES + 1))[:size], "little")
     return (int.from_bytes(payload, "little") ^ key).to_bytes(size, "little")
+
+
+def unmask_in_place(wire: bytearray, mask: bytes, start: int, end: int) -> None:
+    """Unmask a payload where it stands, piece by piece: a large one takes no more memory."""
+    for at in range(start, end, MASK_PIECE):
+        behind = min(end, at + MASK_PIECE)
+        wire[at:behind] = apply_mask(bytes(wire[at:behind]), mask)
 
 
 def encode_frame(opcode: int, payload: bytes, mask: bytes | None = None, fin: bool = True) -> bytes:
@@ -4496,16 +5121,18 @@ class FrameReader:
             self._pending += received
             if len(self._pending) < self._wanted_bytes:
                 return messages  # without a copy, so that a frame in small pieces takes linear time
-            received = bytes(self._pending)
+            wire: bytes | bytearray = self._pending  # not copied: a large message would take its size again
             self._pending = bytearray()
+        else:
+            wire = received
         try:
-            self._cut(received, messages)
+            self._cut(wire, messages)
         except FrameError as exc:
             # A new error: the raised one's traceback would keep the bytes in memory, in a reference cycle.
             self.error, self._done = FrameError(exc.code, str(exc)), True
         return messages
 
-    def _cut(self, wire: bytes, messages: list[Message]) -> None:
+    def _cut(self, wire: bytes | bytearray, messages: list[Message]) -> None:
         """Append the messages that end in `wire`; keep an incomplete last frame."""
         start = 0
         while not self._done:
@@ -4514,13 +5141,13 @@ class FrameReader:
                 self._wanted_bytes = end - start
                 self._pending += wire[start:]
                 return
-            message = self._take(wire[start:end], payload_start - start)
+            message = self._take(wire, start, payload_start, end)
             start = end
             if message is not None:
                 messages.append(message)
                 self._done = message.opcode == OP_CLOSE
 
-    def _span(self, wire: bytes, start: int) -> tuple[int, int]:
+    def _span(self, wire: bytes | bytearray, start: int) -> tuple[int, int]:
         """Return the start and end of a frame's payload; the end is beyond `wire` while bytes are missing."""
         payload_start = start + HEAD_BYTES
         if payload_start > len(wire):
@@ -4560,12 +5187,17 @@ class FrameReader:
             return "interrupts a message" if opcode else "continues no message"
         return ""
 
-    def _take(self, frame: bytes, payload_start: int) -> Message | None:
-        """Return the message that this frame completes; None if more fragments follow."""
-        opcode, fin = frame[0] & OPCODE_BITS, frame[0] & FIN_BIT
-        payload = frame[payload_start:]
-        if self._masked:
-            payload = apply_mask(payload, frame[payload_start - MASK_BYTES : payload_start])
+    def _take(self, wire: bytes | bytearray, start: int, payload_start: int, end: int) -> Message | None:
+        """Return the message that a frame completes; None if more fragments follow."""
+        opcode, fin = wire[start] & OPCODE_BITS, wire[start] & FIN_BIT
+        mask = bytes(wire[payload_start - MASK_BYTES : payload_start])
+        if not self._masked:
+            payload = bytes(memoryview(wire)[payload_start:end])
+        elif isinstance(wire, bytearray):
+            unmask_in_place(wire, mask, payload_start, end)
+            payload = bytes(memoryview(wire)[payload_start:end])
+        else:
+            payload = apply_mask(wire[payload_start:end], mask)
         if not fin or opcode == OP_CONTINUATION:
             self._opcode = self._opcode or opcode
             self._payload += payload
@@ -4580,9 +5212,10 @@ class FrameReader:
         return Message(opcode, payload)
 
 
-# == 19 access ================================================================
+# == 23 access ================================================================
 # Which clients are admitted: network, Host, Origin, key. The server calls this and sends the raised errors.
 
+HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]{1,128}")  # RFC 9110, 5.6.2
 LOCAL_NAMES = (".local", ".lan", ".internal", ".home.arpa", ".localhost")  # no public web page is below these
 
 
@@ -4687,8 +5320,11 @@ def cors_headers(headers: Mapping[str, str], policy: Policy, preflight: bool) ->
     fields = {"access-control-allow-origin": origin, "vary": "origin"}
     if not preflight:
         return {**fields, "access-control-expose-headers": "*"}
+    asked = headers.get("access-control-request-headers", "").lower()
+    names = [name for name in re.split(r"[\s,]+", asked[:4000]) if HEADER_NAME.fullmatch(name)]
+    allowed = dict.fromkeys(("authorization", "content-type", "x-api-key", "session-id", "thread-id", *names))
     return {**fields, "access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600",
-            "access-control-allow-headers": "authorization, content-type, x-api-key, session-id, thread-id"}
+            "access-control-allow-headers": ", ".join(allowed)}
 
 
 def read_key_file(text: str) -> tuple[NamedSecret, ...]:
@@ -4710,7 +5346,7 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 ###############################################################################
 
 
-# == 20 catalog ===============================================================
+# == 24 catalog ===============================================================
 # The live model list and the aliases. No list is bundled; without one, no catalogue rule applies to requests.
 
 class ModelList(NamedTuple):
@@ -4767,6 +5403,35 @@ def alias_target(models: ModelList, target: str) -> str:
     return next((slug for slug in slugs if slug.startswith(target)), slugs[0])
 
 
+def split_effort(name: str, marks: str) -> tuple[str, str]:
+    """Split a name such as `gpt-5.5:high` at the last of `marks`; the effort is "" without one."""
+    match = re.fullmatch(f"(.+)[{marks}]({'|'.join(EFFORTS)})", name)
+    if match:
+        return match[1], match[2]
+    return name, ""
+
+
+def newer_family(models: ModelList, target: str) -> str:
+    """Return a newer family of visible models than an alias's target such as `gpt-5`; "" without one."""
+    match = re.fullmatch(r"(\D*)([0-9]{1,4})", target)
+    if match is None:
+        return ""
+    pattern = re.compile(re.escape(match[1]) + r"([0-9]{1,4})(?![0-9])")
+    found = [pattern.match(str(entry["slug"])) for entry in visible_models(models)]
+    newest = max((int(each[1]) for each in found if each), default=0)
+    if newest <= int(match[2]):
+        return ""
+    return f"{match[1]}{newest}"
+
+
+class Resolved(NamedTuple):
+    """What a request's model name means."""
+
+    slug: str
+    model: Model | None  # the slug's catalogue entry; None if it is unknown
+    effort: str  # in the name or in the alias; "" without one
+
+
 class Catalog:
     """The model lists, one per client version, fetched in the background and kept if a fetch fails.
 
@@ -4786,6 +5451,8 @@ class Catalog:
         self._problem: dict[str, BridgeError] = {}  # version -> why the last fetch failed
         self._fetching: set[str] = set()
         self._seen_etag = ""  # the last ETag of a reply that caused a new fetch
+        # version -> the list and the aliases, their encoding in Codex's shape, and its ETag
+        self._encoded: dict[str, tuple[ModelList, Mapping[str, str], bytes, str]] = {}
         self.refused: dict[str, str] = {}  # ignored alias -> reason
 
     def get(self, version: str = "", wait: float = 0) -> ModelList | None:
@@ -4867,6 +5534,8 @@ class Catalog:
             reply = self._fetch(version, old.etag if old else "")
             if reply.status != 304 or old is None:
                 models = parse_model_list(reply, old.created if old else int(time.time()))
+            if old is None and models is not None and version == self.version:
+                log.info("aliases: %s", self.describe_aliases(models))
             problem = None
         except BridgeError as exc:
             log.info("cannot fetch the model list: %s", exc.message)
@@ -4888,8 +5557,8 @@ class Catalog:
             self._lists[version] = models
         for stale in [other for other in self._fetched_at if other != self.version][:-self.VERSIONS]:
             del self._fetched_at[stale]
-            self._problem.pop(stale, None)
-            self._lists.pop(stale, None)
+            for kept in (self._problem, self._lists, self._encoded):
+                kept.pop(stale, None)
         self._refuse_shadows(models)
 
     def _refuse_shadows(self, models: ModelList | None) -> None:
@@ -4902,14 +5571,15 @@ class Catalog:
         self._aliases = {name: target for name, target in self._aliases.items() if name not in shadows}
 
     def is_alias(self, name: Any) -> bool:
-        """Tell whether a model's name is an alias."""
-        return isinstance(name, str) and name in self._aliases
+        """Tell whether a model's name is an alias, with or without an effort behind it."""
+        return isinstance(name, str) and not self._aliases.keys().isdisjoint(
+            (name, split_effort(name, "-:")[0]))
 
     def is_at_hand(self, name: str) -> bool:
         """Tell whether `lookup` need not wait for a list to know a model."""
         return self.version in self._lists or (self.version in self._problem and not self.is_alias(name))
 
-    def lookup(self, name: str, client_version: str, needed: bool) -> tuple[str, Model | None]:
+    def lookup(self, name: str, client_version: str, needed: bool) -> Resolved:
         """Return as `resolve` does, from the list that fits a client; wait for one where it is `needed`.
 
         A Codex knows the models of its own version's list, if it has asked for that. An alias means nothing
@@ -4921,21 +5591,45 @@ class Catalog:
             models = self.get(wait=CATALOG_WAIT if waits else 0)
         return self.resolve(name, models)
 
-    def resolve(self, name: str, models: ModelList | None) -> tuple[str, Model | None]:
-        """Return the slug for a model's name, and the slug's catalogue entry.
+    def resolve(self, name: str, models: ModelList | None) -> Resolved:
+        """Return what a model's name means: a model or an alias, perhaps with an effort behind it.
 
         Without a list, an alias means its literal target. An unknown model's name stays unchanged.
         """
-        slug = self._aliases.get(name, name)
-        if models is None:
-            return slug, None
+        entries = models.entries if models else {}
         if name in self._aliases:
-            slug = alias_target(models, slug)
-        return slug, models.models.get(slug)
+            return self._resolve_target(self._aliases[name], models)
+        stem, effort = split_effort(name, "-:")
+        if effort and name not in entries and stem in self._aliases:
+            return self._resolve_target(self._aliases[stem], models)._replace(effort=effort)
+        if not effort or name in entries or stem not in entries:
+            stem, effort = name, ""
+        return Resolved(stem, models.models.get(stem) if models else None, effort)
+
+    def _resolve_target(self, target: str, models: ModelList | None) -> Resolved:
+        """Return what an alias's target means: `gpt-5`, or `gpt-5:high`."""
+        slug, effort = target, ""
+        if models is None or target not in models.entries:
+            slug, effort = split_effort(target, ":")
+        if models is None:
+            return Resolved(slug, None, effort)
+        slug = alias_target(models, slug)
+        return Resolved(slug, models.models.get(slug), effort)
 
     def aliases(self, models: ModelList | None) -> dict[str, str]:
-        """Return each alias with its current slug."""
-        return {name: self.resolve(name, models)[0] for name in self._aliases}
+        """Return each alias with what it means now: `gpt-5.5`, or `gpt-5.5:high`."""
+        meanings = {name: self.resolve(name, models) for name in self._aliases}
+        return {name: f"{found.slug}:{found.effort}" if found.effort else found.slug
+                for name, found in meanings.items()}
+
+    def describe_aliases(self, models: ModelList) -> str:
+        """Say what each alias means now, and which newer family it could mean."""
+        words = [f"{name} is {meaning}" for name, meaning in self.aliases(models).items()]
+        for name, target in self._aliases.items():
+            newer = newer_family(models, target)
+            if newer:
+                words.append(f"{newer} is a newer family: --alias {name}={newer}")
+        return "; ".join(words)
 
     def openai_list(self, models: ModelList) -> list[dict[str, Any]]:
         """Return the visible models and the aliases in OpenAI's shape."""
@@ -4943,14 +5637,45 @@ class Catalog:
         shared = {"object": "model", "created": models.created, "owned_by": "openai"}
         return [{"id": name, **shared} for name in names]
 
-    def codex_list(self, models: ModelList) -> dict[str, Any]:
-        """Return the list in Codex's shape: upstream's list, plus each alias with its target's entry."""
-        extra = [{**models.entries[slug], "slug": name, "display_name": name}
-                 for name, slug in self.aliases(models).items() if slug in models.entries]
-        return {**models.raw, "models": [*models.raw["models"], *extra]}
+    def codex_list(self, version: str, models: ModelList) -> tuple[bytes, str]:
+        """Return the list in Codex's shape, encoded: upstream's list and the aliases; and its ETag."""
+        kept, aliases = self._encoded.get(version), self._aliases
+        if kept is None or kept[0] is not models or kept[1] is not aliases:
+            extra = [self._alias_entry(name, models) for name in aliases]
+            value = {**models.raw, "models": [*models.raw["models"], *filter(None, extra)]}
+            body = json_bytes(value)
+            kept = self._encoded[version] = (models, aliases, body, entity_tag(body))
+        return kept[2:]
+
+    def _alias_entry(self, name: str, models: ModelList) -> dict[str, Any]:
+        """Return an alias's entry in Codex's list; {} for one without a model.
+
+        `upgrade` and `availability_nux` are null: they would talk the user out of the alias (WIRE 7).
+        """
+        slug, model, effort = self.resolve(name, models)
+        if slug not in models.entries:
+            return {}
+        entry = {**models.entries[slug], "slug": name, "display_name": name, "upgrade": None,
+                 "availability_nux": None, "description": f"This bridge's alias for {slug}."}
+        if effort:
+            entry["default_reasoning_level"] = nearest_effort(effort, model)
+            entry["description"] = f"This bridge's alias for {slug} with the effort {effort}."
+        return entry
+
+    def etag(self, version: str) -> str:
+        """Return the ETag of the list that a Codex of a version gets here; "" without a list."""
+        models = self.cached(version or self.version)
+        if models is None:
+            return ""
+        return self.codex_list(version or self.version, models)[1]
 
 
-# == 21 telemetry =============================================================
+def entity_tag(body: bytes) -> str:
+    """Return a body's ETag."""
+    return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+
+# == 25 telemetry =============================================================
 # What the bridge reports about itself: the log line, /status, /metrics.
 # Called at a request's begin and end, never for a single event.
 
@@ -4965,6 +5690,8 @@ CLIENT_SUMS = ("requests", "failed_requests", "events", "sent_bytes", *TOKEN_KIN
 TEXTS = ("id", "client", "key", "method", "path", "user_agent_kind", "model", "slug", "end", "error_by",
          "error_code")
 FAILED_ENDS = ("failed", "cut", "error")
+WINDOWS = ("primary", "secondary")  # of the plan's limits
+CREDITS = ("has_credits", "unlimited", "balance")
 LIMIT_GAUGES = {  # column of a window: metric, factor to the metric's unit
     "used_percent": ("rate_limit_used_ratio", 0.01),
     "window_minutes": ("rate_limit_window_seconds", 60),
@@ -5081,6 +5808,9 @@ def log_line(record: Record) -> str:
     first_byte = "-" if record.first_byte is None else f"{record.first_byte * 1000:.0f}ms"
     client = _word(record.client) + (f"/{_word(record.key)}" if record.key else "")
     tokens = [f"{kind}:{n}" for kind, n in record.tokens.items()]
+    share, cached = cached_share(record.tokens), ""
+    if share is not None:
+        cached = f" cached={share * 100:.0f}%"
     error = ""
     if record.error[0]:
         error = f" error={':'.join(map(_word, record.error))}"
@@ -5089,8 +5819,15 @@ def log_line(record: Record) -> str:
         f" {_word(record.model)}->{_word(record.slug)}"
         f" rules={_word(*record.rules)} repairs={_word(*record.repairs)} status={record.status}"
         f" first_byte={first_byte} total={record.total * 1000:.0f}ms events={record.events}"
-        f" bytes={record.bytes} tokens={_word(*tokens)} end={_word(record.end)}{error}"
+        f" bytes={record.bytes} tokens={_word(*tokens)}{cached} end={_word(record.end)}{error}"
     )
+
+
+def cached_share(tokens: Mapping[str, int]) -> float | None:
+    """Return the share of the input tokens that upstream had cached; None if it does not say."""
+    if not tokens.get("input") or "cached" not in tokens:
+        return None
+    return min(1.0, tokens["cached"] / tokens["input"])
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -5120,19 +5857,36 @@ def parse_rate_limits(headers: Mapping[str, str]) -> dict[str, Any]:
     """Read the plan's limits from a reply's headers (WIRE 5); skip invalid values."""
     lowered = {name.lower(): value for name, value in headers.items()}
     limits: dict[str, Any] = {}
-    for window in ("primary", "secondary"):
+    for window in WINDOWS:
         columns = {
             column: _header_number(lowered.get(f"x-codex-{window}-{column.replace('_', '-')}"))
             for column in LIMIT_GAUGES
         }
         if columns["used_percent"] is not None:
             limits[window] = columns
-    credit_names = ("has_credits", "unlimited", "balance")
-    credits = {name: lowered.get(f"x-codex-credits-{name.replace('_', '-')}") for name in credit_names}
+    credits = {name: lowered.get(f"x-codex-credits-{name.replace('_', '-')}") for name in CREDITS}
     if any(credits.values()):
         limits["credits"] = {name: _printable(text) for name, text in credits.items() if text}
     if lowered.get("x-codex-plan-type"):
         limits["plan_type"] = _printable(lowered["x-codex-plan-type"])
+    return limits
+
+
+def event_limits(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the plan's limits from a `codex.rate_limits` event (WIRE 6); skip invalid values."""
+    given = or_empty(event.get("rate_limits"), dict)
+    limits: dict[str, Any] = {}
+    for window in WINDOWS:
+        column_values = or_empty(given.get(window), dict)
+        columns = {column: finite_number(column_values.get(column)) for column in LIMIT_GAUGES}
+        if columns["used_percent"] is not None:
+            limits[window] = columns
+    credits = {name: _printable(str(value)) for name, value in or_empty(event.get("credits"), dict).items()
+               if name in CREDITS and value is not None}
+    if credits:
+        limits["credits"] = credits
+    if isinstance(event.get("plan_type"), str):
+        limits["plan_type"] = _printable(event["plan_type"])
     return limits
 
 
@@ -5192,10 +5946,16 @@ class Telemetry:
 
     def rate_limits(self, headers: Mapping[str, str], now: float) -> None:
         """Keep the plan's limits from a reply's headers, if they name any."""
-        limits = parse_rate_limits(headers)
+        self.keep_limits(parse_rate_limits(headers), now)
+
+    def keep_limits(self, limits: Mapping[str, Any], now: float) -> None:
+        """Keep the plan's limits; a window that is not among new ones is gone."""
         if limits:
             with self._lock:
-                self._limits = {**self._limits, **limits, "seen": now}
+                old = self._limits
+                if not limits.keys().isdisjoint(WINDOWS):
+                    old = without(old, *WINDOWS)
+                self._limits = {**old, **limits, "seen": now}
 
     def snapshot(self, now: float) -> dict[str, Any]:
         """Return everything at the Unix time `now` as JSON values; the caller may add to the dict."""
@@ -5292,6 +6052,8 @@ def _client_sums(counters: Iterable[tuple[tuple[str, Labels], int]]) -> list[dic
             client = named["client"]
             row = rows.setdefault(client, {"client": client, **dict.fromkeys(CLIENT_SUMS, 0)})
             row[column] += n
+    for row in rows.values():
+        row["cached_share"] = cached_share(row)
     return sorted(rows.values(), key=lambda row: -row["requests"])
 
 
@@ -5321,7 +6083,7 @@ def metrics_text(snapshot: Mapping[str, Any]) -> str:
     gauges["info"] = [("", {"version": snapshot["version"]}, 1)]
     gauges["uptime_seconds"] = [("", {}, snapshot["uptime"])]
     gauges["open_streams"] = [("", {}, len(snapshot["open"]))]
-    for window in ("primary", "secondary"):
+    for window in WINDOWS:
         for column, (name, factor) in LIMIT_GAUGES.items():
             value = snapshot["rate_limits"].get(window, {}).get(column)
             if value is not None:
@@ -5345,7 +6107,7 @@ def next_id() -> str:
     return os.urandom(4).hex()
 
 
-# == 22 log ===================================================================
+# == 26 log ===================================================================
 # Standard error and bridge.log.
 
 class Log(logging.Handler):
@@ -5462,7 +6224,7 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# == 23 store =================================================================
+# == 27 store =================================================================
 # The last responses, for clients that rely on a storage that the backend does not have.
 
 class Store:
@@ -5529,8 +6291,7 @@ class Store:
         size = 0
         if request.get("previous_response_id") is not None:
             size, earlier = self._replay(owner, request["previous_response_id"])
-            items = request.get("input", [])
-            items = [message_item("user", items)] if isinstance(items, str) else items
+            items = input_to_list(request, Context()).get("input", [])
             request = {**without(request, "previous_response_id"), "input": [*earlier, *items]}
         placed: dict[str, int] = {}  # by item id, its size: each is put in place once
 
@@ -5600,6 +6361,49 @@ class Store:
         return restored
 
 
+class Conversations:
+    """The names under which conversations go upstream, so that the backend caches them (WIRE 4).
+
+    MAX_CONVERSATIONS are kept in memory, least recently used out first. `_lock` guards the fields.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: OrderedDict[str, str] = OrderedDict()  # a conversation's hash -> its name
+        self._replaced: OrderedDict[tuple[str, str], None] = OrderedDict()  # owner, key: not used by upstream
+        self._told = False  # the log says that keys are replaced
+
+    def name(self, conversation: str) -> str:
+        """Return a conversation's name: a UUIDv7 of the time at which it was first seen."""
+        with self._lock:
+            name = self._names.pop(conversation, "") or uuid7(time.time(), os.urandom(10))
+            self._names[conversation] = name
+            if len(self._names) > MAX_CONVERSATIONS:
+                self._names.popitem(last=False)
+            return name
+
+    def is_replaced(self, owner: str, key: str) -> bool:
+        """Tell whether upstream has used another key in the place of a client's own."""
+        return (owner, key) in self._replaced
+
+    def replace(self, owner: str, key: str) -> bool:
+        """Note that upstream has used another key; tell whether this is the first time at all."""
+        with self._lock:
+            self._replaced[owner, key] = None
+            if len(self._replaced) > MAX_CONVERSATIONS:
+                self._replaced.popitem(last=False)
+            first, self._told = not self._told, True
+            return first
+
+
+def uuid7(unix: float, random: bytes) -> str:
+    """Return the UUIDv7 of a time with ten random bytes (RFC 9562, 5.7)."""
+    number = int(unix * 1000) << 80 | int.from_bytes(random, "big")
+    number = number & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62  # version and variant
+    digits = f"{number:032x}"
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
 class StoredInput(NamedTuple):
     """The part of a request that the store keeps."""
 
@@ -5647,7 +6451,7 @@ def stored_input(request: dict[str, Any], codex: bool) -> StoredInput | None:
         return None
 
 
-# == 24 admission =============================================================
+# == 28 admission =============================================================
 # Limits on what runs at once: memory for request bodies, requests per key. And the keys themselves.
 
 class Budget:
@@ -5813,11 +6617,13 @@ class KeyQueue:
                 self._running[name] -= 1
 
 
-# == 25 exchange ==============================================================
+# == 29 exchange ==============================================================
 # One client request and its response; the relay, which copies upstream's reply to the client piece by piece.
 
 def plain_path(path: str) -> str:
-    """Return a path without `/v1` (once or twice) and without a final slash."""
+    """Return a path without `/v1` (once or twice), doubled slashes and a final slash."""
+    if "//" in path:
+        path = re.sub("/{2,}", "/", path)
     for _ in range(2):
         if path == "/v1" or path.startswith("/v1/"):
             path = path[3:]
@@ -5914,6 +6720,7 @@ class Exchange:
         record.method, record.path = head.method, self.path_as_sent
         record.user_agent_kind = self.user_agent_kind
         self.extra_headers: dict[str, str] = {}  # headers for the response, whatever its status
+        self.conversation = ""  # the name under which a WebSocket's handshake went upstream
         self.upgraded: Callable[..., None] | None = None  # WebSocketRelay.run, after a 101
         self.state = State.NEW
         self._stream_head: tuple[int, Mapping[str, str]] = (200, {})  # status and headers of a stream
@@ -6133,46 +6940,76 @@ class Exchange:
             raise ClientLeft("client_stalled" if isinstance(exc, TimeoutError) else "client_closed") from exc
 
 
-def relay(reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: float,
-          idle_timeout: float) -> bytes:
-    """Copy a reply to the client, except its last piece; return that piece, which has the terminal event.
+class Relay:
+    """Copies a reply to the client piece by piece, and keeps back its last piece, with the terminal event.
 
-    So the caller can store the response before the client knows of its end. After `keepalive` seconds of
-    silence the client gets a filler. Raises ClientLeft, the failure that upstream reported, BadUpstream if
-    upstream ends without a terminal event, UpstreamTimeout if nothing but its own keepalive events comes for
-    `idle_timeout` seconds.
+    So the caller can store the response before the client knows of its end.
     """
-    last_read = last_write = time.monotonic()
-    timeout = min(keepalive, idle_timeout)
-    while True:
-        payload = reply.read(timeout, exchange.connection)
-        now = time.monotonic()
-        if payload:
-            if KEEPALIVE_MARK not in payload:
-                last_read = now
-            ready = output.feed(payload)
-            exchange.record.events = output.count  # for /status
-            if output.done:
-                return ready
-            if ready:
-                exchange.write(ready)
-                last_write = now
-        if payload == b"":
-            output.break_off()
-        if output.failure is not None:
-            raise output.failure
-        if now - last_read >= idle_timeout:
-            raise UpstreamTimeout(f"upstream was silent for {idle_timeout:g} s")
-        if now - last_write >= keepalive:  # silence, or an event that comes in drops
-            exchange.write_silence(output.filler)
-            last_write = now
+
+    def __init__(self, reply: Reply, exchange: Exchange, output: ResponsesOutput, keepalive: float,
+                 idle_timeout: float) -> None:
+        self.reply = reply
+        self.output = output
+        self.last: bytes | None = None  # the last piece
+        self.error: BridgeError | None = None  # why there is no last piece
+        self._exchange = exchange
+        self._keepalive = keepalive  # seconds of silence after which the client gets a filler
+        self._idle_timeout = idle_timeout  # seconds without an event, but for upstream's own keepalives
+        self._last_read = self._last_write = time.monotonic()
+
+    def run(self, opening: bool = False) -> None:
+        """Copy to the end; with `opening` only until the answer itself has begun. Raises ClientLeft.
+
+        Set `last`, or `error`: the failure that upstream reported, BadUpstream if upstream ends without a
+        terminal event, UpstreamTimeout after `idle_timeout` seconds.
+        """
+        if self.last is not None or self.error is not None:
+            return
+        try:
+            self._copy(opening)
+        except BridgeError as exc:
+            self.reply.close()
+            self.error = exc.with_traceback(None)  # its frames would keep the request in memory
+        except BaseException:
+            self.reply.close()
+            raise
+
+    def _copy(self, opening: bool) -> None:
+        """Copy piece by piece, and fill the silence."""
+        reply, exchange, output = self.reply, self._exchange, self.output
+        seconds = min(self._keepalive, self._idle_timeout)
+        while not (opening and output.begun):
+            payload = reply.read(seconds, exchange.connection)
+            now = time.monotonic()
+            if payload:
+                if KEEPALIVE_MARK not in payload:
+                    self._last_read = now
+                ready = output.feed(payload)
+                exchange.record.events = output.count  # for /status
+                if output.done:
+                    self.last = ready
+                    return
+                if ready:
+                    exchange.write(ready)
+                    self._last_write = now
+            if payload == b"":
+                output.break_off()
+            if output.failure is not None:
+                raise output.failure
+            if now - min(self._last_read, self._last_write) >= seconds:
+                self._fill_silence(now)
+
+    def _fill_silence(self, now: float) -> None:
+        """Fill the client's silence, or an event that comes in drops. Raises UpstreamTimeout."""
+        if now - self._last_read >= self._idle_timeout:
+            raise UpstreamTimeout(f"upstream was silent for {self._idle_timeout:g} s")
+        if now - self._last_write >= self._keepalive:
+            self._exchange.write_silence(self.output.filler)
+            self._last_write = now
 
 
-# == 26 turns =================================================================
-# Model requests, sent until upstream accepts them.
-
-STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-
+# == 30 dialects ==============================================================
+# What a request of each API becomes upstream, and what its answer becomes for the client.
 
 class ResponsesApi:
     """A request to the Responses API: upstream's own form, except for references to the store."""
@@ -6194,14 +7031,14 @@ class ResponsesApi:
         self._stored = stored_input(body, self._codex)
         return self._store.resolve(self._owner, body, self._max_bytes)
 
-    def output(self) -> ResponsesOutput:
+    def output(self, audience: Audience) -> ResponsesOutput:
         """Return the converter of upstream's events to the client's bytes."""
-        fields = {}
-        if self._stored is not None:
-            fields["previous_response_id"] = self._stored.previous or None  # upstream does not know the id
+        if self._stored is not None:  # upstream does not know the id
+            fields = {"previous_response_id": self._stored.previous or None}
+            audience = audience._replace(final_fields=fields)
         if self.streamed:
-            return ResponsesOutput(self._codex, fields)
-        return JsonOutput(final_fields=fields)
+            return ResponsesOutput(audience)
+        return JsonOutput(audience)
 
     def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
         """Return the JSON response for a request without a stream."""
@@ -6237,11 +7074,11 @@ class ChatApi:
         request = self._convert(body)
         return {**request, "input": self._store.with_reasoning(self._owner, self._history, request["input"])}
 
-    def output(self) -> ResponsesOutput:
+    def output(self, audience: Audience) -> ResponsesOutput:
         """Return the converter of upstream's events to the client's bytes."""
         if self.streamed:
-            return ChatOutput(self._stream())
-        return JsonOutput()
+            return ChatOutput(self._stream(), audience)
+        return JsonOutput(audience)
 
     def to_json(self, response: dict[str, Any]) -> dict[str, Any]:
         """Return the JSON response for a request without a stream."""
@@ -6277,11 +7114,12 @@ class CompletionApi(ChatApi):
 class Attempt:
     """One model request to upstream, over HTTP or a WebSocket: its next payload and its repairs."""
 
-    def __init__(self, request: dict[str, Any], raw: bytes | None, context: Context) -> None:
+    def __init__(self, request: dict[str, Any], raw: bytes | None, context: Context,
+                 repairs: tuple[str, ...] = ()) -> None:
         self.request = request  # in the Responses form, before the rules
         self.context = context
         self.rules: tuple[str, ...] = ()
-        self.repairs: tuple[str, ...] = ()
+        self.repairs = repairs  # made so far, each with what it changed: `drop-parameter=foo`
         self.normalized = request
         self._raw = raw  # the client's own bytes, if they are this request; else None
 
@@ -6296,6 +7134,20 @@ class Attempt:
             return self._raw
         return encode(self.normalized)
 
+    def call_ids(self) -> dict[str, bytes]:
+        """Return the client's long call ids, JSON-escaped, by the short ones that upstream got."""
+        if "call-ids" not in self.rules:
+            return {}
+        return {short: json.dumps(long)[1:-1].encode("ascii")
+                for short, long in long_call_ids(self.request).items()}
+
+
+# == 31 turns =================================================================
+# Model requests, sent until upstream accepts them.
+
+STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
+                  "x-accel-buffering": "no"}  # a plain nginx would hold the events back
+
 
 class Turns:
     """The handler of model requests: client's body to upstream, upstream's reply to the client."""
@@ -6308,7 +7160,10 @@ class Turns:
         self.identity = Identity(config.originator, config.client_version)
         self.budget = Budget(MAX_BODIES)
         self.store = Store(STORE_SIZE)
+        self.conversations = Conversations()
+        self.large_sessions: deque[tuple[str, str]] = deque(maxlen=256)  # owner, session: not for WebSockets
         self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
+        self._lite_only: set[str] = set()  # lite models that upstream refused in the plain form
         local = parse_target(config.upstream)[0].host in LOOPBACK  # compression saves nothing on this host
         self._compresses = config.compress == "on" or (config.compress == "auto" and not local)
 
@@ -6316,60 +7171,138 @@ class Turns:
         """Answer a model request of any API, with a stream or with one JSON object."""
         api = make_api(exchange, self.store, self.config.max_body)
         attempt = self._read_attempt(api, exchange)
-        reply = self.send_until_accepted(attempt, exchange)
+        while True:
+            reply = self.send_until_accepted(attempt, exchange)
+            relay = self._begin_answer(api, attempt, exchange, reply)
+            if not self._repair_reported(attempt, exchange, relay):
+                break
+        headers = self.client_headers(reply, exchange)
         del attempt  # frees the request during the response, except the part that the store needs
         exchange.release_body(self.budget)
-        headers, output = downstream_headers(reply.headers), api.output()
-        if api.streamed:
-            exchange.prepare_stream(200, {**headers, **STREAM_HEADERS})
         with reply:
             try:
-                last = relay(reply, exchange, output, self.config.keepalive, self.config.idle_timeout)
-            except BridgeError as exc:
-                reply.close()
-                if exchange.started:
-                    exchange.write(output.render_error(exc))
-                raise
+                relay.run()
             finally:
-                end, response = output.final()
-                exchange.record.events = output.count
+                end, response = relay.output.final()
                 exchange.record.observe_final(end, response)
-            if f"response.{end}" in STORED_EVENTS:
-                api.keep(response)
-            if output.assembler.overflowed:
-                log.warning("request %s: the items exceed %d bytes: `output` is not filled",
-                            exchange.record.id, MAX_EVENT)
-            if api.streamed:
-                exchange.finish_stream(last)
-            else:
-                exchange.send_json(200, api.to_json(output.assembler.response()), headers)
+                self.observe_side_events(relay.output.side_events.values())
+            self._end_answer(api, exchange, relay, headers)
+
+    def _begin_answer(self, api: ResponsesApi | ChatApi, attempt: Attempt, exchange: Exchange,
+                      reply: Reply) -> Relay:
+        """Copy a reply until the answer itself has begun: until then its request can be repeated."""
+        codex, etag = exchange.client_headers.codex, ""
+        if codex:
+            etag = self.catalog.etag(exchange.client_headers.version)
+        output = api.output(Audience(codex, etag, attempt.call_ids()))
+        if api.streamed:
+            exchange.prepare_stream(200, {**self.client_headers(reply, exchange), **STREAM_HEADERS})
+        relay = Relay(reply, exchange, output, self.config.keepalive, self.config.idle_timeout)
+        relay.run(opening=True)
+        self.observe_key(exchange, attempt, output.created)
+        return relay
+
+    def _repair_reported(self, attempt: Attempt, exchange: Exchange, relay: Relay) -> bool:
+        """Repair a failure that upstream reports inside its 200 before the client has got anything."""
+        error: BridgeError | None = relay.error
+        if relay.output.final()[0] == "failed":
+            error = relay.output.assembler.failure()
+        if exchange.started or not isinstance(error, UpstreamRefusal) or not self.repair(attempt, error):
+            return False
+        relay.reply.close()
+        return True
+
+    def _end_answer(self, api: ResponsesApi | ChatApi, exchange: Exchange, relay: Relay,
+                    headers: Mapping[str, str]) -> None:
+        """Send the end of an answer. Raises the error of a failed one."""
+        end, response = relay.output.final()
+        if relay.error is not None:
+            if exchange.started:
+                exchange.write(relay.output.render_error(relay.error))
+            raise relay.error
+        if f"response.{end}" in STORED_EVENTS:
+            api.keep(response)
+        if relay.output.assembler.overflowed:
+            log.warning("request %s: the items exceed %d bytes: `output` is not filled",
+                        exchange.record.id, MAX_EVENT)
+        if api.streamed:
+            exchange.finish_stream(relay.last or b"")
+        else:
+            exchange.send_json(200, api.to_json(relay.output.assembler.response()), headers)
 
     def _read_attempt(self, api: ResponsesApi | ChatApi, exchange: Exchange) -> Attempt:
         """Read a client's request. Raises InvalidRequest and what `Exchange.read_body` raises."""
-        raw = exchange.read_body(self.config.max_body, self.budget)
-        if len(raw) > COUNTED_BODY:
-            exchange.hold_parsed(raw, self.budget)
-        body = parse_json(raw)
+        raw, body = self.read_json(exchange)
         check_request(body)
         exchange.record.model = body["model"]
         request = api.to_upstream(body)
         context = self.context(exchange, request)
         exchange.record.slug = context.slug
-        return Attempt(request, raw if request is body else None, context)
+        return self.attempt(request, raw if request is body else None, context)
+
+    def read_json(self, exchange: Exchange) -> tuple[bytes, Any]:
+        """Read a client's JSON. Raises InvalidRequest and what `Exchange.read_body` raises."""
+        raw = exchange.read_body(self.config.max_body, self.budget)
+        if len(raw) > COUNTED_BODY:
+            exchange.hold_parsed(raw, self.budget)
+        return raw, parse_json(raw)
+
+    def attempt(self, request: dict[str, Any], raw: bytes | None, context: Context) -> Attempt:
+        """Return a request's first attempt; it tells what the lite form will lose where that is known."""
+        repairs: tuple[str, ...] = ()
+        if context.is_lite and not context.lite_header and lite_losses(request):
+            repairs = (f"{FORM_REPAIR}={'+'.join(lite_losses(request))}",)
+        return Attempt(request, raw, context, repairs)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
         """Return the rules' context."""
         headers, client, name = exchange.head.headers, exchange.client_headers, request["model"]
         metadata = request.get("client_metadata") or {}
         lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
-        slug, model = self.catalog.lookup(name, client.version, needed=not lite_header)
-        session = client.session
-        if websocket and not session:
-            session = stable_id(exchange.record.id)
+        slug, model, effort = self.catalog.lookup(name, client.version, needed=not lite_header)
+        plain = model is not None and model.lite and not lite_header and slug not in self._lite_only \
+            and bool(lite_losses(request))
         return Context(
-            slug=slug, model=model, codex=client.codex, websocket=websocket, session=session,
-            client=exchange.client.key or exchange.client.address, lite_header=lite_header,
+            slug=slug, effort=effort, model=model, codex=client.codex, websocket=websocket,
+            name=self.conversation_name(exchange, request, slug), lite_header=lite_header, plain=plain,
             strict=self.config.continuity == "strict", dropped=self._learned.get(slug, frozenset()))
+
+    def conversation_name(self, exchange: Exchange, request: Mapping[str, Any], slug: str) -> str:
+        """Return what names a request's conversation upstream (WIRE 4).
+
+        That is the client's own key or session header, unless the backend has replaced it; else the name of
+        the WebSocket that carries it, else one that this bridge makes for the conversation.
+        """
+        owner, client = exchange.client.owner, exchange.client_headers
+        key = or_empty(request.get("prompt_cache_key"), str)
+        own = key or client.session
+        if client.codex:
+            own = client.session or key
+        if exchange.conversation and not key:
+            return exchange.conversation
+        if own and (client.codex or not self.conversations.is_replaced(owner, cache_name(own))):
+            return cache_name(own)
+        return self.conversations.name(conversation_hash(request, owner, slug))
+
+    def handshake_name(self, exchange: Exchange) -> str:
+        """Return what names a WebSocket upstream: the client's session, else a name for this connection."""
+        owner, session = exchange.client.owner, exchange.client_headers.session
+        if not session:
+            return self.conversations.name(f"connection {exchange.record.id}")
+        name = cache_name(session)
+        if exchange.client_headers.codex or not self.conversations.is_replaced(owner, name):
+            return name
+        return self.conversations.name(f"session {owner} {name}")
+
+    def observe_key(self, exchange: Exchange, attempt: Attempt, created: Mapping[str, Any]) -> None:
+        """Compare the cache key that was sent with the one that upstream says it uses."""
+        echoed, sent = created.get("prompt_cache_key"), attempt.normalized.get("prompt_cache_key")
+        if not isinstance(echoed, str) or not echoed or echoed == sent:
+            return
+        self.telemetry.count("replaced_keys")
+        if self.conversations.replace(exchange.client.owner, str(sent)):
+            log.warning("upstream does not use the cache key (prompt_cache_key) that a request names: a "
+                        "client's own key gives way to one of this bridge's; this is logged once")
 
     def send_until_accepted(self, attempt: Attempt, exchange: Exchange) -> Reply:
         """Send a request upstream, and again after each known repair of a refusal, until a stream comes.
@@ -6379,7 +7312,9 @@ class Turns:
         record = exchange.record
         while True:
             payload = attempt.next_payload()
-            record.rules = attempt.rules
+            record.rules, record.repairs, record.slug = attempt.rules, attempt.repairs, attempt.context.slug
+            if attempt.repairs:
+                exchange.extra_headers["x-qoo-bridge-repaired"] = ", ".join(attempt.repairs)
             headers, payload = self._pack(attempt, exchange, payload)
             reply = self.account.open("POST", "/responses", headers, payload, exchange.connection)
             self.observe_headers(reply)
@@ -6392,14 +7327,12 @@ class Turns:
                     raise error
                 finally:
                     del error  # error -> traceback -> this frame -> error would keep the request in memory
-            record.repairs, record.slug = attempt.repairs, attempt.context.slug
-            exchange.extra_headers["x-qoo-bridge-repaired"] = ", ".join(attempt.repairs)
 
     def _pack(self, attempt: Attempt, exchange: Exchange, payload: bytes) -> tuple[dict[str, str], bytes]:
         """Return a request's upstream headers, and its body, compressed if large."""
         request, context = attempt.normalized, attempt.context
-        session = context.session or str(request.get("prompt_cache_key"))
-        headers = upstream_headers(exchange.head.headers, exchange.client_headers, self.identity, session)
+        headers = upstream_headers(exchange.head.headers, exchange.client_headers, self.identity,
+                                   context.name)
         if context.is_lite:
             headers[LITE_HEADER] = "true"
         headers.update({"x-codex-routing-hint": routing_hint(request), "accept": "text/event-stream",
@@ -6416,6 +7349,23 @@ class Turns:
         etag = reply.headers.get("x-models-etag")
         if etag:
             self.catalog.observe_etag(etag)
+
+    def observe_side_events(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Read the plan's limits and the model list's ETag from side events."""
+        for event in events:
+            if event.get("type") == LIMITS_EVENT:
+                self.telemetry.keep_limits(event_limits(event), time.time())
+            elif side_etag(event):
+                self.catalog.observe_etag(side_etag(event))
+
+    def client_headers(self, reply: Reply, exchange: Exchange) -> dict[str, str]:
+        """Return the headers of a reply for the client; a Codex gets the ETag of this bridge's list."""
+        headers = downstream_headers(reply.headers)
+        if exchange.client_headers.codex:
+            etag = self.catalog.etag(exchange.client_headers.version)
+            if etag:
+                headers["x-models-etag"] = etag
+        return headers
 
     def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
         """Return the error for a reply that is not a stream. Raises what `Reply.read_body` raises."""
@@ -6444,29 +7394,39 @@ class Turns:
         if matched is None:
             return False
         repair, match = matched
-        context = attempt.context
-        repaired = repair.apply(context, match)
-        if repair.name == FORM_REPAIR and FORM_REPAIR not in attempt.repairs:
-            repaired = self._repair_form(attempt)
-        if repaired == context:
+        if repair.name == FORM_REPAIR:
+            context, changed = self._repair_form(attempt)
+        else:
+            context, changed = repair.apply(attempt.context, match, attempt.normalized)
+        if context == attempt.context:
             return False
-        if repaired.dropped != context.dropped:
-            self._learn(context.slug, repaired.dropped)
-        attempt.context = repaired
-        attempt.repairs = (*attempt.repairs, repair.name)
+        if context.dropped != attempt.context.dropped:
+            self._learn(context.slug, context.dropped)
+        attempt.context = context
+        attempt.repairs = (*attempt.repairs, "=".join(filter(None, (repair.name, changed))))
         self.telemetry.count("repairs", repair=repair.name)
         return True
 
-    def may_wait(self, error: UpstreamRefusal) -> bool:
+    def may_wait(self, attempt: Attempt, error: UpstreamRefusal) -> bool:
         """Tell whether `repair` would fetch the model list for this refusal."""
         matched = match_repair(f"{error.message} {error.code}")
-        return matched is not None and matched[0].name == FORM_REPAIR
+        return matched is not None and matched[0].name == FORM_REPAIR and not attempt.context.plain
 
-    def _repair_form(self, attempt: Attempt) -> Context:
-        """Fetch the model list again; return the context with the model's current entry."""
+    def _repair_form(self, attempt: Attempt) -> tuple[Context, str]:
+        """Return the context for the model's other form, and what that form loses.
+
+        A plain form that was tried for what lite would lose goes lite. Else the model list is fetched again.
+        """
+        context = attempt.context
+        if context.plain:
+            if len(self._lite_only) < 64:
+                self._lite_only.add(context.slug)
+            return context._replace(plain=False), "+".join(lite_losses(attempt.request))
+        if FORM_REPAIR in attempt.repairs:
+            return context, ""
         self.catalog.refresh()
-        slug, model = self.catalog.resolve(attempt.request["model"], self.catalog.get())
-        return attempt.context._replace(slug=slug, model=model)
+        slug, model, effort = self.catalog.resolve(attempt.request["model"], self.catalog.get())
+        return context._replace(slug=slug, model=model, effort=effort), ""
 
     def _learn(self, slug: str, dropped: frozenset[str]) -> None:
         """Remember the parameters that upstream refused for a model, up to 64 each for up to 64 models."""
@@ -6481,8 +7441,8 @@ class Turns:
         if method == "POST":
             body = exchange.read_body(self.config.max_body, self.budget)
         given, client = exchange.head.headers, exchange.client_headers
-        session = client.session or stable_id(exchange.client.address)
-        headers = {"accept": "application/json", **upstream_headers(given, client, self.identity, session)}
+        name = self.conversation_name(exchange, {}, "")
+        headers = {"accept": "application/json", **upstream_headers(given, client, self.identity, name)}
         if method == "POST":
             headers["content-type"] = given.get("content-type", "application/json")
             body = self._without_alias(body)
@@ -6509,8 +7469,14 @@ class Turns:
         request = json_or_none(body)
         if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
             return body
-        slug, _ = self.catalog.resolve(request["model"], self.catalog.get(wait=CATALOG_WAIT))
+        slug, _, _ = self.catalog.resolve(request["model"], self.catalog.get(wait=CATALOG_WAIT))
         return encode({**request, "model": slug})
+
+    def count_tokens(self, exchange: Exchange) -> None:
+        """Answer with an estimate of a request's input tokens; nothing is sent upstream."""
+        _, body = self.read_json(exchange)
+        check_request({"model": "-", **body} if isinstance(body, dict) else body)
+        exchange.send_json(200, {"object": "response.input_tokens", "input_tokens": estimate_tokens(body)})
 
 
 def is_stream(reply: Reply) -> bool:
@@ -6526,27 +7492,177 @@ def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
             if name in ("plan_type", "credits") or name.endswith(("rate_limit", "rate_limits"))}
 
 
-# == 27 websockets ============================================================
-# One WebSocket to the client, one to upstream, and frames both ways.
+# == 32 in flight =============================================================
+# What a WebSocket holds beside its frames: requests without an answer, chains, messages that are incomplete.
 
 class InFlight:
     """One response.create without a complete answer."""
 
-    def __init__(self, record: Record, attempt: Attempt, stored: StoredInput | None) -> None:
+    def __init__(self, record: Record, attempt: Attempt, stored: StoredInput | None, held: Held) -> None:
         self.record = record
         self.attempt: Attempt | None = attempt  # for a repair; None once its answer has begun
         self.begun = False  # the first event of its answer has gone to the client
         self.previous = ""  # the response that it continues, where upstream may not know it
         self.stored = stored  # for the store, where the client counts on one
+        if stored:
+            self.previous = stored.previous
         self.assembler = ResponseAssembler()
+        self.created: dict[str, Any] = {}  # the response of response.created
+        self.call_ids: dict[str, bytes] = {}  # short call id -> the client's own, JSON-escaped
+        self.held = held  # memory for the request
         self.slot = contextlib.ExitStack()  # holds the key's slot
         self.chain_fields: dict[str, str] = {}  # the chain's tools and instructions from here on, as JSON
 
+    def begin(self) -> None:
+        """Note that the answer begins: the request is not repeated any more."""
+        self.begun, self.attempt = True, None
+        self.record.mark_first_byte()
+        self.held.release()
+
+    def end(self) -> None:
+        """Free what the request holds."""
+        self.slot.close()
+        self.held.release()
+
+    def complete(self, parsed: Mapping[str, Any]) -> bytes | None:
+        """Add an event; return a completed terminal event's bytes, None for an event that stays as it is."""
+        self.assembler.add(parsed)
+        if event_type(parsed) not in TERMINAL_EVENTS:
+            return None
+        changed = self.assembler.fill()
+        if self.previous:
+            changed = self.assembler.set_fields({"previous_response_id": self.previous}) or changed
+        if not changed:
+            return None
+        return json_bytes(self.assembler.final)
+
+    def observe_end(self, event: Mapping[str, Any]) -> None:
+        """Record how the answer ended; without an event the connection was cut, or the client left."""
+        record, kind = self.record, event_type(event)
+        response = or_empty(event.get("response"), dict)
+        if kind == "error":
+            record.observe_final("error", event)
+            error = failure(event)
+            record.status, record.error_code = error.status, error.code
+        elif kind:
+            record.observe_final(kind.rpartition(".")[2], response)
+
+
+class Held:
+    """Memory that a WebSocket's message holds of the budget for all bodies."""
+
+    def __init__(self, budget: Budget, size: int) -> None:
+        """Reserve the memory. Raises Overloaded."""
+        budget.take(size)
+        self._budget = budget
+        self._size = size
+
+    def release(self) -> None:
+        """Release the memory; a second time does nothing."""
+        self._budget.give(self._size)
+        self._size = 0
+
+
+class Incomplete:
+    """A client's message that is not complete: its memory, and the time that it has left."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.until = float("inf")  # monotonic
+        self._budget = budget
+        self._size = 0
+
+    def grow(self, size: int) -> None:
+        """Note how many bytes of a message are here; 0 for none. Raises Overloaded."""
+        now, grown = time.monotonic(), size - self._size
+        if size == 0:
+            self.until = float("inf")
+        elif self._size == 0:
+            self.until = now + BODY_STALL
+        else:
+            self.until = min(self.until + max(0, grown) / BODY_RATE, now + BODY_STALL)
+        self._budget.take(grown)
+        self._size = size
+
+
+class Chains:
+    """The tools and instructions that upstream knows of each chain of responses, as hashes.
+
+    Upstream keeps both for the connection's chain, which `previous_response_id` continues (WIRE 6).
+    """
+
+    NEWEST = 64  # responses that are kept
+
+    def __init__(self) -> None:
+        self._fields: OrderedDict[str, dict[str, str]] = OrderedDict()  # response id -> field -> hash
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
+
+    def keep(self, name: Any, fields: dict[str, str]) -> None:
+        """Keep what a response's chain knows."""
+        if isinstance(name, str):
+            self._fields[name] = fields
+            if len(self._fields) > self.NEWEST:
+                self._fields.popitem(last=False)
+
+    def known(self, in_flight: InFlight, frame: Mapping[str, Any]) -> set[str]:
+        """Return the fields of a lite frame that repeat its chain's. Raises InvalidRequest."""
+        try:
+            given = {key: stable_id(json.dumps(frame[key], sort_keys=True))
+                     for key in ("tools", "instructions") if frame.get(key)}
+        except RecursionError as exc:
+            raise InvalidRequest("the request is nested too deeply") from exc
+        earlier = self._fields.get(str(frame.get("previous_response_id")), {})
+        in_flight.chain_fields = {**earlier, **given}
+        return {key for key in given if earlier.get(key) == given[key]}
+
+
+class AfterError:
+    """What may follow an `error` frame: upstream's `response.failed` of the same request, or one of ours.
+
+    An `error` without a status means nothing to Codex, which waits for its idle timeout (WIRE 6).
+    """
+
+    def __init__(self) -> None:
+        self.until = float("inf")  # monotonic; when ours is due
+        self._failed: dict[str, Any] = {}  # ours
+        self._expected = False  # upstream's may come
+        self._hidden = False  # upstream's is not for the client
+
+    def begin(self, event: Mapping[str, Any], created: Mapping[str, Any], codex: bool) -> None:
+        """Note that an `error` has gone to the client."""
+        self._expected, self._hidden = True, False
+        if codex and not reported_status(event):
+            self._failed, self.until = failed_event(event, created), time.monotonic() + FAILURE_WAIT
+
+    def hide(self) -> None:
+        """Note that an `error` was repaired: the client hears nothing of it."""
+        self._expected = self._hidden = True
+
+    def take_ours(self) -> dict[str, Any]:
+        """Return our `response.failed` to send now; {} if none is due. Upstream's then comes too late."""
+        failed, self._failed, self.until = self._failed, {}, float("inf")
+        self._hidden = self._hidden or bool(failed)
+        return failed
+
+    def take_theirs(self) -> bool | None:
+        """Tell whether upstream's `response.failed` goes to the client; None if it ends another request."""
+        if not self._expected:
+            return None
+        self._expected, self._failed, self.until = False, {}, float("inf")
+        return not self._hidden
+
+    def end(self) -> None:
+        """Note that another response has begun: none of the earlier request follows."""
+        self._expected = False
+
+
+# == 33 websockets ============================================================
+# One WebSocket to the client, one to upstream, and frames both ways.
 
 class WebSocketRelay:
     """A relay between the client's and the backend's WebSocket. Only the connection's thread uses it."""
 
-    CHAINS = 64  # newest responses whose chain fields are kept
     IN_FLIGHT = 32  # requests that may run at once
 
     def __init__(self, turns: Turns, key_queue: KeyQueue, exchange: Exchange, reply: Reply) -> None:
@@ -6555,20 +7671,18 @@ class WebSocketRelay:
         self._exchange = exchange
         self._client, self._upstream = exchange.connection, reply.connection
         self._in_flight: deque[InFlight] = deque()  # oldest first: answers come in the order of the requests
-        # response id -> its chain's tools and instructions, as hashes
-        self._chains: OrderedDict[str, dict[str, str]] = OrderedDict()
-        self._from_client = FrameReader(masked=True, max_message=turns.config.max_body)
+        self._chains = Chains()
+        self._codex = exchange.client_headers.codex
+        self._from_client = FrameReader(masked=True, max_message=min(turns.config.max_body, MAX_FRAME - 1))
         self._from_upstream = FrameReader(masked=False, max_message=MAX_EVENT)
         self._open = True
         self._end_of_rest = "cut"  # the `end` of requests in flight at the connection's end
-        self._errored = False  # an `error` came, and a response.failed of the same request may follow
-        self._repaired = False  # that request was repaired: its response.failed is not for the client
+        self._after_error = AfterError()
         self._progress = 0.0  # monotonic; when upstream last sent more than a sign of life
         self._background: Background | None = None  # what must wait, and what is done with its result
         self._resume: Callable[[Background], None] = lambda background: None
-        self._texts: deque[bytes] = deque()  # the client's frames that wait for that
-        self._held_bytes = 0  # of an incomplete message, that count against the budget
-        self._message_until = float("inf")  # monotonic; when an incomplete message is too slow
+        self._texts: deque[tuple[bytes, Held]] = deque()  # the client's frames that wait for that
+        self._incomplete = Incomplete(turns.budget)
         self._set_idle: Callable[[bool], None] = lambda idle: None
         self._log_request: Callable[[Record], None] = lambda record: None
 
@@ -6588,9 +7702,11 @@ class WebSocketRelay:
             self._close_after_cut(describe_error(exc))
         finally:
             self._open = False
-            self._hold_incomplete(0)
+            self._incomplete.grow(0)
+            for _, held in self._texts:
+                held.release()
             while self._in_flight:
-                self._settle(self._end_of_rest)
+                self._settle({}, self._end_of_rest)
             linger(self._upstream)  # closing with unread frames would reset TCP and lose our close frame
             self._upstream.close()
 
@@ -6598,7 +7714,7 @@ class WebSocketRelay:
         client, upstream = Pulse("client_closed"), Pulse("cut")
         while self._open:
             waits = self._background is not None
-            left = self._message_until - time.monotonic()
+            left = min(self._incomplete.until, self._after_error.until) - time.monotonic()
             seconds = min(keepalive, BACKGROUND_POLL if waits else keepalive, max(0.0, left))
             client_ready, upstream_ready = self._wait(seconds)
             if upstream_ready:
@@ -6608,8 +7724,10 @@ class WebSocketRelay:
                 client.hear()
                 self._read(self._client, self._from_client, self._client_message)
             if self._open:
-                self._hold_incomplete(self._from_client.incomplete_bytes)
+                self._count_incomplete()
                 self._check_pulses(client, upstream, keepalive, idle_timeout)
+            if time.monotonic() >= self._after_error.until:
+                self._send_own_failure()
             if self._background is not None and self._background.done.is_set():
                 self._finish_background()
 
@@ -6620,7 +7738,7 @@ class WebSocketRelay:
         if now - since > idle_timeout:
             reason = f"upstream was silent for {idle_timeout:g} s"
             self._close(CLOSE_BAD_GATEWAY, CLOSE_GOING_AWAY, reason)
-        elif now >= self._message_until:
+        elif now >= self._incomplete.until:
             self._close(CLOSE_POLICY, CLOSE_GOING_AWAY, "the message came too slowly")
         elif client.is_dead(now, keepalive) or upstream.is_dead(now, keepalive):
             self._end_of_rest = client.end if client.is_dead(now, keepalive) else upstream.end
@@ -6640,7 +7758,7 @@ class WebSocketRelay:
         if background is not None:
             self._resume(background)
         while self._texts and self._background is None and self._open:
-            self._take_text(self._texts.popleft())
+            self._take_text(*self._texts.popleft())
 
     def raise_if_closed(self) -> None:
         """Raise ClientLeft after the end of this connection: nobody waits any more."""
@@ -6674,24 +7792,19 @@ class WebSocketRelay:
         if reader.error is not None and self._open:
             self._close_after_breach(reader.error, from_client)
 
-    def _hold_incomplete(self, size: int) -> None:
+    def _count_incomplete(self) -> None:
         """Count an incomplete message of the client against the budget of all bodies, and time it as one."""
-        now, grown = time.monotonic(), size - self._held_bytes
-        if size == 0:
-            self._message_until = float("inf")
-        elif self._held_bytes == 0:
-            self._message_until = now + BODY_STALL
-        else:
-            self._message_until = min(self._message_until + max(0, grown) / BODY_RATE, now + BODY_STALL)
         try:
-            self._turns.budget.take(grown)
-            self._held_bytes = size
+            self._incomplete.grow(self._from_client.incomplete_bytes)
         except Overloaded as exc:
             self._close(CLOSE_TRY_AGAIN, CLOSE_GOING_AWAY, exc.message)
 
     def _close_after_breach(self, error: FrameError, from_client: bool) -> None:
         """Close both sides after a protocol error; the code for the innocent side blames the other one."""
         log.info("invalid WebSocket frame from %s: %s", "the client" if from_client else "upstream", error)
+        if from_client and error.code == CLOSE_TOO_BIG:  # HTTP takes it: the next handshake says so
+            session = self._exchange.client_headers.session
+            self._turns.large_sessions.append((self._exchange.client.owner, session))
         if from_client:
             self._close(error.code, CLOSE_GOING_AWAY, str(error))
         else:
@@ -6713,20 +7826,26 @@ class WebSocketRelay:
 
     def _client_text(self, raw: bytes) -> None:
         """Take a client's frame, behind those that wait."""
+        try:
+            if len(self._texts) >= self.IN_FLIGHT:
+                raise TooManyRequests("too many requests wait on this connection")
+            held = Held(self._turns.budget, counted_size(raw))
+        except BridgeError as exc:
+            self._refuse(self._new_record(), exc)
+            return
         if self._background is None:
-            self._take_text(raw)
-        elif len(self._texts) < self.IN_FLIGHT:
-            self._texts.append(raw)
+            self._take_text(raw, held)
         else:
-            self._refuse(self._new_record(), TooManyRequests("too many requests wait on this connection"))
+            self._texts.append((raw, held))
 
-    def _take_text(self, raw: bytes) -> None:
+    def _take_text(self, raw: bytes, held: Held) -> None:
         """Forward a client's frame; normalize a response.create like a request."""
         record = self._new_record()
         try:
             frame = parse_json(raw)
             if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
                 self._to_upstream(OP_TEXT, raw)
+                held.release()
                 return
             check_request(frame)
             record.model = frame["model"]
@@ -6734,19 +7853,19 @@ class WebSocketRelay:
                 raise TooManyRequests("too many requests are running on this connection", retry_after=5)
             client = self._exchange.client
             if self._turns.catalog.is_at_hand(frame["model"]) and self._key_queue.has_room(client.key):
-                self._send_accepted(self._accept(frame, raw, record))
+                self._send_accepted(self._accept(frame, raw, record, held))
             else:
-                self._start_background(lambda: self._accept(frame, raw, record),
-                                       lambda waited: self._resume_create(waited, record))
+                self._start_background(lambda: self._accept(frame, raw, record, held),
+                                       lambda waited: self._resume_create(waited, record, held))
         except BridgeError as exc:
-            self._refuse(record, exc)
+            self._refuse(record, exc, held)
 
-    def _resume_create(self, waited: Background, record: Record) -> None:
+    def _resume_create(self, waited: Background, record: Record, held: Held) -> None:
         """Send a response.create that had to wait, or say why it cannot be sent."""
         try:
             self._send_accepted(waited.result())
         except BridgeError as exc:
-            self._refuse(record, exc)
+            self._refuse(record, exc, held)
 
     def _send_accepted(self, in_flight: InFlight) -> None:
         self._turns.telemetry.begin(in_flight.record)
@@ -6764,7 +7883,7 @@ class WebSocketRelay:
         record.user_agent_kind = self._exchange.user_agent_kind
         return record
 
-    def _accept(self, frame: dict[str, Any], raw: bytes, record: Record) -> InFlight:
+    def _accept(self, frame: dict[str, Any], raw: bytes, record: Record, held: Held) -> InFlight:
         """Prepare a response.create and take a place for it. Raises BridgeError, ClientLeft."""
         context = self._turns.context(self._exchange, frame, websocket=True)
         record.slug = context.slug
@@ -6772,10 +7891,8 @@ class WebSocketRelay:
         resolved = frame
         if stored:
             resolved = self._resolve(frame)
-        attempt = Attempt(resolved, raw if resolved is frame else None, context)
-        in_flight = InFlight(record, attempt, stored)
-        if stored:
-            in_flight.previous = stored.previous
+        attempt = self._turns.attempt(resolved, raw if resolved is frame else None, context)
+        in_flight = InFlight(record, attempt, stored, held)
         slot = self._key_queue.slot(self._exchange.client.key, self.raise_if_closed, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
         return in_flight
@@ -6793,35 +7910,24 @@ class WebSocketRelay:
         if attempt is None:
             return
         try:
-            payload = attempt.next_payload(*self._known_to_chain(in_flight, attempt))
-            in_flight.record.rules = attempt.rules
+            known: set[str] = set()
+            if attempt.context.model is not None and attempt.context.is_lite:
+                known = self._chains.known(in_flight, attempt.request)
+            payload = attempt.next_payload(*known)
+            record = in_flight.record
+            record.rules, record.repairs, record.slug = attempt.rules, attempt.repairs, attempt.context.slug
+            in_flight.call_ids = attempt.call_ids()
             self._to_upstream(OP_TEXT, payload)
         except BridgeError as exc:
             self._in_flight.remove(in_flight)
-            in_flight.slot.close()
+            in_flight.end()
             self._refuse(in_flight.record, exc)
             self._set_idle(not self._in_flight)
 
-    def _known_to_chain(self, in_flight: InFlight, attempt: Attempt) -> set[str]:
-        """Return the fields (tools, instructions) that a frame repeats from its chain; only for lite models.
-
-        Upstream keeps both for the connection's chain, which `previous_response_id` continues (WIRE 6).
-        Raises InvalidRequest.
-        """
-        frame, model = attempt.request, attempt.context.model
-        if model is None or not model.lite:
-            return set()
-        try:
-            given = {key: stable_id(json.dumps(frame[key], sort_keys=True))
-                     for key in ("tools", "instructions") if frame.get(key)}
-        except RecursionError as exc:
-            raise InvalidRequest("the request is nested too deeply") from exc
-        earlier = self._chains.get(str(frame.get("previous_response_id")), {})
-        in_flight.chain_fields = {**earlier, **given}
-        return {key for key in given if earlier.get(key) == given[key]}
-
-    def _refuse(self, record: Record, error: BridgeError) -> None:
+    def _refuse(self, record: Record, error: BridgeError, held: Held | None = None) -> None:
         """Answer a frame with an `error` frame instead of forwarding it."""
+        if held is not None:
+            held.release()
         record.status = error.status
         record.fail(error)
         event = {"type": "error", "status": error.status, **error.body()}
@@ -6842,57 +7948,80 @@ class WebSocketRelay:
             self._exchange.send(encode_frame(OP_BINARY, message.payload))
 
     def _upstream_text(self, payload: bytes) -> None:
-        """Forward an event unchanged; parse it first if it matches NOTABLE_FRAME."""
-        if not self._in_flight:
-            self._exchange.send(encode_frame(OP_TEXT, payload))
-            return
-        if KEEPALIVE_MARK not in payload:
-            self._progress = time.monotonic()
-        in_flight = self._in_flight[0]
-        in_flight.record.events += 1
-        if not NOTABLE_FRAME.search(payload):
+        """Forward an event unchanged; parse it first if it may be notable."""
+        in_flight = next(iter(self._in_flight), None)
+        if in_flight is not None:
+            payload = restore_call_ids(payload, in_flight.call_ids)
+            in_flight.record.events += 1
+            if KEEPALIVE_MARK not in payload:
+                self._progress = time.monotonic()
+        if not NOTABLE_FRAME.search(payload) and not RARE_EVENT.search(payload):
             self._pass(in_flight, payload)
             return
         parsed = or_empty(json_or_none(payload), dict)
         kind = event_type(parsed)
+        if is_side_event(kind):
+            self._side_frame(parsed, payload)
+        elif in_flight is not None:
+            self._response_event(in_flight, parsed, payload)
+        elif kind != "response.failed" or self._after_error.take_theirs() is not False:
+            self._pass(None, payload)
+
+    def _side_frame(self, parsed: dict[str, Any], payload: bytes) -> None:
+        """Read a frame that is no part of a response; only a Codex gets it."""
+        self._turns.observe_side_events([parsed])
+        if self._codex:
+            own = with_etag(parsed, self._turns.catalog.etag(self._exchange.client_headers.version))
+            if own is not parsed:
+                payload = json_bytes(own)
+            self._exchange.send(encode_frame(OP_TEXT, payload))
+
+    def _response_event(self, in_flight: InFlight, parsed: dict[str, Any], payload: bytes) -> None:
+        """Pass on an event of a response, unless it ends an earlier one, or a repair takes its place."""
+        kind = event_type(parsed)
         if kind == "response.created":
-            self._errored = False
-        elif kind == "response.failed" and self._errored:
-            self._errored = False  # it ends the request of the `error`, not this one
-            if not self._repaired:
-                self._exchange.send(encode_frame(OP_TEXT, payload))
+            self._send_own_failure()
+            self._after_error.end()
+            in_flight.created = or_empty(parsed.get("response"), dict)
+            if in_flight.attempt is not None:
+                self._turns.observe_key(self._exchange, in_flight.attempt, in_flight.created)
+        elif kind == "response.failed":
+            goes_on = self._after_error.take_theirs()
+            if goes_on is not None:  # it ends the request of the `error`, not this one
+                if goes_on:
+                    self._exchange.send(encode_frame(OP_TEXT, payload))
+                return
+        if kind in ("error", "response.failed") and self._repair(in_flight, parsed):
+            if kind == "error":
+                self._after_error.hide()
             return
-        self._repaired = kind == "error" and self._repair(in_flight, parsed)
-        if self._repaired:
-            self._errored = True
-        else:
-            self._notable_event(in_flight, parsed, payload)
+        self._notable_event(in_flight, parsed, payload)
+
+    def _send_own_failure(self) -> None:
+        """Send the `response.failed` that upstream has not sent behind its `error`, if one is due."""
+        failed = self._after_error.take_ours()
+        if failed:
+            self._exchange.send(encode_frame(OP_TEXT, json_bytes(failed)))
 
     def _notable_event(self, in_flight: InFlight, parsed: dict[str, Any], payload: bytes) -> None:
         """Pass on an event that adds to the response or ends it; its end is stored and logged."""
         kind = event_type(parsed)
-        in_flight.assembler.add(parsed)
-        if kind in TERMINAL_EVENTS:
-            changed = in_flight.assembler.fill()
-            if in_flight.previous:
-                fields = {"previous_response_id": in_flight.previous}
-                changed = in_flight.assembler.set_fields(fields) or changed
-            if changed:
-                payload = json_bytes(in_flight.assembler.final)
+        completed = in_flight.complete(parsed)
         if kind in STORED_EVENTS and in_flight.stored is not None:
             response = or_empty((in_flight.assembler.final or {}).get("response"), dict)
             self._turns.store.keep_response(self._exchange.client.owner, response, in_flight.stored)
-        self._pass(in_flight, payload)
+        self._pass(in_flight, completed or payload)
         if kind in TERMINAL_EVENTS or kind == "error":
-            self._errored = kind == "error"
-            self._settle(kind.rpartition(".")[2], parsed)
+            if kind == "error":
+                self._after_error.begin(parsed, in_flight.created, self._codex)
+            self._settle(parsed)
 
-    def _pass(self, in_flight: InFlight, payload: bytes) -> None:
+    def _pass(self, in_flight: InFlight | None, payload: bytes) -> None:
         frame = encode_frame(OP_TEXT, payload)
-        if not in_flight.begun:
-            in_flight.begun, in_flight.attempt = True, None
-            in_flight.record.mark_first_byte()
-        in_flight.record.bytes += len(frame)
+        if in_flight is not None:
+            if not in_flight.begun:
+                in_flight.begin()
+            in_flight.record.bytes += len(frame)
         self._exchange.send(frame)
 
     def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
@@ -6900,9 +8029,10 @@ class WebSocketRelay:
         attempt = in_flight.attempt
         if attempt is None or self._background is not None:
             return False
-        status, error = event.get("status"), or_empty(event.get("error"), dict) or event
-        refused = UpstreamRefusal(status if type(status) is int else 400, dict(error))
-        if self._turns.may_wait(refused):
+        refused = failure(event)
+        if not reported_status(event):
+            refused.status = 400
+        if self._turns.may_wait(attempt, refused):
             self._in_flight.popleft()  # until the model list is there
             self._start_background(lambda: self._turns.repair(attempt, refused),
                                    lambda waited: self._resume_repair(waited, in_flight, event))
@@ -6910,43 +8040,33 @@ class WebSocketRelay:
         if not self._turns.repair(attempt, refused):
             return False
         self._in_flight.popleft()
-        self._resend(in_flight, attempt)
+        self._resend(in_flight)
         return True
 
     def _resume_repair(self, waited: Background, in_flight: InFlight, event: dict[str, Any]) -> None:
         """Resend a frame whose repair had to wait, or pass its refusal on."""
-        attempt = in_flight.attempt
-        if attempt is not None and waited.result():
-            self._resend(in_flight, attempt)
+        if waited.result():
+            self._resend(in_flight)
             return
         self._in_flight.appendleft(in_flight)
         self._notable_event(in_flight, event, json_bytes(event))
 
-    def _resend(self, in_flight: InFlight, attempt: Attempt) -> None:
-        in_flight.record.repairs, in_flight.record.slug = attempt.repairs, attempt.context.slug
+    def _resend(self, in_flight: InFlight) -> None:
         self._in_flight.append(in_flight)  # its answer now comes after those of all other requests
         self._send_create(in_flight)
 
-    def _settle(self, end: str, event: Mapping[str, Any] | None = None) -> None:
+    def _settle(self, event: Mapping[str, Any], end: str = "") -> None:
         """Log the oldest response.create and free its slot: it has its answer, or the connection ended."""
         in_flight = self._in_flight.popleft()
-        in_flight.slot.close()
-        record, event = in_flight.record, event or {}
-        response = event.get("response")
-        inner = event
-        if isinstance(response, dict):
-            inner = response
+        in_flight.end()
+        in_flight.observe_end(event)
         if end == "cut":
-            record.fail(BadUpstream("upstream closed the connection mid-response"), end)
-        else:
-            record.observe_final(end, inner)
-        if isinstance(inner.get("id"), str):
-            self._chains[inner["id"]] = in_flight.chain_fields
-            if len(self._chains) > self.CHAINS:
-                self._chains.popitem(last=False)
-        if end in ("error", "failed") and type(event.get("status")) is int:
-            record.status = event["status"]
-        self._log_request(record)
+            in_flight.record.fail(BadUpstream("upstream closed the connection mid-response"), end)
+        elif end:
+            in_flight.record.end = end
+        response = or_empty(event.get("response"), dict)
+        self._chains.keep(response.get("id"), in_flight.chain_fields)
+        self._log_request(in_flight.record)
         if not self._in_flight:
             self._set_idle(True)
 
@@ -6971,10 +8091,10 @@ class WebSocketRelay:
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
 
 
-NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"|"type" ?: ?"error"')
+NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"')
 
 
-# == 28 pages =================================================================
+# == 34 pages =================================================================
 # The status page, and the clients' configuration.
 
 # The page contains no values: its script fetches `status` every 2 s and shows the values as text nodes.
@@ -7142,7 +8262,7 @@ function render(s) {
     ["Age", "n", row => span(row.age)], ["Events", "n", count("events")]);
   table("clients", "No clients yet.", s.clients, ["Client", "any", who], ["Requests", "n", count("requests")],
     ["Errors", "n", count("failed_requests")], ["In", "n", tokens("input")],
-    ["Cached", "n wide", tokens("cached")], ["Out", "n", tokens("output")]);
+    ["Cached", "n wide", row => percent(row.cached, row.input)], ["Out", "n", tokens("output")]);
   table("recent", "No requests yet.", s.recent, ["Time", "t", row => clock(row.time, near(s.now - row.time))],
     ["Client", "who any", who], ["Model", "model any", model], ["Path", "wide any", row => brief(row.path)],
     ["First byte", "n wide", row => row.first_byte === null ? "" : span(row.first_byte)],
@@ -7239,6 +8359,7 @@ requires_openai_auth = false
 stream_idle_timeout_ms = 20000
 supports_websockets = true
 model_catalog_url = "{url}/models"
+http_headers = {{ "x-openai-actor-authorization" = "lan" }}
 {auth}
 
 # 2. Save as ~/.codex/local_lan.config.toml (for a ~/.qoo home: ~/.qoo/local_lan.config.toml)
@@ -7290,7 +8411,7 @@ def default_model(config: Config) -> str:
     return next(iter(config.alias))
 
 
-# == 29 routes ================================================================
+# == 35 routes ================================================================
 # Path and method -> handler; and one request from its head to its error.
 
 class Bridge:
@@ -7320,6 +8441,7 @@ class Bridge:
         return {
             "/responses": {"POST": functools.partial(serve, ResponsesApi),
                            "GET": functools.partial(accept, self.turns, self.key_queue)},
+            "/responses/input_tokens": {"POST": self.turns.count_tokens},
             "/chat/completions": {"POST": functools.partial(serve, ChatApi)},
             "/completions": {"POST": functools.partial(serve, CompletionApi)},
             "/models": {"GET": self.get_models},
@@ -7347,6 +8469,7 @@ class Bridge:
             record.end = str(exc)
             exchange.abort()
         except BridgeError as exc:
+            exchange.release_body(self.turns.budget)  # before the client knows that it may try again
             self._fail(exchange, exc)
         except Exception as exc:  # after any exception the client gets a response and the server goes on
             log.exception("unhandled exception in request %s", record.id)
@@ -7431,11 +8554,10 @@ class Bridge:
             raise InvalidRequest(f"client_version must be a version, not {version[:40]!r}", "client_version")
         models = self.catalog.require(version)
         if version:
-            value = self.catalog.codex_list(models)
+            body, etag = self.catalog.codex_list(version, models)
         else:
-            value = {"object": "list", "data": self.catalog.openai_list(models)}
-        body = json_bytes(value)
-        etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+            body = json_bytes({"object": "list", "data": self.catalog.openai_list(models)})
+            etag = entity_tag(body)
         if exchange.head.headers.get("if-none-match") == etag:
             exchange.send_response(304, {"etag": etag}, b"")
         else:
@@ -7546,8 +8668,12 @@ def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> N
     Raises BridgeError; after a 426 Codex falls back to HTTP at once (WIRE 6).
     """
     headers = exchange.head.headers
-    if not is_upgrade(headers) or exchange.head.method != "GET" or not exchange.head.minor:
-        raise MethodNotAllowed("GET /responses requires a WebSocket handshake; use POST", allow="POST")
+    if exchange.head.method != "GET":
+        raise MethodNotAllowed("/responses does not support HEAD; use POST", allow="POST")
+    if not is_upgrade(headers) or not exchange.head.minor:  # also where a front took `Upgrade` away
+        raise UpgradeRequired("GET /responses requires a WebSocket handshake; use POST")
+    if (exchange.client.owner, exchange.client_headers.session) in turns.large_sessions:
+        raise UpgradeRequired("this session's messages are too large for upstream's WebSocket; use POST")
     if headers.get("sec-websocket-version") != WEBSOCKET_VERSION:
         raise UpgradeRequired("unsupported WebSocket version: use version 13")
     if not valid_key(headers.get("sec-websocket-key", "")):
@@ -7556,7 +8682,7 @@ def accept_websocket(turns: Turns, key_queue: KeyQueue, exchange: Exchange) -> N
     try:
         turns.telemetry.discard(exchange.record)  # each response.create has its own record
         accept = accept_key(headers["sec-websocket-key"])
-        exchange.start_websocket(accept, downstream_headers(reply.headers))
+        exchange.start_websocket(accept, turns.client_headers(reply, exchange))
     except BaseException:
         reply.close()
         raise
@@ -7567,8 +8693,8 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     """Do the WebSocket handshake with upstream. Raises its refusal; UpgradeRequired for 404, 405, 501."""
     client = exchange.client_headers
     key = base64.b64encode(os.urandom(16)).decode("ascii")
-    session = client.session or stable_id(exchange.record.id)
-    headers = upstream_headers(exchange.head.headers, client, turns.identity, session)
+    exchange.conversation = turns.handshake_name(exchange)
+    headers = upstream_headers(exchange.head.headers, client, turns.identity, exchange.conversation)
     headers.update({"openai-beta": WEBSOCKET_BETA, "connection": "Upgrade", "upgrade": "websocket",
                     "sec-websocket-version": WEBSOCKET_VERSION, "sec-websocket-key": key})
     reply = turns.account.open("GET", "/responses", headers, b"", exchange.connection)
@@ -7588,7 +8714,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     return reply
 
 
-# == 30 server ================================================================
+# == 36 server ================================================================
 # Threads, their limit, and a shutdown that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
@@ -7865,7 +8991,7 @@ class Server(http.server.ThreadingHTTPServer):
 ###############################################################################
 
 
-# == 31 commands ==============================================================
+# == 37 commands ==============================================================
 # serve, client-config, new-key, login, litellm-config.
 
 def base_url(config: Config, port: int) -> str:
@@ -8091,7 +9217,7 @@ def own_names_only(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-# == 32 doctor ================================================================
+# == 38 doctor ================================================================
 # Checks of every step between this host and a reply, each with a remedy.
 
 class Finding(NamedTuple):
@@ -8231,8 +9357,8 @@ def check_models(doctor: Doctor) -> Finding:
     """Check the model list, and show the aliases' models."""
     catalog = doctor.bridge.catalog
     models = catalog.require()
-    aliases = ", ".join(f"{name} is {slug}" for name, slug in catalog.aliases(models).items())
-    return Finding("ok", _printable(f"{len(visible_models(models))} models; {aliases}"))
+    text = f"{len(visible_models(models))} models; {catalog.describe_aliases(models)}"
+    return Finding("ok", escape_unprintable(text[:500]))
 
 
 def check_usage(doctor: Doctor) -> Finding:
@@ -8445,7 +9571,7 @@ def print_finding(name: str, finding: Finding) -> None:
     print(row, flush=True)
 
 
-# == 33 demo ==================================================================
+# == 39 demo ==================================================================
 # The complete bridge with a built-in stand-in backend, which needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
@@ -8657,7 +9783,7 @@ def print_demo(server: Server) -> None:
           f"or configure Codex:\n\n{codex}", flush=True)
 
 
-# == 34 main ==================================================================
+# == 40 main ==================================================================
 # The command line.
 
 COMMANDS = (

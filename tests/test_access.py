@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import ipaddress
+import re
 import socket
 
 import pytest
@@ -416,3 +417,71 @@ def test_networks_outside_are_refused(
         if status == 403:
             assert (reply.header("connection"), reply.json["error"]["code"]) == ("close", "forbidden")
             assert client.left()
+
+
+# OpenAI's JS SDK 6 in a browser; Firefox asks for its `user-agent` as well.
+STAINLESS = [
+    "x-stainless-arch", "x-stainless-lang", "x-stainless-os", "x-stainless-package-version",
+    "x-stainless-retry-count", "x-stainless-runtime", "x-stainless-runtime-version", "x-stainless-timeout",
+]
+ASKED = {
+    "js-sdk": ["authorization", "content-type", *STAINLESS],
+    "firefox": ["authorization", "content-type", "user-agent", *STAINLESS],
+    "beta": ["content-type", "openai-beta", "openai-organization", "openai-project"],
+    "one": ["x-of-tomorrow"],
+    "upper-case": ["Authorization", "X-Stainless-OS"],
+}
+
+
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")  # RFC 9110, 5.6.2
+
+
+def preflight(
+    bridge: RunningBridge, origin: str, asked: str | None, path: str = "/v1/responses"
+) -> wire.RawReply:
+    """Ask, as a browser does, whether a page may send these headers."""
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    if asked is not None:
+        headers["Access-Control-Request-Headers"] = asked
+    with wire.Client(bridge.address) as client:
+        client.request("OPTIONS", path, headers=headers)
+        return client.read_reply()
+
+
+def allowed(reply: wire.RawReply) -> set[str]:
+    """Return the headers that a page may send."""
+    listed = reply.header("access-control-allow-headers") or ""
+    return {name.strip().lower() for name in listed.split(",") if name.strip()}
+
+
+@pytest.mark.parametrize("names", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions", "/v1/models"])
+@pytest.mark.parametrize("comma", [",", ", "])
+def test_an_allowed_page_may_send_the_headers_that_it_asks_for(
+    bridges: SharedBridges, comma: str, path: str, names: list[str]
+) -> None:
+    bridge = bridges.bridge("--allow-origin", ORIGIN, "--api-key", f"page={API_KEY}")
+    reply = preflight(bridge, ORIGIN, comma.join(names), path)
+    assert (reply.status, reply.header("access-control-allow-origin")) == (204, ORIGIN)
+    assert set(map(str.lower, names)) <= allowed(reply)
+    assert "*" not in allowed(reply)  # says nothing of authorization
+
+
+def test_a_page_that_asks_for_none_is_told_the_usual_ones(bridges: SharedBridges) -> None:
+    reply = preflight(bridges.bridge("--allow-origin", ORIGIN), ORIGIN, None)
+    assert {"authorization", "content-type"} <= allowed(reply)
+
+
+@pytest.mark.parametrize("asked", ["a b", "x-a: b", "x-a;x-b", '"x-a"', ",", "x" * 5000, "\xe9"])
+def test_what_is_no_header_is_not_allowed(bridges: SharedBridges, asked: str) -> None:
+    bridge = bridges.bridge("--allow-origin", ORIGIN)
+    reply = preflight(bridge, ORIGIN, asked)
+    assert reply.status in (204, 400)
+    assert all(TOKEN.fullmatch(name) for name in allowed(reply))
+    assert len(reply.header("access-control-allow-headers") or "") < 4096
+    assert wire.get(bridge.address, "/healthz").status == 200
+
+
+def test_another_page_is_allowed_no_header(bridges: SharedBridges) -> None:
+    reply = preflight(bridges.bridge("--allow-origin", ORIGIN), "https://evil.example", "x-stainless-os")
+    assert (reply.status, allowed(reply)) == (403, set())

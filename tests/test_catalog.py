@@ -12,6 +12,7 @@ from conftest import LogLines, RunningBridge, Start
 from help import (
     AGENT,
     CARRIER,
+    CHAT,
     CODEX,
     FETCH_FAILURES,
     HI,
@@ -19,8 +20,10 @@ from help import (
     LITE_BODY,
     LOCAL_MD,
     PLAIN_BODY,
+    RESPONSES,
     SDK_BODY,
     TOOL,
+    USER,
     NoThreads,
     Object,
     ask,
@@ -494,7 +497,9 @@ def test_codex_list_is_upstreams_and_the_aliases(start: Start, backend: wire.Bac
     backend.always("/models", wire.reply_json(200, {"models": backend.catalog, "further": further}))
     reply = models(start("--alias", "best=gpt-6.1-sol", "--alias", "plain=gpt-5.5"), "0.169.0")
     by_slug = {entry["slug"]: entry for entry in backend.catalog}
-    aliased = [{**by_slug[slug], "slug": name, "display_name": name} for name, slug in
+    own: Object = {"upgrade": None, "availability_nux": None}
+    aliased = [{**by_slug[slug], **own, "slug": name, "display_name": name,
+                "description": f"This bridge's alias for {slug}."} for name, slug in
                (("local_md", LOCAL_MD), ("best", "gpt-6.1-sol"), ("plain", "gpt-5.5"))]
     assert reply.json == {"models": [*backend.catalog, *aliased], "further": further}
 
@@ -614,7 +619,6 @@ def test_unknown_model_passes_as_it_is(
 @pytest.mark.parametrize(("efforts", "given", "effort"), [
     (("low", "medium"), "xhigh", "medium"), (("medium", "high"), "minimal", "medium"),
     (("low", "high"), "medium", "low"), (("low", "max", "ultra"), "ultra", "max"),
-    (("low", "high", "max"), "none", "low"),
 ])
 def test_effort_is_the_nearest_that_the_list_has(
     bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines,
@@ -787,3 +791,167 @@ def test_etag_of_another_list_fails_no_turn_while_no_thread_can_start(
     threads = NoThreads(monkeypatch, "catalog")
     assert ask(bridge, PLAIN_BODY).status == 200
     assert threads.failed
+
+
+UPGRADE = {"id": "gpt-7", "reasoning_effort_mapping": None, "migration_config_key": "x"}
+NUX = {"message": "Try it"}
+
+
+def entry_of(bridge: RunningBridge, name: str) -> Object:
+    """Return the entry of a name in the list that a Codex gets."""
+    (found,) = [entry for entry in models(bridge, "0.169.0").json["models"] if entry["slug"] == name]
+    return dict(found)
+
+
+@pytest.mark.parametrize("field", ["upgrade", "availability_nux"])
+@pytest.mark.parametrize("value", [UPGRADE, NUX, "gpt-7"])
+def test_an_alias_does_not_talk_the_user_out_of_itself(
+    bridge: RunningBridge, backend: wire.Backend, field: str, value: Any
+) -> None:
+    for entry in backend.catalog:
+        entry[field] = value
+    assert entry_of(bridge, "local_md")[field] is None
+    assert entry_of(bridge, LOCAL_MD)[field] == value  # the model's own stays
+
+
+def test_an_aliass_description_says_what_it_is_an_alias_of(start: Start) -> None:
+    bridge = start("--alias", "best=gpt-6.1-sol", "--alias", "deep=gpt-6:high")
+    for name, slug in (("local_md", LOCAL_MD), ("best", "gpt-6.1-sol"), ("deep", "gpt-6.1-sol")):
+        entry = entry_of(bridge, name)
+        assert slug in entry["description"] and "alias" in entry["description"].lower()
+        assert entry["display_name"] == name
+    assert "high" in entry_of(bridge, "deep")["description"]
+
+
+def test_an_alias_is_else_as_its_model(bridge: RunningBridge, backend: wire.Backend) -> None:
+    own = {"slug", "display_name", "description", "upgrade", "availability_nux"}
+    (model,) = [entry for entry in backend.catalog if entry["slug"] == LOCAL_MD]
+    alias = entry_of(bridge, "local_md")
+    assert {name: alias[name] for name in alias if name not in own} == {
+        name: model[name] for name in model if name not in own}
+
+
+ALIASES = [  # option, model, effort
+    ("deep=gpt-6:high", "gpt-6.1-sol", "high"), ("deep=gpt-6.1-sol:max", "gpt-6.1-sol", "max"),
+    ("quick=gpt-5.5:low", "gpt-5.5", "low"), ("none=gpt-5.5:none", "gpt-5.5", "none"),
+    ("local_md=gpt-5:xhigh", LOCAL_MD, "xhigh"), ("most=gpt-5.5:ultra", "gpt-5.5", "xhigh"),
+]
+
+
+@pytest.mark.parametrize(("option", "slug", "effort"), ALIASES)
+@pytest.mark.parametrize("path", [RESPONSES, CHAT])
+def test_an_effort_in_an_alias_goes_up(
+    start: Start, backend: wire.Backend, path: str, option: str, slug: str, effort: str
+) -> None:
+    name = option.partition("=")[0]
+    body: Object = {"messages": [USER]} if path == CHAT else {"input": "hi"}
+    reply = ask(start("--alias", option), {"model": name, **body}, path=path)
+    assert (reply.status, backend.refusals) == (200, [])
+    request = sent(backend)[0]
+    assert (request.json["model"], request.json["reasoning"]["effort"]) == (slug, effort)
+
+
+@pytest.mark.parametrize("option", ["deep=gpt-6:high"])
+def test_an_alias_with_an_effort_is_in_both_lists(start: Start, option: str) -> None:
+    bridge = start("--alias", option)
+    assert "deep" in [model["id"] for model in models(bridge).json["data"]]
+    assert entry_of(bridge, "deep")["default_reasoning_level"] == "high"  # Codex shows it, and sends it
+    status = wire.get(bridge.address, "/status").json
+    assert status["catalog"]["aliases"]["deep"].startswith("gpt-6.1-sol")
+
+
+def test_an_aliass_target_with_a_colon_that_is_no_effort_is_a_name(
+    start: Start, backend: wire.Backend
+) -> None:
+    backend.catalog.append(wire.model_entry("vendor:model", 50, lite=False))
+    assert ask(start("--alias", "odd=vendor:model"), {"model": "odd", "input": "hi"}).status == 200
+    assert sent(backend)[0].json["model"] == "vendor:model"
+
+
+def test_local_md_means_the_best_of_its_family_until_told_otherwise(
+    start: Start, backend: wire.Backend
+) -> None:
+    for options in ((), ("--alias", "local_md=gpt-6")):
+        assert ask(start(*options), {"model": "local_md", "input": "hi"}).status == 200
+    assert [request.json["model"] for request in sent(backend)] == [LOCAL_MD, "gpt-6.1-sol"]
+
+
+LITE_MODEL = "gpt-6-sol"
+CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
+MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
+
+
+def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
+    """Hold that a request was taken at the first try, and return it as it came upstream."""
+    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
+    assert bridge.faults == []
+    return sent(backend)[-1]
+
+
+# -- efforts ----------------------------------------------------------------------------------
+
+
+@MODELS
+@CLIENTS
+def test_no_effort_stays_no_effort(
+    bridge: RunningBridge, backend: wire.Backend, headers: dict[str, str], model: str
+) -> None:
+    reply = ask(bridge, {"model": model, "input": "hi", "reasoning": {"effort": "none"}}, headers)
+    assert accepted(bridge, backend, reply).json["reasoning"]["effort"] == "none"
+
+
+@MODELS
+def test_no_effort_of_a_chat_stays_no_effort(
+    bridge: RunningBridge, backend: wire.Backend, model: str
+) -> None:
+    reply = ask(bridge, {"model": model, "messages": [USER], "reasoning_effort": "none"}, path=CHAT)
+    assert accepted(bridge, backend, reply).json["reasoning"]["effort"] == "none"
+
+
+IN_THE_NAME = [  # asked, the model that it means, the effort that goes up
+    ("gpt-5.5-high", "gpt-5.5", "high"), ("gpt-5.5:high", "gpt-5.5", "high"),
+    ("gpt-5.5-low", "gpt-5.5", "low"), ("gpt-5.5-none", "gpt-5.5", "none"),
+    ("gpt-5.5-xhigh", "gpt-5.5", "xhigh"), ("gpt-5.5:max", "gpt-5.5", "xhigh"),
+    ("gpt-6-sol-medium", LITE_MODEL, "medium"), ("gpt-6-sol:ultra", LITE_MODEL, "max"),
+    ("gpt-6.1-sol-max", "gpt-6.1-sol", "max"),
+]
+
+
+@pytest.mark.parametrize(("asked", "slug", "effort"), IN_THE_NAME)
+@pytest.mark.parametrize("path", [RESPONSES, CHAT])
+def test_an_effort_in_a_models_name_is_one(
+    bridge: RunningBridge, backend: wire.Backend, path: str, asked: str, slug: str, effort: str
+) -> None:
+    body: Object = {"messages": [USER]} if path == CHAT else {"input": "hi"}
+    request = accepted(bridge, backend, ask(bridge, {"model": asked, **body}, path=path))
+    assert (request.json["model"], request.json["reasoning"]["effort"]) == (slug, effort)
+    assert request.header("x-codex-routing-hint") == f"model={slug}"
+    assert (request.header(q.LITE_HEADER) == "true") == (slug != "gpt-5.5")
+
+
+@pytest.mark.parametrize("asked", ["gpt-5.5-high", "gpt-5.5:high", "deep"])
+@pytest.mark.parametrize(("path", "given"), [
+    (RESPONSES, {"input": "hi", "reasoning": {"effort": "low"}}),
+    (CHAT, {"messages": [USER], "reasoning_effort": "low"}),
+    (CHAT, {"messages": [USER], "reasoning": {"effort": "low"}}),
+])
+def test_an_effort_in_a_field_says_more_than_one_in_a_name(
+    start: Start, backend: wire.Backend, path: str, given: Object, asked: str
+) -> None:
+    bridge = start("--alias", "deep=gpt-5.5:high")
+    request = accepted(bridge, backend, ask(bridge, {"model": asked, **given}, path=path))
+    assert (request.json["model"], request.json["reasoning"]["effort"]) == ("gpt-5.5", "low")
+
+
+@pytest.mark.parametrize("asked", ["gpt-5.5-high", "gpt-5.5-mini", "gpt-next-high", "gpt-5.5-turbo", "high"])
+def test_a_whole_name_is_a_model_first(bridge: RunningBridge, backend: wire.Backend, asked: str) -> None:
+    backend.catalog.append(wire.model_entry("gpt-5.5-high", 20, lite=False))
+    request = accepted(bridge, backend, ask(bridge, {"model": asked, "input": "hi"}))
+    assert request.json["model"] == asked
+    assert "effort" not in request.json.get("reasoning", {})
+
+
+def test_an_aliass_own_name_is_a_model_first(start: Start, backend: wire.Backend) -> None:
+    bridge = start("--alias", "gpt-5.5-high=gpt-6-sol")
+    request = accepted(bridge, backend, ask(bridge, {"model": "gpt-5.5-high", "input": "hi"}))
+    assert (request.json["model"], request.json["reasoning"]) == (LITE_MODEL, {"context": "all_turns"})

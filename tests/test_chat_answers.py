@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from help import Object, mutants
+import wire
+from conftest import RunningBridge
+from help import CHAT, MODEL, USER, Object, ask, chunks, mutants
 
 import qoo_bridge as q
 
@@ -200,7 +203,7 @@ SCRIPTS: dict[str, tuple[list[Object], Object]] = {
         {"content": "Well.\n\nSee A. B.", "annotations": [chat_citation(11, 12), chat_citation(14, 15)]},
     ),
     "unknown items": (
-        [{"type": "image_generation_call", "result": "AA=="}, {"type": "odd"}, message(text_part("A"))],
+        [{"type": "image_generation_call", "result": "?"}, {"type": "odd"}, message(text_part("A"))],
         {"content": "A"},
     ),
 }
@@ -532,3 +535,106 @@ def test_any_value_in_any_place_of_a_response_is_survived() -> None:
         for event in mutants(failure):
             if isinstance(event, dict):
                 json.dumps(chunks_of([event]))
+
+
+STREAM = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+
+
+def answer(bridge: RunningBridge, stream: bool) -> tuple[str, list[Any], str]:
+    """Ask a chat; return its text, its images, and why it ended."""
+    reply = ask(bridge, {**MODEL, "messages": [USER]}, path=CHAT, stream=stream)
+    assert reply.status == 200, reply.body
+    if not stream:
+        (choice,) = reply.json["choices"]
+        message = choice["message"]
+        return message["content"] or "", message.get("images") or [], choice["finish_reason"]
+    choices = [choice for chunk in chunks(reply.body)[:-1] for choice in chunk["choices"]]
+    text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    images = [image for choice in choices for image in choice["delta"].get("images") or ()]
+    return text, images, choices[-1]["finish_reason"]
+
+
+def urls(text: str, images: list[Any]) -> list[str]:
+    """Return the images of an answer: Markdown's in its text, and those that stand beside it."""
+    marked = [part.partition(")")[0] for part in text.split("](")[1:]]
+    beside = [image["image_url"]["url"] for image in images if image.get("type") == "image_url"]
+    return list(dict.fromkeys([*marked, *beside]))
+
+
+FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("empty_output", [True, False])
+@STREAM
+def test_an_answer_that_is_an_image_shows_it(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, empty_output: bool, kind: str
+) -> None:
+    item = wire.image_item(output_format=kind)
+    backend.on("/responses", wire.turn(*wire.items_turn(item, empty_output=empty_output)))
+    text, images, reason = answer(bridge, stream)
+    assert urls(text, images) == [f"data:{FORMATS[kind]};base64,{wire.PIXEL}"]
+    assert reason == "stop"
+
+
+@STREAM
+def test_an_image_beside_a_text_is_shown_too(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool
+) -> None:
+    items = [wire.message_item("here it is"), wire.image_item(), wire.image_item("QUFBQQ==")]
+    backend.on("/responses", wire.turn(*wire.items_turn(*items)))
+    text, images, _ = answer(bridge, stream)
+    assert "here it is" in text
+    assert urls(text, images) == [f"data:image/png;base64,{data}" for data in (wire.PIXEL, "QUFBQQ==")]
+
+
+@pytest.mark.parametrize("fields", [{"output_format": None}, {"output_format": 5}, {"output_format": "a/b)"}])
+@STREAM
+def test_an_image_of_no_known_format_is_a_png(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, fields: Object
+) -> None:
+    backend.on("/responses", wire.turn(*wire.items_turn(wire.image_item(**fields))))
+    text, images, _ = answer(bridge, stream)
+    assert urls(text, images) == [f"data:image/png;base64,{wire.PIXEL}"]
+
+
+@pytest.mark.parametrize("result", [None, 5, "", ["x"], "not base64)](x"])
+@STREAM
+def test_an_image_that_is_none_breaks_nothing(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, result: Any
+) -> None:
+    item = {**wire.image_item(), "result": result}
+    backend.on("/responses", wire.turn(*wire.items_turn(item, wire.message_item("sorry"))))
+    text, images, reason = answer(bridge, stream)
+    assert (text, images, reason) == ("sorry", [], "stop")
+
+
+
+# -- what was written to the cache ----------------------------------------------------
+
+
+def counted(details: Any) -> wire.Reply:
+    """Answer with these details of the input's tokens."""
+    *events, last = wire.text_turn("hi")
+    usage = {**wire.USAGE, "input_tokens_details": details}
+    return wire.turn(*events, {**last, "response": {**last["response"], "usage": usage}})
+
+
+@pytest.mark.parametrize(("details", "wanted"), [
+    ({"cached_tokens": 16, "cache_write_tokens": 12}, {"cached_tokens": 16, "cache_write_tokens": 12}),
+    ({"cached_tokens": 16, "cache_write_tokens": 0}, {"cached_tokens": 16, "cache_write_tokens": 0}),
+    ({"cache_write_tokens": 12}, {"cached_tokens": 0, "cache_write_tokens": 12}),
+    ({"cached_tokens": 16}, {"cached_tokens": 16}),
+    ({"cached_tokens": 16, "cache_write_tokens": "many"}, {"cached_tokens": 16}),
+    ({"cached_tokens": 16, "cache_write_tokens": None}, {"cached_tokens": 16}),
+    ({"cached_tokens": 16, "cache_write_tokens": True}, {"cached_tokens": 16}),
+])
+@STREAM
+def test_tokens_written_to_the_cache_are_told_where_upstream_tells_them(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, details: Any, wanted: Object
+) -> None:
+    backend.on("/responses", counted(details))
+    body: Object = {**MODEL, "messages": [USER], "stream_options": {"include_usage": True}}
+    reply = ask(bridge, body, path=CHAT, stream=stream)
+    usage = chunks(reply.body)[-2]["usage"] if stream else reply.json["usage"]
+    assert usage["prompt_tokens_details"] == wanted

@@ -7,12 +7,14 @@ import json
 from typing import Any
 
 import pytest
-from help import USER, Object, mutants
+import wire
+from conftest import RunningBridge
+from help import CHAT, HI, MODEL, SCHEMA, USER, Object, ask, chunks, mutants, sent
 
 import qoo_bridge as q
 
 PNG = "data:image/png;base64,iVBORw0KGgo="
-SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
 
 
 def request_of(**fields: Any) -> Object:
@@ -170,9 +172,9 @@ TOOLS = [
     (
         {
             "type": "function",
-            "function": {"name": "look", "description": "d", "parameters": SCHEMA, "strict": True},
+            "function": {"name": "look", "description": "d", "parameters": CITY, "strict": True},
         },
-        {"type": "function", "name": "look", "description": "d", "parameters": SCHEMA, "strict": True},
+        {"type": "function", "name": "look", "description": "d", "parameters": CITY, "strict": True},
     ),
     ({"type": "custom", "custom": {"name": "patch"}}, {"type": "custom", "name": "patch"}),
     (
@@ -260,10 +262,10 @@ FIELDS = [  # request fields → what is said of them upstream
         {
             "response_format": {
                 "type": "json_schema",
-                "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+                "json_schema": {"name": "n", "schema": CITY, "strict": True},
             }
         },
-        {"text": {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}}},
+        {"text": {"format": {"type": "json_schema", "name": "n", "schema": CITY, "strict": True}}},
     ),
     ({"response_format": None, "verbosity": None}, {}),
     (
@@ -350,7 +352,7 @@ REFUSED: list[tuple[Object, str]] = [
     ({"tools": {}}, "tools"),
     ({"tools": [1]}, "tools[0]"),
     ({"tools": [{}]}, "tools[0].type"),
-    ({"tools": [{"type": "function", "name": "look"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     (
         {"tools": [{"type": "function", "function": {"name": "a", "strict": "no"}}]},
@@ -371,7 +373,7 @@ REFUSED: list[tuple[Object, str]] = [
     ({"functions": [{"name": 1}]}, "functions[0].name"),
     ({"tool_choice": "any"}, "tool_choice"),
     ({"tool_choice": ["auto"]}, "tool_choice"),
-    ({"tool_choice": {"type": "function", "name": "a"}}, "tool_choice.function"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
     (
         {
             "tool_choice": {
@@ -473,7 +475,7 @@ FULL_REQUEST: Object = {
         {"role": "function", "name": "look", "content": "x"},
     ],
     "tools": [tool for tool, _ in TOOLS],
-    "functions": [{"name": "look", "parameters": SCHEMA}],
+    "functions": [{"name": "look", "parameters": CITY}],
     "tool_choice": {
         "type": "allowed_tools",
         "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "look"}}]},
@@ -482,7 +484,7 @@ FULL_REQUEST: Object = {
     "web_search_options": {"user_location": {"type": "approximate", "approximate": PLACE}},
     "response_format": {
         "type": "json_schema",
-        "json_schema": {"name": "n", "schema": SCHEMA, "strict": True},
+        "json_schema": {"name": "n", "schema": CITY, "strict": True},
     },
     "reasoning": {"effort": "low", "summary": "auto"},
     "reasoning_effort": "low",
@@ -552,3 +554,194 @@ def test_legacy_refusals(fields: Object, param: str) -> None:
     with pytest.raises(q.InvalidRequest) as refusal:
         q.completion_request({"model": "m", "prompt": "p", **fields})
     assert (refusal.value.status, refusal.value.param) == (400, param)
+
+
+FLAT_TOOL: Object = {"type": "function", "name": "run", "description": "d", "parameters": SCHEMA}
+NESTED: Object = {"type": "function", "function": {"name": "run", "description": "d", "parameters": SCHEMA}}
+TAKEN = {**FLAT_TOOL, "strict": False}
+FLAT_CUSTOM: Object = {"type": "custom", "name": "patch", "format": {"type": "text"}}
+CALL: Object = {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}"}
+OUTPUT: Object = {"type": "function_call_output", "call_id": "call_1", "output": "x"}
+DATA = "data:image/png;base64,AAAA"
+FILE = "data:application/pdf;base64,AAAA"
+
+
+def said(reply: wire.RawReply, stream: bool) -> str:
+    """Return the text of a chat's answer; it must be one."""
+    assert reply.status == 200, reply.body
+    if not stream:
+        assert reply.json["object"] == "chat.completion"
+        return str(reply.json["choices"][0]["message"]["content"])
+    *received, done = chunks(reply.body)
+    assert done == "[DONE]"
+    assert {chunk["object"] for chunk in received} == {"chat.completion.chunk"}
+    return "".join(choice["delta"].get("content") or "" for chunk in received for choice in chunk["choices"])
+
+
+
+# -- a Responses body at the chat's address ----------------------------------------
+
+BODIES: dict[str, tuple[Object, Object]] = {  # what comes, what of it goes up
+    "text": ({"input": "hi"}, {"input": [HI]}),
+    "items": ({"input": [USER]}, {"input": [{"type": "message", **USER}]}),
+    "typed-items": ({"input": [HI, CALL, OUTPUT]}, {"input": [HI, CALL, OUTPUT]}),
+    "instructions": ({"input": "hi", "instructions": "be brief"}, {"instructions": "be brief"}),
+    "flat-tools": ({"input": "hi", "tools": [FLAT_TOOL, FLAT_CUSTOM], "tool_choice": "auto"},
+                   {"tools": [{**FLAT_TOOL}, FLAT_CUSTOM], "tool_choice": "auto"}),
+    "flat-choice": ({"input": "hi", "tools": [FLAT_TOOL], "tool_choice": {"type": "function", "name": "run"}},
+                    {"tool_choice": {"type": "function", "name": "run"}}),
+    "effort": ({"input": "hi", "reasoning": {"effort": "low"}}, {"reasoning": {"effort": "low"}}),
+    "verbosity": ({"input": "hi", "text": {"verbosity": "low"}}, {"text": {"verbosity": "low"}}),
+    "key": ({"input": "hi", "prompt_cache_key": "mine"}, {"prompt_cache_key": "mine"}),
+    "what-only-tunes": ({"input": "hi", "max_output_tokens": 9, "temperature": 0, "user": "ann"}, {}),
+    "null-messages": ({"input": "hi", "messages": None}, {"input": [HI]}),
+    "stream-options": ({"input": "hi", "stream_options": {"include_usage": False}}, {}),
+}
+
+
+@pytest.mark.parametrize(("given", "wanted"), BODIES.values(), ids=BODIES)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_responses_body_at_the_chats_address_is_answered_as_a_chat(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, given: Object, wanted: Object
+) -> None:
+    backend.on("/responses", wire.checked(backend, wire.turn(*wire.text_turn("hello"))))
+    reply = ask(bridge, {**MODEL, **given}, path=CHAT, stream=stream)
+    assert (said(reply, stream), backend.refusals) == ("hello", [])
+    request = sent(backend)[0].json
+    for name, value in wanted.items():
+        part = request[name]
+        if name in ("reasoning", "text"):
+            part = {key: part[key] for key in value}
+        if name == "tools":  # whether `strict` is said is the translation's own
+            part = [{key: tool[key] for key in tool if key != "strict"} for tool in part]
+        assert part == value
+
+
+def test_a_responses_body_at_the_chats_address_gets_its_calls_as_a_chat(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/responses", wire.checked(backend, wire.turn(*wire.call_turn("run", "{}", "call_7"))))
+    reply = ask(bridge, {**MODEL, "input": "hi", "tools": [FLAT_TOOL]}, path=CHAT)
+    (choice,) = reply.json["choices"]
+    assert (choice["finish_reason"], choice["message"]["tool_calls"][0]["id"]) == ("tool_calls", "call_7")
+
+
+@pytest.mark.parametrize("given", [
+    {"messages": [USER], "input": "hi"}, {"messages": [USER], "input": []}, {"messages": [], "input": "hi"},
+])
+def test_two_meanings_in_one_body_are_refused_by_their_names(
+    bridge: RunningBridge, backend: wire.Backend, given: Object
+) -> None:
+    reply = ask(bridge, {**MODEL, **given}, path=CHAT)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (400, "bridge")
+    assert all(word in reply.json["error"]["message"] for word in ("messages", "input"))
+    assert sent(backend) == []
+
+
+@pytest.mark.parametrize("given", [{}, {"messages": None}, {"input": None}, {"messages": []}])
+def test_a_chat_without_either_is_refused(bridge: RunningBridge, given: Object) -> None:
+    reply = ask(bridge, {**MODEL, **given}, path=CHAT)
+    assert (reply.status, reply.json["error"]["param"]) == (400, "messages")
+
+
+
+# -- chat messages with parts and tools of the other API -------------------------------
+
+MESSAGES: dict[str, tuple[Object, Object]] = {  # a message, the item that goes up
+    "input_text": ({"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+                   {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]}),
+    "input_image": ({"role": "user", "content": [{"type": "input_image", "image_url": DATA}]},
+                    {"type": "message", "role": "user",
+                     "content": [{"type": "input_image", "image_url": DATA}]}),
+    "input_image-detail": (
+        {"role": "user", "content": [{"type": "input_image", "image_url": DATA, "detail": "low"}]},
+        {"type": "message", "role": "user",
+         "content": [{"type": "input_image", "image_url": DATA, "detail": "low"}]}),
+    "input_image-object": (
+        {"role": "user", "content": [{"type": "input_image", "image_url": {"url": DATA, "detail": "low"}}]},
+        {"type": "message", "role": "user",
+         "content": [{"type": "input_image", "image_url": DATA, "detail": "low"}]}),
+    "input_image-file": ({"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]},
+                         {"type": "message", "role": "user",
+                          "content": [{"type": "input_image", "file_id": "file-1"}]}),
+    "input_file": (
+        {"role": "user", "content": [{"type": "input_file", "filename": "a.pdf", "file_data": FILE}]},
+        {"type": "message", "role": "user",
+         "content": [{"type": "input_file", "filename": "a.pdf", "file_data": FILE}]}),
+    "input_file-url": (
+        {"role": "user", "content": [{"type": "input_file", "file_url": "https://example.com/a.pdf"}]},
+        {"type": "message", "role": "user",
+         "content": [{"type": "input_file", "file_url": "https://example.com/a.pdf"}]}),
+    "output_text": ({"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+                    {"type": "message", "role": "assistant",
+                     "content": [{"type": "output_text", "text": "a"}]}),
+}
+
+
+@pytest.mark.parametrize(("message", "item"), MESSAGES.values(), ids=MESSAGES)
+def test_a_chats_message_may_have_parts_of_the_other_api(
+    bridge: RunningBridge, backend: wire.Backend, message: Object, item: Object
+) -> None:
+    assert said(ask(bridge, {**MODEL, "messages": [USER, message, USER]}, path=CHAT), False) == "hi"
+    assert (backend.refusals, sent(backend)[0].json["input"][1]) == ([], item)
+
+
+def test_a_tools_answer_may_hold_an_image(bridge: RunningBridge, backend: wire.Backend) -> None:
+    image = {"type": "input_image", "image_url": DATA}
+    call = {"id": "call_1", "type": "function", "function": {"name": "run", "arguments": "{}"}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": [image]}, USER]
+    assert said(ask(bridge, {**MODEL, "messages": messages}, path=CHAT), False) == "hi"
+    assert sent(backend)[0].json["input"][2]["output"] == [image]
+
+
+@pytest.mark.parametrize("part", [
+    {"type": "input_image"}, {"type": "input_image", "image_url": 5}, {"type": "input_file"},
+    {"type": "input_text"}, {"type": "input_image", "image_url": {}},
+])
+def test_a_part_of_the_other_api_is_checked_as_well(bridge: RunningBridge, part: Object) -> None:
+    reply = ask(bridge, {**MODEL, "messages": [{"role": "user", "content": [part]}]}, path=CHAT)
+    assert reply.status == 400
+    assert reply.json["error"]["param"].startswith("messages[0].content[0]")
+
+
+GIVEN_TOOLS: dict[str, tuple[list[Object], list[Object]]] = {
+    "flat": ([FLAT_TOOL], [TAKEN]),
+    "flat-and-nested": ([FLAT_TOOL, {"type": "function", "function": {"name": "walk", "parameters": SCHEMA}}],
+                        [TAKEN, {"type": "function", "name": "walk", "parameters": SCHEMA, "strict": False}]),
+    "flat-strict": ([{**FLAT_TOOL, "strict": True}], [{**TAKEN, "strict": True}]),
+    "flat-without-a-schema": ([{"type": "function", "name": "run"}],
+                              [{"type": "function", "name": "run", "parameters": SCHEMA, "strict": False}]),
+    "flat-custom": ([FLAT_CUSTOM], [FLAT_CUSTOM]),
+}
+
+
+@pytest.mark.parametrize(("given", "wanted"), GIVEN_TOOLS.values(), ids=GIVEN_TOOLS)
+def test_a_chats_tools_may_be_flat(
+    bridge: RunningBridge, backend: wire.Backend, given: list[Object], wanted: list[Object]
+) -> None:
+    assert said(ask(bridge, {**MODEL, "messages": [USER], "tools": given}, path=CHAT), False) == "hi"
+    assert (backend.refusals, sent(backend)[0].json["tools"]) == ([], wanted)
+
+
+@pytest.mark.parametrize("choice", [
+    {"type": "function", "name": "run"}, {"type": "function", "function": {"name": "run"}},
+])
+@pytest.mark.parametrize("tool", [FLAT_TOOL, NESTED], ids=["flat", "nested"])
+def test_a_chats_choice_may_be_flat(
+    bridge: RunningBridge, backend: wire.Backend, tool: Object, choice: Object
+) -> None:
+    reply = ask(bridge, {**MODEL, "messages": [USER], "tools": [tool], "tool_choice": choice}, path=CHAT)
+    assert reply.status == 200, reply.body
+    assert sent(backend)[0].json["tool_choice"] == {"type": "function", "name": "run"}
+    assert reply.json["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "run"
+
+
+@pytest.mark.parametrize("tool", [
+    {"type": "function"}, {"type": "function", "name": 5}, {"type": "function", "function": {}},
+    {"type": "function", "name": "run", "parameters": "x"}, {"type": "custom"},
+])
+def test_a_tool_that_is_neither_is_named(bridge: RunningBridge, tool: Any) -> None:
+    reply = ask(bridge, {**MODEL, "messages": [USER], "tools": [tool]}, path=CHAT)
+    assert reply.status == 400
+    assert reply.json["error"]["param"].startswith("tools[0]")

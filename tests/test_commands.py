@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import Command, Launch, Run, Start
-from help import KEY, SECONDS, free_port, outcome, posix, until
+from help import KEY, LOCAL_MD, SECONDS, free_port, outcome, posix, until
 
 import qoo_bridge as q
 
@@ -172,3 +172,62 @@ def test_terminal_that_is_closed_leaves_no_orphan_on_the_port(
         ended = until(lambda: process.poll() is not None, 5 if how == "plain" else 0.5)
         assert ended is (how == "plain")
         assert serves(port) is (how == "nohup")
+
+
+SOON = 0.7  # seconds for a line that comes with the first model list
+
+
+def said(lines: list[str]) -> list[str]:
+    """Return the lines at a start that tell of the alias."""
+    return [line for line in list(lines) if "local_md" in line and " /v1/" not in line]
+
+
+def test_start_says_what_local_md_means_and_that_a_newer_family_exists(run: Run) -> None:
+    process = run()
+    assert until(lambda: bool(said(process.lines) or said([process.greeting])), SOON)
+    text = " ".join([process.greeting, *said(process.lines)])
+    assert LOCAL_MD in text
+    assert "--alias local_md=gpt-6" in text
+
+
+def test_start_says_nothing_of_a_newer_family_where_it_is_chosen(run: Run) -> None:
+    process = run("--alias", "local_md=gpt-6")
+    assert until(lambda: bool(said(process.lines) or said([process.greeting])), SOON)
+    text = " ".join([process.greeting, *said(process.lines)])
+    assert "gpt-6.1-sol" in text
+    assert "--alias local_md=" not in text
+
+
+def model_row(backend: wire.Backend, folder: Path, command: Command, *words: str) -> str:
+    """Return what doctor says of the models."""
+    wire.write_auth(folder / "auth.json", backend)
+    _, out, _ = command("doctor", "--json", "--upstream", backend.upstream, "--issuer", backend.issuer,
+                        "--auth-file", folder / "auth.json", "--host", "127.0.0.1", "--port", free_port(),
+                        *words)
+    rows: dict[str, Any] = {row["name"]: row for row in json.loads(out)["checks"]}
+    return str(rows["models"]["text"])
+
+
+def test_doctor_says_that_a_newer_family_exists(
+    backend: wire.Backend, tmp_path: Path, command: Command
+) -> None:
+    text = model_row(backend, tmp_path, command)
+    assert f"local_md is {LOCAL_MD}" in text
+    assert "--alias local_md=gpt-6" in text
+
+
+@pytest.mark.parametrize("words", [("--alias", "local_md=gpt-6"), ("--alias", "local_md=gpt-6.1-sol")])
+def test_doctor_says_nothing_of_a_newer_family_where_it_is_chosen(
+    backend: wire.Backend, tmp_path: Path, command: Command, words: tuple[str, ...]
+) -> None:
+    text = model_row(backend, tmp_path, command, *words)
+    assert "local_md is gpt-6.1-sol" in text
+    assert "--alias" not in text
+
+
+def test_doctor_says_nothing_of_a_newer_family_where_there_is_none(
+    backend: wire.Backend, tmp_path: Path, command: Command
+) -> None:
+    backend.catalog = [entry for entry in backend.catalog if entry["slug"].startswith("gpt-5")]
+    text = model_row(backend, tmp_path, command)
+    assert (f"local_md is {LOCAL_MD}" in text, "--alias" in text) == (True, False)

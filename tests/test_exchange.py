@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import LogLines, RunningBridge, Start
+from conftest import LogLines, RunningBridge, SharedBridges, Start
 from help import (
     BODY,
     CANARY,
@@ -32,6 +32,7 @@ from help import (
     MODEL,
     ORIGIN,
     POST,
+    REQUEST,
     RESPONSES,
     STREAM,
     TEXT,
@@ -41,9 +42,11 @@ from help import (
     asking,
     chunks,
     head,
+    models,
     raw_request,
     refused,
     script,
+    settle,
     until,
 )
 
@@ -381,7 +384,7 @@ BLANK_LINE_LAST = re.compile(rb"(?:\r\n|\n|\r)(?:\r\n|\n|\r)\Z")
 def test_events_cut_at_every_byte_stay_whole(line_end: bytes) -> None:
     turn = b"".join([wire.sse_bytes(FIRST), DELTA, wire.sse_bytes(LAST)]).replace(b"\n", line_end)
     for cut in range(len(turn) + 1):
-        copy = q.ResponsesOutput(codex=False)
+        copy = q.ResponsesOutput()
         pieces = [copy.feed(turn[:cut]), copy.feed(turn[cut:])]
         joined = b"".join(pieces)
         assert turn[: len(joined)] == joined
@@ -392,7 +395,7 @@ def test_events_cut_at_every_byte_stay_whole(line_end: bytes) -> None:
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n"], ids=["LF", "CRLF"])
 def test_events_are_counted(line_end: bytes) -> None:
-    copy = q.ResponsesOutput(codex=False)
+    copy = q.ResponsesOutput()
     for event in EVENTS:
         copy.feed(wire.sse_bytes(event).replace(b"\n", line_end))
     assert copy.count == len(EVENTS)
@@ -1223,3 +1226,128 @@ def test_list_is_fetched_anew_while_the_stream_that_names_it_runs(
         assert client.read_event()
         backend.wait_for(fetched + 1, "/models")
     assert left.wait(5)
+
+
+OTHER = {"user-agent": "OpenAI/Python 3.54.0"}
+BODIES: dict[str, tuple[str, Object]] = {
+    "responses": (RESPONSES, {"input": "hi"}), "chat": (CHAT, {"messages": [USER]}),
+    "legacy": (TEXT, {"prompt": "hi"}),
+}
+EACH_API = pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES)
+
+
+
+# -- doubled slashes -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [
+    "/v1//models", "/v1///models", "/v1//models/", "/v1/models//", "/v1//v1//models",
+    "/v1//models/gpt-5.5", "/v1/models//gpt-5.5", "/v1//healthz", "/v1//client-config//codex",
+])
+def test_doubled_slashes_are_one(bridges: SharedBridges, path: str) -> None:
+    assert wire.get(bridges.bridge().address, path).status == 200
+
+
+@EACH_API
+@pytest.mark.parametrize("form", ["/v1//{}", "/v1//v1/{}", "/v1/{}//"])
+def test_doubled_slashes_before_a_request_are_one(
+    bridges: SharedBridges, path: str, body: Object, form: str
+) -> None:
+    for given in (path, path.replace("chat/", "chat//")):
+        reply = ask(bridges.bridge(), {**MODEL, **body}, path=form.format(given[len("/v1/"):]))
+        assert reply.status == 200, reply.body
+
+
+@pytest.mark.parametrize("path", ["/v1//nothing", "/v1//v1//v1/models", "/v1//chat", "/nas.lan//v1/models"])
+def test_doubled_slashes_open_no_other_path(bridges: SharedBridges, path: str) -> None:
+    assert wire.get(bridges.bridge().address, path).status == 404
+
+
+
+# -- what is the bridge's own to say ----------------------------------------------------------
+
+
+def own_etag(bridge: RunningBridge) -> str:
+    """Return the tag of the list that a Codex gets here."""
+    return models(bridge, "0.169.0").header("etag") or ""
+
+
+@pytest.mark.parametrize("model", ["gpt-5.5", "gpt-6-sol", "local_md"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_codex_is_told_the_tag_of_the_list_that_it_gets_here(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, model: str
+) -> None:
+    tag = own_etag(bridge)
+    reply = ask(bridge, {"model": model, "input": "hi"}, CODEX, stream=stream)
+    assert (reply.status, reply.header("x-models-etag")) == (200, tag)
+    assert tag not in ("", backend.etag)
+
+
+def test_another_list_upstream_becomes_another_tag_here(start: Start, backend: wire.Backend) -> None:
+    bridge = start()
+    before = own_etag(bridge)
+    backend.catalog.append(wire.model_entry("gpt-7", 0))
+    ask(bridge, STREAM, CODEX)  # tells the bridge that its list is old
+    settle(bridge)
+    after = ask(bridge, STREAM, CODEX).header("x-models-etag")
+    assert after != before
+    settle(bridge)
+    assert own_etag(bridge) == after
+
+
+def test_a_codex_is_told_no_tag_of_a_list_that_it_cannot_get(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.always("/models", wire.refuse(500, "broken"))
+    reply = ask(bridge, STREAM, CODEX)
+    assert (reply.status, reply.header("x-models-etag")) == (200, None)
+
+
+def lacking(*names: str) -> list[Object]:
+    """Return a turn whose final response lacks some fields."""
+    *events, last = wire.items_turn()
+    return [*events, {**last, "response": {
+        name: value for name, value in last["response"].items() if name not in names}}]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_response_without_output_has_an_empty_one(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool
+) -> None:
+    backend.on("/responses", wire.turn(*lacking("output")))
+    reply = ask(bridge, REQUEST, OTHER, stream=stream)
+    response = wire.sse(reply.body)[-1]["response"] if stream else reply.json
+    assert response["output"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_response_without_output_has_the_items_that_came(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool
+) -> None:
+    item = wire.message_item("hello")
+    events = wire.items_turn(item)
+    backend.on("/responses", wire.turn(*events[:-1], lacking("output")[-1]))
+    reply = ask(bridge, REQUEST, OTHER, stream=stream)
+    response: Any = wire.sse(reply.body)[-1]["response"] if stream else reply.json
+    assert response["output"] == [item]
+
+
+
+# -- a plain nginx before the bridge ------------------------------------------------------------
+
+
+@EACH_API
+@pytest.mark.parametrize("headers", [CODEX, OTHER], ids=["codex", "other"])
+def test_a_front_is_told_not_to_hold_a_stream_back(
+    bridge: RunningBridge, path: str, body: Object, headers: dict[str, str]
+) -> None:
+    reply = ask(bridge, {**MODEL, **body}, headers, path=path, stream=True)
+    assert (reply.status, reply.header("x-accel-buffering")) == (200, "no")
+
+
+def test_upstreams_own_word_on_buffering_is_not_passed_on(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    headers = [*wire.TURN_HEADERS, ("x-accel-buffering", "yes")]
+    backend.on("/responses", wire.turn(*wire.text_turn("hi"), headers=headers))
+    assert ask(bridge, STREAM).header("x-accel-buffering") == "no"

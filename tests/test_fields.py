@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
-from help import AGENT
+import wire
+from conftest import RunningBridge
+from help import AGENT, CODEX, MODEL, ask, sent
 
 import qoo_bridge as q
 
@@ -48,38 +51,41 @@ def test_a_codex_keeps_its_own_fields_and_no_others() -> None:
 def test_another_client_is_named_as_the_bridge() -> None:
     headers = {**STAYS, "user-agent": "OpenAI/Python 1.0", "originator": "forged", "version": "9.9.9",
               "x-openai-subagent": "forged", "x-codex-beta-features": "forged"}
-    assert upstream(headers, "key") == {**OURS, "session-id": "key"}
+    assert upstream(headers, "key") == {**OURS, **names("key")}
+
+
+def names(name: str) -> dict[str, str]:
+    """Return the headers that name a conversation."""
+    return dict.fromkeys(("session-id", "thread-id", "x-client-request-id"), name)
 
 
 def test_requests_of_the_bridge_itself_are_named_as_the_bridge() -> None:
     assert US.headers() == OURS
 
 
-@pytest.mark.parametrize(("headers", "session", "expected"), [
-    ({}, "key", {**OURS, "session-id": "key"}),
-    ({"session-id": "s", "thread-id": "t", "x-client-request-id": "r"}, "key",
-     {**OURS, "session-id": "s", "thread-id": "t", "x-client-request-id": "r"}),
-    ({"thread_id": "old"}, "key", {**OURS, "session-id": "key", "thread-id": "old"}),
-    ({"thread_id": "old", "thread-id": "new"}, "key", {**OURS, "session-id": "key", "thread-id": "new"}),
+@pytest.mark.parametrize(("headers", "name", "expected"), [
+    ({}, "key", {**OURS, **names("key")}),
+    ({"session-id": "s", "thread-id": "t", "x-client-request-id": "r"}, "key", {**OURS, **names("key")}),
+    ({"thread_id": "old"}, "key", {**OURS, **names("key")}),
     ({"user-agent": "codex_cli_rs/0.130.0 (x)", "originator": "codex_cli_rs", "session_id": "s"}, "s",
      {"version": "0.130.0", "originator": "codex_cli_rs", "user-agent": "codex_cli_rs/0.130.0 (x)",
-      "session-id": "s"}),
+      **names("s")}),
+    ({"user-agent": AGENT, "thread_id": "old"}, "s",
+     {**OURS, "user-agent": AGENT, **names("s"), "thread-id": "old"}),
+    ({"user-agent": AGENT, "thread_id": "old", "thread-id": "new"}, "s",
+     {**OURS, "user-agent": AGENT, **names("s"), "thread-id": "new"}),
     ({"originator": "codex_vscode", "version": "0.150.0"}, "s",
-     {"version": "0.150.0", "originator": "codex_vscode", "user-agent": q.USER_AGENT, "session-id": "s"}),
+     {"version": "0.150.0", "originator": "codex_vscode", "user-agent": "codex_vscode/0.169.0",
+      **names("s")}),
     ({"x-codex-window-id": "w", "user-agent": "qoo/1"}, "s",
-     {**OURS, "user-agent": "qoo/1", "x-codex-window-id": "w", "session-id": "s"}),
+     {**OURS, "user-agent": "qoo/1", "x-codex-window-id": "w", **names("s")}),
     ({"x-codex-turn-metadata": "{}", "user-agent": ""}, "s",
-     {**OURS, "x-codex-turn-metadata": "{}", "session-id": "s"}),
+     {**OURS, "x-codex-turn-metadata": "{}", **names("s")}),
 ])
-def test_upstream_fields(headers: dict[str, str], session: str, expected: dict[str, str]) -> None:
+def test_upstream_fields(headers: dict[str, str], name: str, expected: dict[str, str]) -> None:
     before = dict(headers)
-    assert upstream(headers, session) == expected
+    assert upstream(headers, name) == expected
     assert headers == before
-
-
-@pytest.mark.parametrize("session", ["", "a b", "a\r\nb: c", "\xe9", "\u2028", "s" * 129])
-def test_session_that_is_no_field_value_is_hashed(session: str) -> None:
-    assert upstream({}, session)["session-id"] == q.stable_id(session)
 
 
 @pytest.mark.parametrize(("name", "default"), [
@@ -134,7 +140,7 @@ def test_downstream_fields() -> None:
     passed = {
         "content-type": "text/event-stream", "etag": "e", "retry-after": "5", "cf-ray": "r",
         "openai-model": "m",
-        "openai-processing-ms": "1", "x-request-id": "i", "x-codex-turn-state": "ts", "x-models-etag": "e",
+        "openai-processing-ms": "1", "x-request-id": "i", "x-codex-turn-state": "ts",
         "x-codex-primary-used-percent": "5", "x-codex-plan-type": "plus", "x-ratelimit-remaining-tokens": "1",
     }
     stays = {
@@ -144,6 +150,53 @@ def test_downstream_fields() -> None:
         "server": "cloudflare",
         "alt-svc": "h3", "strict-transport-security": "x", "location": "https://x", "www-authenticate": "x",
         "cf-cache-status": "x", "x-accel-redirect": "/etc", "x-accel-buffering": "no", "x-sendfile": "/etc",
-        "x-qoo-bridge-error": "bridge", "x-qoo-bridge-id": "forged",
+        "x-qoo-bridge-error": "bridge", "x-qoo-bridge-id": "forged", "x-models-etag": "upstream's list",
     }
     assert q.downstream_headers({**stays, **passed}) == passed
+
+
+GO_UP = {
+    "x-openai-memgen-request": "true", "x-responsesapi-include-timing-metrics": "true",
+    "x-openai-of-tomorrow": "1", "x-responsesapi-of-tomorrow": "1", "x-openai-subagent": "review",
+}
+STAY = {
+    "x-openai-actor-authorization": "lan", "x-openai-authorization": "Bearer lan",
+    "x-openai-internal-of-tomorrow": "1", "x-openai-internal-codex-of-tomorrow": "1",
+    "x-openai-fedramp": "true", "x-openai-account-routing-override": "us",
+}
+SIDES = ["/v1/alpha/search", "/v1/images/generations", "/v1/images/edits", "/v1/memories/trace_summarize"]
+HEADERS = {**CODEX, **GO_UP, **STAY}
+
+
+def passed(request: wire.Request) -> dict[str, str | None]:
+    """Return which of the headers came upstream."""
+    return {name: request.header(name) for name in (*GO_UP, *STAY) if request.header(name) is not None}
+
+
+def test_a_codexs_headers_of_these_families_go_up(bridge: RunningBridge, backend: wire.Backend) -> None:
+    assert ask(bridge, {**MODEL, "input": "hi"}, HEADERS).status == 200, backend.refusals
+    assert passed(sent(backend)[0]) == GO_UP
+
+
+def test_a_codexs_headers_of_these_families_go_up_at_a_handshake(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    with contextlib.closing(wire.WebSocketClient(bridge.address)) as client:
+        assert client.connect("/v1/responses", HEADERS).status == 101, backend.refusals
+    (asked,) = [request for request in backend.requests if request.header("upgrade")]
+    assert passed(asked) == GO_UP
+
+
+@pytest.mark.parametrize("path", SIDES)
+def test_a_codexs_headers_of_these_families_go_up_beside_a_turn(
+    bridge: RunningBridge, backend: wire.Backend, path: str
+) -> None:
+    backend.on(path[len("/v1"):], wire.reply_json(200, {}))
+    assert wire.post(bridge.address, path, {"query": "x"}, HEADERS).status == 200
+    assert passed(sent(backend, path[len("/v1"):])[0]) == GO_UP
+
+
+def test_no_such_header_of_another_client_goes_up(bridge: RunningBridge, backend: wire.Backend) -> None:
+    headers = {**GO_UP, **STAY, "user-agent": "OpenAI/Python 3.54.0"}
+    assert ask(bridge, {**MODEL, "input": "hi"}, headers).status == 200
+    assert passed(sent(backend)[0]) == {}

@@ -189,7 +189,7 @@ def test_log_holds_a_line_a_request_and_no_secret(start: Start, logging_to: Call
 LINE = re.compile(
     r"INFO [0-9a-f]{8} 127\.0\.0\.1 POST /v1/responses (?P<model>\S+)->(?P<slug>\S+) rules=(?P<rules>\S+) "
     r"repairs=(?P<repairs>\S+) status=(?P<status>\d+) first_byte=(?P<first>-|\d+ms) total=\d+ms "
-    r"events=(?P<events>\d+) bytes=(?P<bytes>\d+) tokens=(?P<tokens>\S+) "
+    r"events=(?P<events>\d+) bytes=(?P<bytes>\d+) tokens=(?P<tokens>\S+)(?: cached=\d+%)? "
     r"end=(?P<end>\S+)(?P<error> error=\S+)?"
 )
 

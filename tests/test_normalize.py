@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from help import Object
+from help import SCHEMA, Object
 
 import qoo_bridge as q
 
@@ -27,7 +27,7 @@ CONTEXTS = {
     "unknown": UNKNOWN, "plain": PLAIN, "lite": LITE, "codex": CODEX, "codex-lite": CODEX_LITE,
     "back-to-plain": PLAIN._replace(lite_header=True), "strict": STRICT,
     "socket": SOCKET, "lite-socket": LITE_SOCKET,
-    "alias": LITE._replace(slug="gpt-6-sol", session="s" * 65),
+    "alias": LITE._replace(slug="gpt-6-sol", name="01a2"),
     "repaired": UNKNOWN._replace(force_instructions=True, dropped=frozenset(("text.verbosity", "user"))),
 }
 
@@ -68,9 +68,9 @@ def normalize(request: Any, context: q.Context = UNKNOWN) -> tuple[Object, tuple
 
 # -- captured requests --------------------------------------------------------
 
-FUNCTION = {"type": "function", "name": "exec_command", "strict": False, "parameters": {"type": "object"}}
+FUNCTION = {"type": "function", "name": "exec_command", "strict": False, "parameters": SCHEMA}
 NAMESPACE = {"type": "namespace", "name": "multi_agent_v1", "description": "…", "tools": [FUNCTION]}
-TOOLS = [
+TOOLS: list[Object] = [
     FUNCTION, NAMESPACE, {"type": "tool_search"}, {"type": "web_search", "external_web_access": False},
     {"type": "custom", "name": "apply_patch",
      "format": {"type": "grammar", "syntax": "lark", "definition": "…"}},
@@ -129,7 +129,8 @@ def test_captured_alias_is_only_renamed_for_a_plain_model() -> None:
 
 def test_captured_alias_takes_the_lite_form() -> None:
     changed, fired = normalize(BRIDGE_ALIAS, LITE._replace(codex=True, slug="gpt-6-sol"))
-    carrier = {"type": "additional_tools", "role": "developer", "tools": TOOLS}
+    carrier = {"type": "additional_tools", "role": "developer",
+               "tools": [tool for tool in TOOLS if tool["type"] != "web_search"]}
     assert fired == ("alias", "form")
     assert changed == {
         "model": "gpt-6-sol", "input": [carrier, *TURN], "parallel_tool_calls": False,
@@ -181,8 +182,8 @@ RULE_ROWS = [
       for tier in ("priority", "fast")],
     ("effort", UNKNOWN, {"reasoning": {"effort": "ultra", "summary": "auto"}},
      {"reasoning": {"effort": "max", "summary": "auto"}}),
-    ("cache-key", UNKNOWN._replace(session="01a2"), {"prompt_cache_key": GONE}, {"prompt_cache_key": "01a2"}),
-    *[("cache-key", UNKNOWN._replace(session="01a2"), {"prompt_cache_key": odd}, {"prompt_cache_key": "01a2"})
+    ("cache-key", UNKNOWN._replace(name="01a2"), {"prompt_cache_key": GONE}, {"prompt_cache_key": "01a2"}),
+    *[("cache-key", UNKNOWN._replace(name="01a2"), {"prompt_cache_key": odd}, {"prompt_cache_key": "01a2"})
       for odd in (None, "", 5, ["k"])],
     *[("instructions", UNKNOWN, {"instructions": value}, {}) for value in (GONE, None)],
     ("instructions", PLAIN, {"instructions": GONE}, {}),
@@ -242,14 +243,12 @@ def test_rules_are_named_once_and_say_why() -> None:
 
 
 @pytest.mark.parametrize(("efforts", "given", "wanted"), [
-    (EFFORTS, "none", "low"),
     (EFFORTS, "minimal", "low"),
     (EFFORTS, "max", "xhigh"),
     (EFFORTS, "ultra", "xhigh"),
     (("low", "high"), "medium", "low"),  # as near: the lower
     (("high", "low"), "medium", "low"),
     (("none", "high"), "medium", "high"),
-    (("high",), "none", "high"),
     (("low", "max", "ultra"), "ultra", "max"),
     (("low", "ultra"), "max", "low"),  # ultra is no word of the wire
     (("invented",), "ultra", "max"),
@@ -312,7 +311,7 @@ def test_whole_conversations_stay(context: q.Context, given: list[Object]) -> No
     ("invented", "x" * 65), ("invented", ""), (["mistyped"], "x" * 65), (None, 5),
 ])
 def test_malformed_ids_go(kind: Any, name: Any) -> None:
-    kept = {"type": kind, "encrypted_content": "ENC", "role": "user"}
+    kept = {"type": kind, "encrypted_content": "ENC", "role": "user", "summary": []}
     assert normalize(settled(input=[{**kept, "id": name}])) == (settled(input=[kept]), ("item-ids",))
 
 
@@ -322,7 +321,8 @@ def test_malformed_ids_go(kind: Any, name: Any) -> None:
     ("invented", "x" * 64), (["mistyped"], "x"), (None, "x"),
 ])
 def test_well_formed_ids_stay(kind: Any, name: str) -> None:
-    assert normalize(settled(input=[{"type": kind, "id": name, "encrypted_content": "ENC"}]))[1] == ()
+    item = {"type": kind, "id": name, "encrypted_content": "ENC", "summary": []}
+    assert normalize(settled(input=[item]))[1] == ()
 
 
 def test_null_item_is_left_for_upstream_to_refuse() -> None:
@@ -335,38 +335,36 @@ def test_null_item_is_left_for_upstream_to_refuse() -> None:
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 
 
-def cache_key(context: q.Context = UNKNOWN, **fields: Any) -> str:
-    key = normalize(settled(prompt_cache_key=GONE, **fields), context)[0]["prompt_cache_key"]
-    assert isinstance(key, str)
-    return key
+def conversation(owner: str = "address 10.0.0.6", slug: str = "gpt-5.5", **fields: Any) -> str:
+    return q.conversation_hash(settled(**fields), owner, slug)
 
 
-def test_cache_key_is_the_same_in_every_turn() -> None:
+def test_conversation_is_the_same_in_every_turn() -> None:
     first = [message("developer", "d"), message("user", "hi")]
     later = [message("developer", "e"), message("user", "hi"), message("assistant", "yo"), HI]
-    assert cache_key(input=first) == cache_key(input=later) == cache_key(input=later, temperature=1)
-    assert cache_key(input="hi") == cache_key(input=[message("user", "hi"), message("assistant", "yo")])
-    assert re.fullmatch(UUID, cache_key(input=first))
+    assert conversation(input=first) == conversation(input=later) == conversation(input=later, temperature=1)
+    assert conversation(input="hi") == conversation(input=[message("user", "hi"), message("assistant", "yo")])
+    assert re.fullmatch(UUID, conversation(input=first))
 
 
-def test_cache_key_does_not_depend_on_how_a_text_is_written() -> None:
-    assert cache_key(input="hi") == cache_key(input=[{"role": "user", "content": "hi"}])
+def test_conversation_does_not_depend_on_how_a_text_is_written() -> None:
+    assert conversation(input="hi") == conversation(input=[{"role": "user", "content": "hi"}])
 
 
-def test_cache_key_differs_between_conversations() -> None:
-    keys = [
-        cache_key(), cache_key(UNKNOWN._replace(client="10.0.0.7")), cache_key(model="gpt-5"),
-        cache_key(instructions="x"), cache_key(input=[message("user", "other")]), cache_key(input=[]),
-        cache_key(input=[message("developer", "hi")] * 2, instructions="y"),
+def test_conversations_differ() -> None:
+    names = [
+        conversation(), conversation("address 10.0.0.7"), conversation(slug="gpt-5"),
+        conversation(instructions="x"), conversation(input=[message("user", "other")]),
+        conversation(input=[]), conversation(input=[message("developer", "hi")] * 2, instructions="y"),
     ]
-    assert len(set(keys)) == len(keys)
+    assert len(set(names)) == len(names)
 
 
-def test_long_session_is_hashed_not_cut() -> None:
-    long, other = (cache_key(UNKNOWN._replace(session="s" * 64 + end)) for end in "ab")
-    assert re.fullmatch(UUID, long)
-    assert long != other
-    assert cache_key(UNKNOWN._replace(session="s" * 64)) == "s" * 64
+@pytest.mark.parametrize("own", ["s" * 65, "two words", "\ud800", "umläut", "a\nb"])
+def test_name_that_fits_no_header_is_hashed_not_cut(own: str) -> None:
+    assert re.fullmatch(UUID, q.cache_name(own))
+    assert q.cache_name(own) == q.cache_name(own) != q.cache_name(f"{own}x")
+    assert q.cache_name("s" * 64) == "s" * 64
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\u2028", "\0", "x" * 100_000])
@@ -377,9 +375,10 @@ def test_stable_id_takes_any_text(text: str) -> None:
 
 # -- the lite form ------------------------------------------------------------
 
-PACKED = {"type": "additional_tools", "role": "developer", "tools": TOOLS}
+OFFERED = [tool for tool in TOOLS if tool["type"] != "web_search"]  # a lite model runs no hosted tool
+PACKED = {"type": "additional_tools", "role": "developer", "tools": OFFERED}
 EXTRA = {"type": "function", "name": "extra"}
-PACKED_EXTRA = {**PACKED, "tools": [*TOOLS, EXTRA]}
+PACKED_EXTRA = {**PACKED, "tools": [*OFFERED, EXTRA]}
 HI = message("user", "hi")
 
 
@@ -390,7 +389,7 @@ HI = message("user", "hi")
     ({"tools": [], "instructions": ""}, {}),
     ({"tools": None, "instructions": None}, {}),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "exec_command"}},
-     {"input": [PACKED, HI], "tool_choice": {"type": "function", "name": "exec_command"}}),
+     {"input": [{**PACKED, "tools": [FUNCTION]}, HI]}),
     ({"parallel_tool_calls": True}, {}),
     ({"parallel_tool_calls": GONE}, {}),
     ({"reasoning": GONE}, {}),
@@ -409,7 +408,14 @@ HI = message("user", "hi")
     ({"input": [PACKED, HI, {**PACKED, "tools": [EXTRA]}]}, {"input": [PACKED_EXTRA, HI]}),
 ])
 def test_lite_form(given: Object, wanted: Object) -> None:
-    assert normalize(lite(**given), LITE) == (lite(**wanted), ("form",))
+    assert normalize(lite(**given), LITE) == (lite(**with_choice(wanted)), ("form",))
+
+
+def with_choice(fields: Object) -> Object:
+    """Return a lite body with the only choice, where it offers tools."""
+    if any(map(q.is_additional_tools, fields.get("input", []))):
+        return {**fields, "tool_choice": "auto"}
+    return fields
 
 
 @pytest.mark.parametrize("given", [
@@ -417,7 +423,7 @@ def test_lite_form(given: Object, wanted: Object) -> None:
     {"tools": "mistyped"}, {"reasoning": "mistyped"}, {"input": 5},
 ])
 def test_lite_form_stays(given: Object) -> None:
-    request = lite(**given)
+    request = lite(**with_choice(given) if given.get("input") != 5 else given)
     assert normalize(request, LITE)[0] is request
 
 
@@ -430,7 +436,7 @@ def test_lite_form_stays(given: Object) -> None:
      {"input": [], "generate": False, "client_metadata": {q.LITE_METADATA: "true"}}),
 ])
 def test_lite_form_on_a_websocket_is_marked_in_the_frame(given: Object, wanted: Object) -> None:
-    assert normalize(lite(**given), LITE_SOCKET) == (lite(**wanted), ("form",))
+    assert normalize(lite(**given), LITE_SOCKET) == (lite(**with_choice(wanted)), ("form",))
 
 
 def test_a_frame_without_input_is_left_alone() -> None:
@@ -444,15 +450,15 @@ HEADED = PLAIN._replace(lite_header=True)
 
 
 @pytest.mark.parametrize(("context", "given", "wanted"), [
-    (PLAIN, {"input": [PACKED, HI]}, {"tools": TOOLS}),
-    (PLAIN, {"input": [PACKED, HI], "tools": [EXTRA]}, {"tools": [*TOOLS, EXTRA]}),
-    (PLAIN, {"input": [PACKED, HI], "tools": TOOLS}, {"tools": TOOLS}),
-    (PLAIN, {"input": [PACKED, HI], "tools": "mistyped"}, {"tools": TOOLS}),
+    (PLAIN, {"input": [PACKED, HI]}, {"tools": OFFERED}),
+    (PLAIN, {"input": [PACKED, HI], "tools": [EXTRA]}, {"tools": [*OFFERED, EXTRA]}),
+    (PLAIN, {"input": [PACKED, HI], "tools": OFFERED}, {"tools": OFFERED}),
+    (PLAIN, {"input": [PACKED, HI], "tools": "mistyped"}, {"tools": OFFERED}),
     (PLAIN, {"input": [HI, PACKED], "reasoning": {"context": "all_turns", "effort": "low"}},
-     {"tools": TOOLS, "reasoning": {"effort": "low"}}),
+     {"tools": OFFERED, "reasoning": {"effort": "low"}}),
     (HEADED, {"reasoning": {"context": "all_turns"}}, {"reasoning": {}}),
     (SOCKET, MARKED, {"client_metadata": {"turn_id": "1"}}),
-    (SOCKET, {**MARKED, "input": [PACKED, HI]}, {"client_metadata": {"turn_id": "1"}, "tools": TOOLS}),
+    (SOCKET, {**MARKED, "input": [PACKED, HI]}, {"client_metadata": {"turn_id": "1"}, "tools": OFFERED}),
 ])
 def test_plain_form(context: q.Context, given: Object, wanted: Object) -> None:
     assert normalize(settled(**given), context) == (settled(**wanted), ("form",))
@@ -465,7 +471,8 @@ def test_form_is_left_alone_without_a_catalogue(context: q.Context) -> None:
 
 def test_there_and_back() -> None:
     there = normalize(settled(tools=TOOLS), LITE)[0]
-    assert normalize(there, PLAIN)[0] == settled(tools=TOOLS, parallel_tool_calls=False, reasoning={})
+    changed = {"parallel_tool_calls": False, "reasoning": {}, "tool_choice": "auto"}
+    assert normalize(there, PLAIN)[0] == settled(tools=OFFERED, **changed)
 
 
 @pytest.mark.parametrize("instructions", [{"role": "system", "content": "x"}, {"id": "x" * 65}, 5])
@@ -483,13 +490,13 @@ def test_sdk_request_for_an_alias_of_a_lite_model() -> None:
                   REFERENCE],
         "tools": [FUNCTION], "reasoning": {"effort": "minimal"}, "service_tier": "priority",
     }
-    changed, fired = normalize(request, LITE._replace(slug="gpt-6-sol", session="01a2"))
+    changed, fired = normalize(request, LITE._replace(slug="gpt-6-sol", name="01a2"))
     assert fired == ("alias", "type-messages", "system-to-developer", "store-false", "stream-true",
                      "include-reasoning", "drop-unsupported", "service-tier", "effort", "continuity",
                      "cache-key", "form")
     assert changed == {
         "model": "gpt-6-sol", "stream": True, "store": False, "include": [ENCRYPTED],
-        "prompt_cache_key": "01a2",
+        "prompt_cache_key": "01a2", "tool_choice": "auto",
         "reasoning": {"effort": "low", "context": "all_turns"}, "parallel_tool_calls": False,
         "input": [
             {"type": "additional_tools", "role": "developer", "tools": [FUNCTION]},
@@ -554,7 +561,7 @@ def test_any_object_is_taken(context: q.Context) -> None:
 # -- what no rule could mend --------------------------------------------------
 
 ODD_MODELS: tuple[Any, ...] = (None, "", " ", 1, True, [], {}, ["gpt-5"])
-ODD_INPUTS: tuple[Any, ...] = (None, 1, 1.5, True, {})
+ODD_INPUTS: tuple[Any, ...] = (0, 1, 1.5, True, {})
 
 @pytest.mark.parametrize(("request_", "param"), [
     ([], None), (None, None), ("x", None), (1, None), (True, None),
@@ -569,7 +576,9 @@ def test_check_request_names_the_parameter(request_: Any, param: str | None) -> 
     json.dumps(caught.value.body())
 
 
-@pytest.mark.parametrize("fields", [{}, {"input": ""}, {"input": []}, {"input": [1]}, {"model": "m" * 128}])
+@pytest.mark.parametrize("fields", [
+    {}, {"input": ""}, {"input": None}, {"input": []}, {"input": [1]}, {"model": "m" * 128},
+])
 def test_check_request_takes(fields: Object) -> None:
     q.check_request({"model": "gpt-5.5", **fields})
 
@@ -605,7 +614,7 @@ def test_repair_is_not_taught_by_what_a_client_said(text: str) -> None:
 def test_tools_are_never_dropped() -> None:
     found = q.match_repair("Unsupported parameter: tools")
     assert found is not None
-    assert found[0].apply(q.Context(), found[1]) == q.Context()
+    assert found[0].apply(q.Context(), found[1], {}) == (q.Context(), "")
 
 
 @pytest.mark.parametrize(("text", "name", "changes"), REPAIR_ROWS)
@@ -614,15 +623,16 @@ def test_repair_changes_the_context_once(text: str, name: str, changes: Object) 
     assert found is not None
     repair, match = found
     assert repair.name == name
-    repaired = repair.apply(UNKNOWN, match)
+    repaired, _ = repair.apply(UNKNOWN, match, {})
     assert repaired == UNKNOWN._replace(**changes)
-    assert repair.apply(repaired, match) == repaired
+    assert repair.apply(repaired, match, {})[0] == repaired
 
 
 def test_named_parameters_add_up() -> None:
     found = q.match_repair("Unsupported parameter: top_k")
     assert found is not None
-    context = found[0].apply(UNKNOWN._replace(dropped=frozenset(("seed",))), found[1])
+    context, changed = found[0].apply(UNKNOWN._replace(dropped=frozenset(("seed",))), found[1], {})
+    assert changed == "top_k"
     assert context == UNKNOWN._replace(dropped=frozenset(("seed", "top_k")))
     assert normalize(settled(seed=1, top_k=2), context) == (settled(), ("drop-unsupported",))
 
@@ -631,7 +641,7 @@ def test_named_parameters_add_up() -> None:
 def test_what_a_request_is_about_is_never_dropped(name: str) -> None:
     found = q.match_repair(f"Unknown parameter: '{name}'.")
     assert found is not None
-    assert found[0].apply(UNKNOWN, found[1]) == UNKNOWN
+    assert found[0].apply(UNKNOWN, found[1], {}) == (UNKNOWN, "")
 
 
 @pytest.mark.parametrize("text", [
@@ -642,7 +652,7 @@ def test_mismatched_form_asks_the_catalogue(text: str) -> None:
     found = q.match_repair(text)
     assert found is not None
     assert found[0].name == q.FORM_REPAIR
-    assert found[0].apply(UNKNOWN, found[1]) == UNKNOWN
+    assert found[0].apply(UNKNOWN, found[1], {}) == (UNKNOWN, "")
 
 
 @pytest.mark.parametrize("text", [

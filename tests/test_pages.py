@@ -172,3 +172,32 @@ def test_page_reads_only_what_the_snapshot_gives() -> None:
 
 def test_client_config_offers_the_websocket(bridge: RunningBridge) -> None:
     assert b"supports_websockets = true" in wire.get(bridge.address, "/v1/client-config/codex").body
+
+
+KEY_SECRET = "sk-catalog-0123456789"
+LINE = 'http_headers = { "x-openai-actor-authorization" = "lan" }'
+
+
+@pytest.mark.parametrize("keys", [(), ("--api-key", f"laptop={KEY_SECRET}")], ids=["open", "locked"])
+def test_a_codex_is_told_the_header_that_gives_it_search_and_images(
+    start: Start, keys: tuple[str, ...]
+) -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    headers = {"Authorization": f"Bearer {KEY_SECRET}"}
+    text = wire.get(start(*keys).address, "/v1/client-config/codex", headers).body.decode()
+    config, _, _ = text.partition("# 2. ")
+    (provider,) = tomllib.loads(config)["model_providers"].values()
+    assert list(provider["http_headers"]) == ["x-openai-actor-authorization"]
+    word = provider["http_headers"]["x-openai-actor-authorization"]
+    assert isinstance(word, str) and word and word not in (KEY_SECRET, f"Bearer {KEY_SECRET}")
+
+
+def test_the_line_stands_in_the_providers_table(bridge: RunningBridge) -> None:
+    text = wire.get(bridge.address, "/v1/client-config/codex").body.decode()
+    provider = text.partition("[model_providers.lan]")[2].partition("\n#")[0]
+    assert LINE in provider.splitlines()
+
+
+@pytest.mark.parametrize("kind", ["openai", "litellm", "curl"])
+def test_other_clients_are_not_told_of_it(bridge: RunningBridge, kind: str) -> None:
+    assert b"actor" not in wire.get(bridge.address, f"/v1/client-config/{kind}").body

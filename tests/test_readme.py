@@ -288,3 +288,18 @@ def test_litellm_listens_where_the_bridge_does(words: list[str], host: str) -> N
     command = ["sh", "-c", f'{function}own_host "$@"', "sh", *words]
     assert subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout == f"{host}\n"
     assert '--host "$host" --port 4000' in RUN_SH
+
+
+
+
+@pytest.mark.parametrize(("about", "words"), [
+    (r"--originator", r"cache"),
+    (r"input_tokens", r"estimate"),
+    (r"--alias local_md=gpt-6", r"newer|family"),
+    (r"--alias \w+=[\w.-]+:(?:low|medium|high|xhigh|max)", r"effort"),
+    (r"x-openai-actor-authorization", r"search"),
+    (r"[Ss]OCKS", r"PROXY|proxy"),
+])
+def test_readme_says_it_in_one_paragraph(about: str, words: str) -> None:
+    paragraphs = [part for part in re.split(r"\n\s*\n|\n(?=[|-] )", README) if re.search(about, part)]
+    assert any(re.search(words, part) for part in paragraphs), about

@@ -5,7 +5,9 @@ import json
 from typing import Any
 
 import pytest
-from help import short
+import wire
+from conftest import LogLines, RunningBridge
+from help import CHAT, CODEX, MODEL, RESPONSES, STREAM, USER, Object, ask, short
 
 import qoo_bridge as q
 
@@ -35,7 +37,8 @@ def shaped(message: str, type_: str = "invalid_request_error", **fields: Any) ->
     (400, {"detail": "Store must be set to false"}, shaped("Store must be set to false")),
     (422, {"detail": [{"loc": ["body"], "msg": "field required"}]},
      shaped('[{"loc": ["body"], "msg": "field required"}]')),
-    (400, {"detail": {"code": "x"}}, shaped('{"code": "x"}')),
+    (400, {"detail": {"code": "x_y"}},
+     {"error": {**shaped("upstream refused the request: x y")["error"], "code": "x_y"}}),
     (400, {"message": "m"}, shaped("m")),
     # the type follows the status
     (401, {"detail": "x"}, shaped("x", "authentication_error")),
@@ -137,11 +140,11 @@ def test_refusal_can_be_sent_on(number: str) -> None:
     ({"code": "server_is_overloaded"}, 503), ({"code": "slow_down"}, 503), ({"code": "overloaded"}, 503),
     ({"code": "context_length_exceeded"}, 400), ({"code": "invalid_prompt"}, 400),
     ({"type": "invalid_request_error"}, 400), ({"type": "usage_limit_reached", "code": None}, 429),
-    ({"code": "server_error"}, 502), ({"code": "invented", "type": "rate_limit_exceeded"}, 502),
+    ({"code": "server_error"}, 502), ({"code": "invented", "type": "rate_limit_exceeded"}, 429),
     ({"code": ["odd"], "type": ["odd"]}, 502), ({}, 502), (None, 502), ("text", 502), ([], 502), (5, 502),
 ])
 def test_failure_status(error: Any, status: int) -> None:
-    made = q.failure(error)
+    made = q.failure({"type": "response.failed", "response": {"error": error}})
     assert (made.status, made.by) == (status, "upstream")
     assert made.message
     json.dumps(made.body())
@@ -152,12 +155,121 @@ def test_failure_status(error: Any, status: int) -> None:
     ({"message": ["odd"]}, "upstream reported a failure"), (None, "upstream reported a failure"),
 ])
 def test_failure_message(error: Any, message: str) -> None:
-    assert q.failure(error).body()["error"]["message"] == message
+    assert q.failure({"type": "error", "error": error}).body()["error"]["message"] == message
 
 
 def test_failure_keeps_further_fields() -> None:
-    assert q.failure(LIMIT).body()["error"] == {**LIMIT, "param": None, "code": None}
+    made = q.failure({"type": "error", "error": LIMIT})
+    assert made.body()["error"] == {**LIMIT, "param": None, "code": None}
 
 
 def test_failure_says_when_to_try_again() -> None:
-    assert q.failure(LIMIT).headers == {"retry-after": "3601"}
+    assert q.failure({"type": "error", "error": LIMIT}).headers == {"retry-after": "3601"}
+
+
+ASKED: dict[str, Object] = {RESPONSES: {"input": "hi"}, CHAT: {"messages": [USER]}}
+EACH_PATH = pytest.mark.parametrize("path", ASKED)
+CURELESS = [
+    "context_length_exceeded", "invalid_prompt", "cyber_policy", "content_policy_violation", "invalid_image",
+    "invalid_image_format", "invalid_base64_image", "image_too_large", "image_too_small",
+    "image_parse_error", "image_content_policy_violation", "unsupported_image_media_type", "empty_image_file",
+]
+
+
+def error(fields: Object | None = None, **inner: Any) -> Object:
+    """Return an `error` event."""
+    return {"type": "error", **(fields or {}), "error": {"message": "the reason", **inner}}
+
+
+NO_STATUS: tuple[Any, ...] = (None, "429", 200, 0, -1, True, 99999, 4.5, [400])
+STATUS_ROWS: list[tuple[Object, int]] = [
+    # its own status first
+    (error({"status_code": 429}, type="usage_limit_reached"), 429),
+    (error({"status": 429}, code="server_error"), 429),
+    (error({"status": 400}, code="of_tomorrow"), 400),
+    (error({"status_code": 403}, code="server_error"), 403),
+    (error({"status": 503}, code="invalid_prompt"), 503),
+    (error({"status_code": 500}, type="invalid_request_error"), 500),
+    (error({"status": 400}, code="rate_limit_exceeded"), 400),
+    ({"type": "error", "status": 404, "code": "of_tomorrow", "message": "the reason"}, 404),
+    # one that is none says nothing
+    *[(error({"status": odd}, code="rate_limit_exceeded"), 429)
+      for odd in NO_STATUS],
+    *[(error({"status_code": odd}, code="overloaded"), 503) for odd in NO_STATUS],
+    # then its code
+    *[(error(code=code), 400) for code in CURELESS],
+    *[(error(code=code, type="server_error"), 400) for code in CURELESS[:4]],
+    (error(code="rate_limit_exceeded", type="invalid_request_error"), 429),
+    (error(code="server_is_overloaded", type="service_unavailable_error"), 503),
+    # then its type
+    (error(code="of_tomorrow", type="invalid_request_error"), 400),
+    (error(code=None, type="invalid_request_error"), 400),
+    (error(type="usage_limit_reached"), 429),
+    (error(code="of_tomorrow", type="of_tomorrow"), 502),
+]
+
+
+@pytest.mark.parametrize(("event", "status"), STATUS_ROWS)
+@EACH_PATH
+def test_an_error_event_has_the_status_that_it_names(
+    bridge: RunningBridge, backend: wire.Backend, path: str, event: Object, status: int
+) -> None:
+    backend.on("/responses", wire.turn(wire.created(), event))
+    reply = ask(bridge, {**MODEL, **ASKED[path]}, path=path)
+    assert (reply.status, reply.json["error"]["message"]) == (status, "the reason")
+    assert reply.header("x-qoo-bridge-error") == "upstream"
+
+
+@pytest.mark.parametrize("code", CURELESS)
+@EACH_PATH
+def test_what_a_repeat_cannot_cure_is_400(
+    bridge: RunningBridge, backend: wire.Backend, path: str, code: str
+) -> None:
+    backend.on("/responses", wire.turn(wire.created(), wire.failed(code, "the reason")))
+    reply = ask(bridge, {**MODEL, **ASKED[path]}, path=path)
+    assert (reply.status, reply.json["error"]["code"]) == (400, code)
+    assert reply.json["error"]["message"] == "the reason"
+
+
+@EACH_PATH
+def test_an_error_and_its_failure_are_one_with_the_errors_status(
+    bridge: RunningBridge, backend: wire.Backend, path: str
+) -> None:
+    events = [error({"status_code": 429}, type="usage_limit_reached"), wire.failed("of_tomorrow", "x")]
+    backend.on("/responses", wire.turn(wire.created(), *events))
+    assert ask(bridge, {**MODEL, **ASKED[path]}, path=path).status == 429
+
+
+@pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
+@EACH_PATH
+def test_402_keeps_its_code_and_gets_words(
+    bridge: RunningBridge, backend: wire.Backend, path: str, headers: dict[str, str]
+) -> None:
+    backend.on("/responses", wire.reply_json(402, {"detail": {"code": "deactivated_workspace"}}))
+    reply = ask(bridge, {**MODEL, **ASKED[path]}, headers, path=path)
+    problem = reply.json["error"]
+    assert (reply.status, problem["code"]) == (402, "deactivated_workspace")
+    assert "{" not in problem["message"]
+    assert "workspace" in problem["message"]
+
+
+@pytest.mark.parametrize("status", [400, 402, 403])
+def test_a_detail_that_is_an_object_keeps_its_own_words(
+    bridge: RunningBridge, backend: wire.Backend, status: int
+) -> None:
+    detail = {"code": "of_tomorrow", "message": "the reason"}
+    backend.on("/responses", wire.reply_json(status, {"detail": detail}))
+    reply = ask(bridge, {**MODEL, "input": "hi"})
+    assert (reply.status, reply.json["error"]["code"]) == (status, "of_tomorrow")
+    assert reply.json["error"]["message"] == "the reason"
+
+
+def test_an_error_of_a_stream_is_logged_with_its_code(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines
+) -> None:
+    backend.on("/responses", wire.turn(wire.created(), ERROR_429))
+    ask(bridge, STREAM)
+    assert "error=upstream:usage_limit_reached" in log_lines.ended()[0]
+
+
+ERROR_429 = error({"status_code": 429}, type="usage_limit_reached")

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import wire
 from conftest import RunningBridge, SharedBridges, Start
-from help import API_KEY, CODEX, HOST, LITE, LITE_BODY, LOCAL_MD, REQUEST, head, respond, sent
+from help import (
+    API_KEY,
+    CODEX,
+    HI,
+    HOST,
+    LITE,
+    LITE_BODY,
+    LOCAL_MD,
+    MODEL,
+    REQUEST,
+    TOOL,
+    Object,
+    ask,
+    head,
+    respond,
+    sent,
+)
 
 import qoo_bridge as q
 
@@ -40,7 +57,7 @@ def test_page_is_at_the_root(shared_bridge: RunningBridge, path: str) -> None:
 
 @pytest.mark.parametrize("path", [
     "/nothing", "/v1/v1/v1/responses", "/v2/responses", "/V1/responses", "/responsesx", "/v1responses",
-    "/healthz/x", "/v1/chat", "/v1/images", "/v1//healthz", "/%76%31/responses", "/v1/responses%2f",
+    "/healthz/x", "/v1/chat", "/v1/images", "/v1//health", "/%76%31/responses", "/v1/responses%2f",
     "/./healthz", "/v1/../healthz", "/healthz;x", "/.git/config",
 ])
 def test_unknown_path_is_404_in_json(shared_bridge: RunningBridge, path: str) -> None:
@@ -74,17 +91,10 @@ def test_other_method_is_405_with_allow(
     assert (reply.status, reply.header("allow")) == (405, allow)
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_get_of_responses_without_upgrade_is_405(shared_bridge: RunningBridge, method: str) -> None:
-    with wire.Client(shared_bridge.address) as client:
-        client.request(method, "/v1/responses")
-        assert client.read_reply().status == 405
-
-
 @pytest.mark.parametrize("path", [
     "/healthz", "/", "/status", "/metrics", "/v1/models", "/v1/models?client_version=0.169.0",
     "/v1/models/gpt-5.5",
-    "/v1/models/none", "/nothing", "/v1/responses", "/client-config/codex", "/v1/responses/resp_none",
+    "/v1/models/none", "/nothing", "/client-config/codex", "/v1/responses/resp_none",
     pytest.param("/api/codex/usage"),
 ])
 def test_head_has_no_body(shared_bridge: RunningBridge, path: str) -> None:
@@ -301,3 +311,111 @@ def test_what_lies_below_a_response_is_not_served(bridge: RunningBridge) -> None
     reply = wire.get(bridge.address, f"/v1/responses/{name}/input_items")
     assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
     assert "no such endpoint" in reply.json["error"]["message"]
+
+
+COUNT = "/v1/responses/input_tokens"
+
+
+def estimate(bridge: RunningBridge, **fields: Any) -> int:
+    """Ask how many tokens a request has."""
+    reply = ask(bridge, {**MODEL, "input": "hi", **fields}, path=COUNT)
+    assert reply.status == 200, reply.body
+    assert reply.header("content-type") == "application/json"
+    assert set(reply.json) == {"object", "input_tokens"}
+    assert reply.json["object"] == "response.input_tokens"
+    tokens = reply.json["input_tokens"]
+    assert type(tokens) is int
+    return int(tokens)
+
+
+WORDS = "The quick brown fox jumps over the lazy dog. " * 100  # 1,000 tokens, about
+IMAGE = {"type": "input_image", "image_url": "data:image/png;base64," + "A" * 1_000_000}
+
+
+def test_an_estimate_follows_the_text(bridge: RunningBridge, backend: wire.Backend) -> None:
+    assert 0 < estimate(bridge) < 50
+    assert 600 < estimate(bridge, input=WORDS) < 2000
+    assert 600 < estimate(bridge, input="hi", instructions=WORDS) < 2000
+    assert sent(backend) == []  # nothing of it is asked upstream
+
+
+@pytest.mark.parametrize("items", [
+    [{"role": "user", "content": WORDS}], [{**HI, "content": [{"type": "input_text", "text": WORDS}]}],
+    [HI, {"type": "function_call", "call_id": "c", "name": "run", "arguments": WORDS}],
+    [HI, {"type": "function_call_output", "call_id": "c", "output": WORDS}],
+    [HI, {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": WORDS}]}],
+    [{"type": "additional_tools", "role": "developer", "tools": [{**TOOL, "description": WORDS}]}, HI],
+])
+def test_an_estimate_counts_each_kind_of_item(bridge: RunningBridge, items: list[Object]) -> None:
+    assert 600 < estimate(bridge, input=items) < 2500
+
+
+def test_an_estimate_counts_tools(bridge: RunningBridge) -> None:
+    tools = [{**TOOL, "name": f"run_{number}", "description": WORDS} for number in range(3)]
+    assert 1800 < estimate(bridge, tools=tools) < 7000
+
+
+def test_an_estimate_counts_an_image_as_an_image(bridge: RunningBridge) -> None:
+    item = {**HI, "content": [*HI["content"], IMAGE]}
+    with_one, with_two = estimate(bridge, input=[item]), estimate(bridge, input=[item, item])
+    assert 50 < with_one < 5000  # its data are no text
+    assert with_two > with_one + 50
+
+
+def test_an_estimate_is_the_same_each_time_and_grows(bridge: RunningBridge) -> None:
+    counts = [estimate(bridge, input=WORDS * size) for size in (1, 1, 2, 3)]
+    assert counts[0] == counts[1] < counts[2] < counts[3]
+
+
+@pytest.mark.parametrize("model", ["gpt-5.5", "gpt-6-sol", "local_md", "of-tomorrow"])
+@pytest.mark.parametrize("path", ["/responses/input_tokens", "/v1/responses/input_tokens/"])
+def test_an_estimate_is_had_for_any_model(bridge: RunningBridge, path: str, model: str) -> None:
+    assert ask(bridge, {"model": model, "input": "hi"}, path=path).status == 200
+
+
+def test_an_estimate_needs_no_model(bridge: RunningBridge) -> None:
+    assert wire.post(bridge.address, COUNT, {"input": "hi"}).status == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"5", b'{"model": "m", "input": 5}'])
+def test_what_is_no_request_has_no_estimate(bridge: RunningBridge, body: bytes) -> None:
+    reply = wire.post(bridge.address, COUNT, body)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (400, "bridge")
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_an_estimate_is_asked_by_post(bridge: RunningBridge, method: str) -> None:
+    with wire.Client(bridge.address) as client:
+        client.request(method, COUNT)
+        reply = client.read_reply()
+    assert (reply.status, "POST" in (reply.header("allow") or "")) == (405, True)
+
+
+
+# -- a handshake behind a plain nginx -------------------------------------------------------
+
+HANDSHAKE = {"sec-websocket-version": "13", "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}
+
+
+@pytest.mark.parametrize("fields", [
+    pytest.param({**HANDSHAKE, "connection": "close"}, id="nginx"),
+    pytest.param({"connection": "close"}, id="nginx that took more"),
+    pytest.param({}, id="nothing at all"),
+    pytest.param({**CODEX, **HANDSHAKE}, id="codex"),
+    pytest.param({**HANDSHAKE, "upgrade": "websocket"}, id="no upgrade in connection"),
+    pytest.param({**HANDSHAKE, "connection": "Upgrade"}, id="no upgrade"),
+])
+def test_a_get_that_asks_for_nothing_is_426(
+    bridge: RunningBridge, backend: wire.Backend, fields: dict[str, str]
+) -> None:
+    reply = wire.get(bridge.address, "/v1/responses", fields)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (426, "bridge")
+    assert (reply.header("upgrade") or "").lower() == "websocket"  # RFC 9110, 15.5.22
+    assert "POST" in reply.json["error"]["message"]
+    assert [request for request in backend.requests if request.path.endswith("/responses")] == []
+
+
+def test_a_head_request_for_responses_stays_405(bridge: RunningBridge) -> None:
+    with wire.Client(bridge.address) as client:
+        client.request("HEAD", "/v1/responses")  # so `codex doctor` probes
+        assert client.read_reply().status == 405

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import LogLines, RunningBridge
-from help import json_answer, posix, respond, until
+from conftest import LogLines, RunningBridge, Start
+from help import REQUEST, ask, json_answer, posix, respond, until
 
 import qoo_bridge as q
 
@@ -1461,3 +1461,51 @@ def test_unsaved_token_is_written_once_by_many_threads(
     with contextlib.suppress(q.NotSignedIn):
         assert credentials.bearer() == found
     assert saved(path) == issuer.refresh_token
+
+
+def claims(account: Any, **more: Any) -> str:
+    """Return a token whose claims name an account."""
+    return wire.jwt({q.AUTH_CLAIM: {"chatgpt_account_id": account, **more}})
+
+
+@pytest.mark.parametrize("tokens", [
+    {"id_token": None, "account_id": None}, {"id_token": "", "account_id": ""},
+    {"id_token": "no.jwt.at-all", "account_id": None}, {"id_token": wire.jwt({}), "account_id": 5},
+], ids=["null", "empty", "odd", "without-claims"])
+def test_a_turn_goes_well_with_the_access_tokens_account(
+    start: Start, backend: wire.Backend, tmp_path: Path, tokens: dict[str, Any]
+) -> None:
+    wire.write_auth(tmp_path / "auth.json", backend, tokens=tokens)
+    bridge = start()
+    assert ask(bridge, REQUEST).status == 200, backend.refusals
+    sign_in = wire.get(bridge.address, "/status").json["sign_in"]
+    assert (sign_in["state"], sign_in["plan"]) == ("ok", backend.plan)
+    assert backend.refreshes == 0  # a refresh would bring an id token
+
+
+@pytest.mark.parametrize(("tokens", "account"), [
+    ({"account_id": "acc-file", "id_token": claims("acc-id"), "access_token": claims("acc-access")},
+     "acc-file"),
+    ({"id_token": claims("acc-id"), "access_token": claims("acc-access")}, "acc-id"),
+    ({"id_token": claims(None), "access_token": claims("acc-access")}, "acc-access"),
+    ({"id_token": claims("two\r\nlines"), "access_token": claims("acc-access")}, "acc-access"),
+    ({"access_token": claims("acc-access")}, "acc-access"),
+    ({"access_token": claims(["acc"])}, ""), ({"access_token": claims("two\r\nlines")}, ""),
+    ({"access_token": "opaque"}, ""),
+])
+def test_account_is_the_files_then_the_id_tokens_then_the_access_tokens(
+    tokens: dict[str, Any], account: str
+) -> None:
+    assert q.read_tokens({"tokens": tokens}, "f").sign_in.account == account
+
+
+@pytest.mark.parametrize(("tokens", "value"), [
+    ({"access_token": claims("a", chatgpt_account_is_fedramp=True)}, "true"),
+    ({"access_token": claims("a", chatgpt_account_is_fedramp=False)}, None),
+    ({"id_token": claims("a", chatgpt_account_is_fedramp=False),
+      "access_token": claims("a", chatgpt_account_is_fedramp=True)}, None),
+])
+def test_a_fedramp_account_is_marked_by_the_access_token_too(
+    tokens: dict[str, Any], value: str | None
+) -> None:
+    assert q.read_tokens({"tokens": tokens}, "f").headers().get("x-openai-fedramp") == value

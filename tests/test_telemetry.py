@@ -10,9 +10,12 @@ from email.message import Message
 from typing import Any
 
 import pytest
-from help import NOW, finished, record
+import wire
+from conftest import LogLines, RunningBridge, Start
+from help import CODEX, KEY, NOW, STREAM, Object, ask, bearer, finished, record, until
 
 import qoo_bridge
+import qoo_bridge as q
 from qoo_bridge import Telemetry, log_line, metrics_text, parse_rate_limits
 
 HOSTILE_TEXTS = [
@@ -71,7 +74,7 @@ def test_log_line_says_everything_in_order() -> None:
         "r1 192.168.1.20/laptop POST /v1/responses local_md->gpt-5.5"
         " rules=system-to-developer,drop-unsupported repairs=strict-continuity status=200"
         " first_byte=120ms total=2000ms events=7 bytes=900"
-        " tokens=input:10,cached:4,output:3,reasoning:1 end=completed"
+        " tokens=input:10,cached:4,output:3,reasoning:1 cached=40% end=completed"
     )
 
 
@@ -163,7 +166,7 @@ def test_totals_by_client_and_model() -> None:
         ("192.168.1.20", 1, 0),
     ]
     sums = {"requests": 2, "failed_requests": 1, "events": 4, "sent_bytes": 30}
-    assert clients[0] == {"client": "laptop", **sums, **usage}
+    assert clients[0] == {"client": "laptop", **sums, **usage, "cached_share": 0.8}
     assert telemetry.snapshot(NOW)["totals"]["events"] == 5
     assert sample(telemetry, "qoo_bridge_requests_total", client="laptop", model="gpt-5.5-mini") == 1
     assert sample(telemetry, "qoo_bridge_tokens_total", client="laptop", kind="cached") == 4
@@ -393,7 +396,8 @@ def test_rate_limits_stay_until_they_are_told_anew() -> None:
     telemetry.rate_limits({"x-codex-primary-used-percent": "43"}, NOW + 9)
     limits = telemetry.snapshot(NOW)["rate_limits"]
     assert limits["primary"]["used_percent"] == 43
-    assert (limits["secondary"], limits["seen"]) == (LIMITS["secondary"], NOW + 9)
+    assert ("secondary" in limits, limits["seen"]) == (False, NOW + 9)
+    assert limits["credits"] == LIMITS["credits"]
 
 
 def test_rate_limit_gauges() -> None:
@@ -421,3 +425,109 @@ def test_every_family_stands_once_with_help_and_type() -> None:
     assert ("refreshes_total", "refreshes total") in helped
     assert set(qoo_bridge.METRIC_HELP.items()) < set(helped)
     assert text.endswith("\n") and "\n\n" not in text
+
+
+# -- the cached share a client -----------------------------------------------------------
+
+
+def counted(tokens: int, cached: int) -> wire.Reply:
+    """Answer a turn that cost so much."""
+    *events, last = wire.text_turn("hi")
+    usage = {**wire.USAGE, "input_tokens": tokens, "input_tokens_details": {"cached_tokens": cached}}
+    return wire.turn(*events, {**last, "response": {**last["response"], "usage": usage}})
+
+
+def test_status_shows_each_clients_cached_share(start: Start, backend: wire.Backend) -> None:
+    bridge = start("--api-key", f"ann={KEY}", "--api-key", f"bo={KEY}-of-bo", "--api-key", f"cy={KEY}-of-cy")
+    backend.on("/responses", counted(100, 0), counted(300, 300), counted(50, 0),
+               wire.turn(wire.created(), wire.failed("server_error", "x")))
+    for secret in (KEY, KEY, f"{KEY}-of-bo", f"{KEY}-of-cy"):
+        ask(bridge, STREAM, bearer(secret))
+    status = wire.get(bridge.address, "/status", bearer(KEY)).json
+    shares = {row["client"]: row["cached_share"] for row in status["clients"]}
+    assert shares == {"ann": pytest.approx(0.75, abs=0.01), "bo": 0, "cy": None}
+
+
+def test_the_page_shows_each_clients_cached_share() -> None:
+    (column,) = re.findall(r'\["Cached"[^\]]*\]', q.PAGE_SCRIPT)
+    assert re.search(r"percent\(|cached_share", column)
+
+
+@pytest.mark.parametrize(("usage", "said"), [
+    ({"input": 1000, "cached": 940, "output": 5}, "94 %"), ({"input": 1000, "cached": 0}, "0 %"),
+    ({"input": 3, "cached": 2}, "67 %"), ({"input": 1000, "cached": 1000}, "100 %"),
+])
+def test_the_log_line_says_what_share_was_cached(usage: dict[str, int], said: str) -> None:
+    assert said.replace(" ", "") in q.log_line(record(usage=usage)).replace(" %", "%")
+
+
+@pytest.mark.parametrize("usage", [{}, {"input": 0, "cached": 0}, {"input": 5}, {"cached": 5}])
+def test_the_log_line_says_nothing_of_a_share_that_is_none(usage: dict[str, int]) -> None:
+    assert "%" not in q.log_line(record(usage=usage))
+
+
+def test_a_second_turn_is_seen_to_be_cached(bridge: RunningBridge, log_lines: LogLines) -> None:
+    for _ in range(2):
+        ask(bridge, STREAM, input="word " * 2000)
+    assert until(lambda: len(log_lines.ended()) == 2)
+    (client,) = wire.get(bridge.address, "/status").json["clients"]
+    assert 0.4 < client["cached_share"] < 0.55  # nothing of the first turn, all of the second
+
+
+
+# -- the plan's windows ------------------------------------------------------------------------
+
+
+def head(*windows: str) -> list[tuple[str, str]]:
+    """Return a head that tells of these windows."""
+    columns = {"used-percent": "12.5", "window-minutes": "300", "reset-at": "1795346042"}
+    return [*wire.SSE_HEADERS, ("x-codex-plan-type", "pro"), *(
+        (f"x-codex-{window}-{name}", value) for window in windows for name, value in columns.items())]
+
+
+@pytest.mark.parametrize(("heads", "windows"), [
+    ([("primary", "secondary"), ("primary",)], ["primary"]),
+    ([("primary",), ("primary", "secondary")], ["primary", "secondary"]),
+    ([("primary", "secondary"), ("secondary",)], ["secondary"]),
+    ([("primary", "secondary"), ()], ["primary", "secondary"]),  # says nothing of them
+])
+def test_a_window_that_upstream_no_longer_tells_of_is_gone(
+    bridge: RunningBridge, backend: wire.Backend, heads: list[tuple[str, ...]], windows: list[str]
+) -> None:
+    for names in heads:
+        backend.on("/responses", wire.turn(*wire.text_turn("hi"), headers=head(*names)))
+        ask(bridge, STREAM)
+    limits = wire.get(bridge.address, "/status").json["rate_limits"]
+    assert [name for name in ("primary", "secondary") if limits.get(name)] == windows
+    gauges = wire.get(bridge.address, "/metrics").body.decode()
+    assert [name for name in ("primary", "secondary")
+            if f'rate_limit_used_ratio{{window="{name}"}}' in gauges] == windows
+
+
+FRAME = wire.rate_limits_frame({"used_percent": 40, "window_minutes": 1440, "reset_at": 1795346042})
+
+
+@pytest.mark.parametrize("headers", [CODEX, {}], ids=["codex", "sdk"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_limits_in_an_event_of_a_stream_are_read_too(
+    bridge: RunningBridge, backend: wire.Backend, stream: bool, headers: dict[str, str]
+) -> None:
+    backend.on("/responses", wire.turn(FRAME, *wire.text_turn("hi")))
+    assert ask(bridge, STREAM, headers, stream=stream).status == 200
+    limits: Object = wire.get(bridge.address, "/status").json["rate_limits"]
+    assert limits["primary"] == {"used_percent": 40, "window_minutes": 1440, "reset_at": 1795346042}
+    assert not limits.get("secondary")
+
+
+@pytest.mark.parametrize("credits", [
+    {"has_credits": True, "unlimited": False, "balance": "12.50"}, None, 5, {"balance": None},
+])
+def test_credits_in_an_event_are_read_or_left_out(
+    bridge: RunningBridge, backend: wire.Backend, credits: Any
+) -> None:
+    backend.on("/responses", wire.turn({**FRAME, "credits": credits}, *wire.text_turn("hi")))
+    ask(bridge, STREAM, CODEX)
+    limits = wire.get(bridge.address, "/status").json["rate_limits"]
+    assert limits["primary"]["used_percent"] == 40
+    if isinstance(credits, dict) and credits["balance"]:
+        assert limits["credits"]["balance"] == "12.50"

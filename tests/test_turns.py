@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import sys
+import time
 import warnings
 import weakref
 from typing import Any, NamedTuple
@@ -15,19 +17,27 @@ from conftest import LogLines, RunningBridge, Start
 from help import (
     BODY,
     CARRIER,
+    CHAT,
     CODEX,
     DEEP,
     FETCH_FAILURES,
     HI,
+    KEY,
     LITE,
     LITE_BODY,
     LOCAL_MD,
+    MODEL,
     PLAIN_BODY,
     REQUEST,
+    RESPONSES,
+    SCHEMA,
     SDK_BODY,
+    TEXT,
     TOOL,
+    USER,
     Object,
     ask,
+    bearer,
     models,
     sent,
     settle,
@@ -163,7 +173,9 @@ def test_failed_turn_gives_its_connection_back(
     backend.on("/responses", wire.turn(wire.created(), wire.failed("server_error", "x")))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
-        body = {**REQUEST, "messages": [{"role": "user", "content": "hi"}]}
+        body: Object = {"model": "gpt-5.5", "input": "hi"}
+        if path.endswith("completions"):
+            body = {"model": "gpt-5.5", "messages": [{"role": "user", "content": "hi"}]}
         assert wire.post(start().address, path, body).status == 502
         log_lines.wait_for("status=502")
         assert left == []
@@ -278,4 +290,638 @@ def test_refusal_stands_where_the_list_cannot_be_had(
     backend.on("/responses", wire.refuse(404, "Model not found gpt-6-sol"))
     reply = ask(bridge, SDK_BODY)
     assert (reply.status, reply.json["error"]["message"]) == (404, "Model not found gpt-6-sol")
+    assert len(sent(backend)) == 1
+
+
+# -- what names a conversation (WIRE 4, "What the backend's cache wants") ------
+
+SESSION = "01a20211-3a20-7dc3-a834-3ba2e79f8897"
+OTHER_SESSION = "01a2020f-0000-7000-8000-000000000001"
+CODEX_TURN = {
+    **CODEX, "session-id": SESSION, "thread-id": SESSION, "x-client-request-id": SESSION,
+    "x-codex-window-id": f"{SESSION}:0",
+}
+CODEX_REQUEST: Object = {
+    **MODEL, "input": [HI], "stream": True, "store": False, "prompt_cache_key": SESSION,
+    "include": ["reasoning.encrypted_content"],
+}
+MADE = ""  # in a row: the bridge has made the name, a UUIDv7 of now
+
+
+def names(backend: wire.Backend) -> list[tuple[object, ...]]:
+    """Return what each turn that came upstream was named: the key, then the three headers."""
+    return [wire.names_of(request, request.json) for request in sent(backend)]
+
+
+def name(backend: wire.Backend) -> str:
+    """Return the one name of the last turn; it must be the same in all four places."""
+    (only,) = set(names(backend)[-1])
+    assert isinstance(only, str) and 0 < len(only) <= 64
+    return only
+
+
+class Turn(NamedTuple):
+    """One request of a client."""
+
+    path: str = RESPONSES
+    body: Object = {"input": "hi"}  # noqa: RUF012 - never changed
+    headers: dict[str, str] = {}  # noqa: RUF012 - never changed
+
+    def ask(self, bridge: RunningBridge) -> wire.RawReply:
+        reply = ask(bridge, MODEL, self.headers, path=self.path, **self.body)
+        assert reply.status == 200, reply.body
+        return reply
+
+
+CHATS: Object = {"messages": [USER]}
+NAMED: dict[str, tuple[Turn, str]] = {
+    "responses": (Turn(), MADE),
+    "responses-stream": (Turn(body={"input": "hi", "stream": True}), MADE),
+    "chat": (Turn(CHAT, CHATS), MADE),
+    "chat-stream": (Turn(CHAT, {**CHATS, "stream": True}), MADE),
+    "legacy": (Turn(TEXT, {"prompt": "hi"}), MADE),
+    "lite": (Turn(body={"input": "hi", "model": "gpt-6-sol"}), MADE),
+    "alias": (Turn(body={"input": "hi", "model": "local_md"}), MADE),
+    "no-message": (Turn(body={"input": []}), MADE),
+    "own-key": (Turn(body={"input": "hi", "prompt_cache_key": "mine"}), "mine"),
+    "own-key-chat": (Turn(CHAT, {**CHATS, "prompt_cache_key": "mine"}), "mine"),
+    "own-session": (Turn(headers={"session-id": "s-1"}), "s-1"),
+    "own-session_id": (Turn(headers={"session_id": "s-1"}), "s-1"),
+    "own-conversation": (Turn(headers={"conversation_id": "c-1"}), "c-1"),
+    "own-session-chat": (Turn(CHAT, CHATS, {"session-id": "s-1"}), "s-1"),
+    # The key says more than the session: several conversations can run in one.
+    "own-key-and-session": (
+        Turn(body={"input": "hi", "prompt_cache_key": "mine"}, headers={"session-id": "s-1"}),
+        "mine",
+    ),
+    # OpenAI's SDKs tell a request by it, not a conversation: another one each time.
+    "request-id-of-an-sdk": (Turn(headers={"x-client-request-id": "req-17"}), MADE),
+    "key-that-is-none": (Turn(body={"input": "hi", "prompt_cache_key": ""}), MADE),
+    "codex": (Turn(body=CODEX_REQUEST, headers=CODEX_TURN), SESSION),
+    # 0.120, run against a stand-in; up to 0.98 or so there was `conversation_id` too.
+    "old-codex": (
+        Turn(body=CODEX_REQUEST, headers={**CODEX, "session_id": SESSION, "x-client-request-id": SESSION}),
+        SESSION,
+    ),
+    "older-codex": (
+        Turn(body=CODEX_REQUEST, headers={**CODEX, "session_id": SESSION, "conversation_id": SESSION}),
+        SESSION,
+    ),
+}
+
+
+@pytest.mark.parametrize(("turn", "wanted"), NAMED.values(), ids=NAMED)
+def test_a_conversation_has_one_name_in_four_places(
+    bridge: RunningBridge, backend: wire.Backend, turn: Turn, wanted: str
+) -> None:
+    begun = time.time()
+    for _ in range(2):
+        turn.ask(bridge)
+    first, second = names(backend)
+    assert first == second
+    if wanted:
+        assert name(backend) == wanted
+    else:
+        seconds = wire.uuid7_seconds(name(backend))
+        assert seconds is not None and begun - 0.001 <= seconds <= time.time()
+
+
+def test_a_codex_whose_names_differ_keeps_them(bridge: RunningBridge, backend: wire.Backend) -> None:
+    apart = {**CODEX_TURN, "thread-id": OTHER_SESSION}  # a sub-agent's thread in its parent's session
+    Turn(body=CODEX_REQUEST, headers=apart).ask(bridge)
+    assert names(backend) == [(SESSION, SESSION, OTHER_SESSION, SESSION)]
+
+
+SAID = {"role": "assistant", "content": "hi"}
+MORE = {"role": "user", "content": "go on"}
+SAME_ROWS: dict[str, tuple[Turn, Turn]] = {
+    "second-turn": (Turn(), Turn(body={"input": [USER, SAID, MORE]})),
+    "second-turn-of-a-chat": (Turn(CHAT, CHATS), Turn(CHAT, {"messages": [USER, SAID, MORE]})),
+    "text-in-parts": (Turn(), Turn(body={"input": [HI]})),
+    "streamed": (Turn(), Turn(body={"input": "hi", "stream": True})),
+    "temperature": (Turn(), Turn(body={"input": "hi", "temperature": 0.5})),
+    "developer-message": (  # Claude Code changes its own each turn
+        Turn(body={"input": [{"role": "developer", "content": "today"}, USER]}),
+        Turn(body={"input": [{"role": "developer", "content": "tomorrow"}, USER, SAID, MORE]}),
+    ),
+}
+OTHER_ROWS: dict[str, tuple[Turn, Turn]] = {
+    "message": (Turn(), Turn(body={"input": "hello"})),
+    "message-of-a-chat": (Turn(CHAT, CHATS), Turn(CHAT, {"messages": [MORE]})),
+    "model": (Turn(), Turn(body={"input": "hi", "model": "gpt-6-sol"})),
+    "instructions": (Turn(), Turn(body={"input": "hi", "instructions": "be brief"})),
+    "client": (Turn(headers=bearer(KEY)), Turn(headers=bearer(KEY + "-of-bo"))),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), SAME_ROWS.values(), ids=SAME_ROWS)
+def test_a_later_turn_goes_up_under_the_same_name(
+    bridge: RunningBridge, backend: wire.Backend, first: Turn, second: Turn
+) -> None:
+    first.ask(bridge)
+    made = name(backend)
+    second.ask(bridge)
+    assert (name(backend), wire.has_real_time(made)) == (made, True)
+
+
+@pytest.mark.parametrize(("first", "second"), OTHER_ROWS.values(), ids=OTHER_ROWS)
+def test_another_conversation_has_a_name_of_its_own(
+    start: Start, backend: wire.Backend, first: Turn, second: Turn
+) -> None:
+    keys = ("--api-key", f"ann={KEY}", "--api-key", f"bo={KEY}-of-bo") if first.headers else ()
+    bridge = start(*keys)
+    made = []
+    for turn in (first, second, first, second):
+        turn.ask(bridge)
+        made.append(name(backend))
+    assert len(set(made)) == 2
+    assert made[:2] == made[2:]
+    assert all(map(wire.has_real_time, made))
+
+
+def test_a_turn_by_previous_response_id_has_its_conversations_name(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    response = Turn(body={"input": "hi", "store": True}).ask(bridge).json
+    made = name(backend)
+    Turn(body={"input": "go on", "previous_response_id": response["id"]}).ask(bridge)
+    assert (name(backend), wire.has_real_time(made)) == (made, True)
+
+
+@pytest.mark.parametrize(("turn", "kept"), [(Turn(), False), (NAMED["own-key"][0], True)])
+def test_a_restart_keeps_what_the_client_named(
+    start: Start, backend: wire.Backend, turn: Turn, kept: bool
+) -> None:
+    made = []
+    for _ in range(2):
+        turn.ask(start())
+        made.append(name(backend))
+    assert (made[0] == made[1]) is kept
+
+
+def test_names_of_conversations_are_kept_within_a_bound(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_CONVERSATIONS", 2, raising=False)
+    made = []
+    for text in ("a", "b", "a", "c", "a", "b"):  # b is forgotten for c: it was used longest ago
+        Turn(body={"input": text}).ask(bridge)
+        made.append(name(backend))
+    assert len(set(made)) == 4
+    assert made[0] == made[2] == made[4]
+
+
+SYSTEM = "You are a coding agent. " * 400
+OWN: Object = {"prompt_cache_key": "of-an-sdk"}
+TEN_TURNS: dict[str, tuple[str, Object, dict[str, str]]] = {
+    "responses": (RESPONSES, {"instructions": SYSTEM}, {}),
+    "responses-lite": (RESPONSES, {"instructions": SYSTEM, "model": "gpt-6-sol", "tools": [TOOL]}, {}),
+    "sdk-with-its-own-key": (RESPONSES, {"instructions": SYSTEM, **OWN}, {}),
+    "sdk-with-request-ids": (RESPONSES, {"instructions": SYSTEM}, {"x-client-request-id": "req"}),
+    "chat": (CHAT, {}, {}),
+    "chat-with-its-own-key": (CHAT, OWN, {}),
+    "chat-lite": (CHAT, {"model": "local_md"}, {}),
+    "codex": (RESPONSES, CODEX_REQUEST, CODEX_TURN),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "headers"), TEN_TURNS.values(), ids=TEN_TURNS)
+def test_ten_turns_are_cached_from_the_second_on(
+    bridge: RunningBridge, backend: wire.Backend, path: str, body: Object, headers: dict[str, str]
+) -> None:
+    history: list[Object] = [{"role": "system", "content": SYSTEM}]
+    for number in range(10):
+        history.append({"role": "user", "content": f"question {number}"})
+        given = {CHAT: "messages", RESPONSES: "input"}[path]
+        if "x-client-request-id" in headers and "session-id" not in headers:
+            headers = {"x-client-request-id": f"req-{number}"}
+        typed = [{"type": "message", **each} for each in history]
+        Turn(path, {**body, given: history if path == CHAT else typed}, headers).ask(bridge)
+        history.append({"role": "assistant", "content": f"question {number}"})
+    shares = [charge.cached / charge.usage["input_tokens"] for charge in backend.cache.charges]
+    assert len(shares) == 10
+    assert min(shares[1:]) > 0.8
+
+
+def test_what_is_cached_is_told_to_the_client(bridge: RunningBridge) -> None:
+    for _ in range(2):
+        usage = Turn(CHAT, {"messages": [{"role": "user", "content": SYSTEM}]}).ask(bridge).json["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0.8 * usage["prompt_tokens"]
+
+
+
+# -- a key that the backend does not use ---------------------------------------
+
+OWN_ROWS: dict[str, Turn] = {
+    "whole": Turn(body={"input": "hi", **OWN}),
+    "stream": Turn(body={"input": "hi", "stream": True, **OWN}),
+    "chat": Turn(CHAT, {**CHATS, **OWN}),
+    "chat-stream": Turn(CHAT, {**CHATS, **OWN, "stream": True}),
+    "session": Turn(headers={"session-id": "of-an-sdk"}),
+}
+
+
+@pytest.mark.parametrize("turn", OWN_ROWS.values(), ids=OWN_ROWS)
+def test_a_key_that_the_backend_replaces_gives_way_to_a_uuid7(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, turn: Turn
+) -> None:
+    backend.cache.replaces_keys = True
+    made = []
+    for _ in range(4):
+        turn.ask(bridge)
+        made.append(name(backend))
+    assert made[0] == "of-an-sdk"
+    assert made[1] == made[2] == made[3] != made[0]
+    assert wire.has_real_time(made[1])
+    assert [charge.cached > 0 for charge in backend.cache.charges] == [False, False, True, True]
+    said = [line for line in log_lines.lines if re.search(r"(?i)cache.key|prompt_cache_key", line)
+            and " rules=" not in line]
+    assert len(said) == 1
+    assert "of-an-sdk" not in said[0]  # what a client chose may be anything
+    metrics = wire.get(bridge.address, "/metrics").body.decode()
+    assert re.search(r"(?m)^qoo_bridge_\w*keys?_\w*total\S* [1-9]", metrics)
+
+
+@pytest.mark.parametrize("key", [SESSION, "a-word"])
+def test_a_key_that_the_backend_uses_stays(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, key: str
+) -> None:
+    backend.cache.replaces_keys = key == SESSION
+    for _ in range(3):
+        Turn(body={"input": "hi", "prompt_cache_key": key}).ask(bridge)
+        assert name(backend) == key
+
+
+def test_one_key_over_two_conversations_gives_way_to_two(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.cache.replaces_keys = True
+    made = []
+    for text in ("one", "two", "one", "two"):
+        Turn(body={"input": text, **OWN}).ask(bridge)
+        made.append(name(backend))
+    assert made[0] == "of-an-sdk"
+    assert len(set(made[2:])) == 2
+    assert all(map(wire.has_real_time, made[2:]))
+
+
+def answered(key: Any) -> wire.Reply:
+    """Answer a turn with this for the key that was used."""
+    first, *rest = wire.text_turn("hi")
+    return wire.turn({**first, "response": {**first["response"], "prompt_cache_key": key}}, *rest)
+
+
+@pytest.mark.parametrize("key", [None, "", 5, [], {"a": 1}, "of-an-sdk"])
+def test_an_echo_that_says_nothing_changes_nothing(
+    bridge: RunningBridge, backend: wire.Backend, key: Any
+) -> None:
+    backend.on("/responses", wire.checked(backend, answered(key)))
+    for _ in range(2):
+        OWN_ROWS["whole"].ask(bridge)
+        assert name(backend) == "of-an-sdk"
+
+
+def test_a_codex_keeps_its_key_whatever_the_backend_uses(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/responses", wire.checked(backend, answered(OTHER_SESSION)))
+    for _ in range(2):
+        Turn(body=CODEX_REQUEST, headers=CODEX_TURN).ask(bridge)
+    assert names(backend) == [(SESSION,) * 4] * 2
+
+
+
+# -- keys that are too long (six projects: a 400 at every turn) ----------------
+
+LONG = "k" * 64
+LONG_ROWS: dict[str, Turn] = {
+    "sdk": Turn(),
+    "stream": Turn(body={"input": "hi", "stream": True}),
+    "lite": Turn(body={"input": "hi", "model": "gpt-6-sol"}),
+    "chat": Turn(CHAT, CHATS),
+    "codex": Turn(body=CODEX_REQUEST, headers=CODEX_TURN),
+    "old-codex": Turn(body=CODEX_REQUEST, headers={**CODEX, "session_id": SESSION}),
+}
+
+
+@pytest.mark.parametrize("turn", LONG_ROWS.values(), ids=LONG_ROWS)
+def test_a_key_of_more_than_64_characters_is_never_refused(
+    start: Start, backend: wire.Backend, turn: Turn
+) -> None:
+    bridge, keys = start(), []
+    for end in ("a", "b", "c" * 300, "a"):
+        turn._replace(body={**turn.body, "prompt_cache_key": LONG + end}).ask(bridge)
+        keys.append(str(names(backend)[-1][0]))
+    turn._replace(body={**turn.body, "prompt_cache_key": LONG + "a"}).ask(start())  # after a restart, too
+    assert keys[0] == keys[3] == names(backend)[-1][0]
+    assert len(set(keys)) == 3
+    assert max(map(len, keys)) <= 64
+    assert backend.refusals == []
+
+
+@pytest.mark.parametrize("header", ["session-id", "session_id", "conversation_id"])
+def test_a_session_of_more_than_64_characters_is_a_name_all_the_same(
+    bridge: RunningBridge, backend: wire.Backend, header: str
+) -> None:
+    for _ in range(2):
+        Turn(headers={header: "s" * 65}).ask(bridge)
+    assert len(set(names(backend))) == 1
+    assert len(name(backend)) <= 64
+
+
+
+# -- what the lite form would lose ----------------------------------------------
+
+LITE_MODEL = "gpt-6-sol"
+OTHER_TOOL: Object = {"type": "function", "name": "walk", "strict": False, "parameters": SCHEMA}
+CUSTOM: Object = {"type": "custom", "name": "patch"}
+SEARCH: Object = {"type": "web_search"}
+DRAW: Object = {"type": "image_generation"}
+TOOLS: list[Object] = [TOOL, OTHER_TOOL, CUSTOM]
+AUTO = "auto"
+
+
+def named(*tools: Object) -> list[Object]:
+    """Return how a choice names tools."""
+    return [{"type": tool["type"], "name": tool["name"]} for tool in tools]
+
+
+def allowed(mode: str, *tools: Object) -> Object:
+    """Return the choice that allows some tools only."""
+    return {"type": "allowed_tools", "mode": mode, "tools": named(*tools)}
+
+
+class Loss(NamedTuple):
+    """What a request asks for, what lite leaves of its tools, and the word that says what was lost."""
+
+    fields: Object
+    left: list[Object]
+    word: str
+
+
+LOSSES = {
+    "forced": Loss({"tools": TOOLS, "tool_choice": named(OTHER_TOOL)[0]}, [OTHER_TOOL], "tool_choice"),
+    "forced-custom": Loss({"tools": TOOLS, "tool_choice": named(CUSTOM)[0]}, [CUSTOM], "tool_choice"),
+    "required": Loss({"tools": TOOLS, "tool_choice": "required"}, TOOLS, "tool_choice"),
+    "allowed": Loss({"tools": TOOLS, "tool_choice": allowed("required", TOOL, CUSTOM)}, [TOOL, CUSTOM],
+                    "tool_choice"),
+    "search": Loss({"tools": [*TOOLS, SEARCH], "tool_choice": AUTO}, TOOLS, "web_search"),
+    "search-without-a-choice": Loss({"tools": [SEARCH, *TOOLS]}, TOOLS, "web_search"),
+    "search-alone": Loss({"tools": [SEARCH]}, [], "web_search"),
+    "draw": Loss({"tools": [TOOL, DRAW]}, [TOOL], "image_generation"),
+}
+EACH_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def carried(request: wire.Request) -> list[Object]:
+    """Return the tools of a request in the lite form."""
+    return [tool for item in request.json["input"] if item["type"] == "additional_tools"
+            for tool in item["tools"]]
+
+
+def wanting(bridge: RunningBridge, fields: Object, model: str = LITE_MODEL) -> wire.RawReply:
+    """Ask for what the lite form would lose."""
+    return ask(bridge, {"model": model, "input": "search for it"}, **fields)
+
+
+@EACH_LOSS
+def test_what_lite_would_lose_goes_in_the_plain_form(
+    bridge: RunningBridge, backend: wire.Backend, loss: Loss
+) -> None:
+    backend.takes_plain.add(LITE_MODEL)
+    reply = wanting(bridge, loss.fields)
+    assert (reply.status, reply.header("x-qoo-bridge-repaired")) == (200, None), backend.refusals
+    (request,) = sent(backend)
+    assert request.header(q.LITE_HEADER) is None
+    assert {key: request.json.get(key) for key in loss.fields} == loss.fields
+    assert carried(request) == []
+    assert "context" not in request.json.get("reasoning", {})
+    if SEARCH in loss.fields["tools"]:
+        assert reply.json["output"][0]["type"] == "web_search_call"
+
+
+@EACH_LOSS
+def test_where_the_plain_form_is_refused_lite_says_what_was_lost(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, loss: Loss
+) -> None:
+    reply = wanting(bridge, loss.fields)
+    assert reply.status == 200, reply.body
+    assert backend.refusals == [f"404 {{'detail': 'Model not found {LITE_MODEL}'}}"]
+    _, request = sent(backend)
+    assert request.header(q.LITE_HEADER) == "true"
+    assert carried(request) == loss.left
+    assert request.json.get("tool_choice", AUTO) == AUTO
+    assert ("tool_choice" in request.json) == bool(loss.left)
+    assert loss.word in (reply.header("x-qoo-bridge-repaired") or "")
+    (line,) = log_lines.ended()
+    assert loss.word in line.partition("repairs=")[2].partition(" ")[0]
+
+
+@pytest.mark.parametrize("text", [
+    "Model not found gpt-6-sol",
+    "Model gpt-6-sol requires the responses lite form",
+    "x-openai-internal-codex-responses-lite is required for this model",
+])
+@pytest.mark.parametrize("status", [400, 404])
+def test_any_word_about_the_form_goes_back_to_lite(
+    bridge: RunningBridge, backend: wire.Backend, status: int, text: str
+) -> None:
+    backend.on("/responses", wire.refuse(status, text))
+    assert wanting(bridge, LOSSES["required"].fields).status == 200
+    assert [request.header(q.LITE_HEADER) for request in sent(backend)] == [None, "true"]
+
+
+@pytest.mark.parametrize("tool", [SEARCH, DRAW], ids=["search", "draw"])
+def test_a_forced_hosted_tool_that_no_form_takes_is_a_clear_400(
+    bridge: RunningBridge, backend: wire.Backend, tool: Object
+) -> None:
+    reply = wanting(bridge, {"tools": [TOOL, tool], "tool_choice": tool})
+    assert reply.status == 400
+    assert tool["type"] in reply.json["error"]["message"]
+    assert LITE_MODEL in reply.json["error"]["message"]
+
+
+def test_a_form_that_was_refused_is_not_tried_at_each_request(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    replies = [wanting(bridge, loss.fields) for loss in (LOSSES["required"], LOSSES["search"])]
+    assert [reply.status for reply in replies] == [200, 200]
+    assert len(sent(backend)) == 3
+    assert "web_search" in (replies[1].header("x-qoo-bridge-repaired") or "")
+    backend.takes_plain.add("gpt-6.1-sol")  # of another model nothing is known yet
+    assert wanting(bridge, LOSSES["required"].fields, "gpt-6.1-sol").status == 200
+    assert sent(backend)[-1].header(q.LITE_HEADER) is None
+
+
+def test_a_model_that_neither_form_reaches_is_the_clients_404(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/responses", *[wire.refuse(404, "Model not found gpt-6-sol")] * 8)
+    reply = wanting(bridge, LOSSES["forced"].fields)
+    assert (reply.status, reply.json["error"]["message"]) == (404, "Model not found gpt-6-sol")
+    assert 2 <= len(sent(backend)) <= 3
+
+
+@pytest.mark.parametrize("path", [RESPONSES, CHAT])
+def test_none_offers_no_tools_in_the_lite_form(
+    bridge: RunningBridge, backend: wire.Backend, path: str
+) -> None:
+    nested: Object = {"type": "function", "function": {"name": "run", "parameters": SCHEMA}}
+    body: Object = {"messages": [USER]} if path == CHAT else {"input": "hi"}
+    given = [nested] if path == CHAT else [TOOL]
+    reply = ask(bridge, {"model": LITE_MODEL, **body}, path=path, tools=given, tool_choice="none")
+    assert (reply.status, backend.refusals) == (200, [])
+    (request,) = sent(backend)
+    assert (request.header(q.LITE_HEADER), carried(request)) == ("true", [])
+    assert request.json.get("tool_choice") in (None, AUTO)
+
+
+@pytest.mark.parametrize("given", [{}, {"tool_choice": None}, {"tool_choice": AUTO}])
+@pytest.mark.parametrize("model", [LITE_MODEL, "local_md"])
+@pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
+def test_auto_goes_up_wherever_lite_carries_tools(
+    bridge: RunningBridge, backend: wire.Backend, headers: dict[str, str], model: str, given: Object
+) -> None:
+    reply = ask(bridge, {"model": model, "input": [HI]}, headers, tools=[TOOL], **given)
+    assert (reply.status, backend.refusals) == (200, [])
+    (request,) = sent(backend)
+    assert (carried(request), request.json.get("tool_choice")) == ([TOOL], AUTO)
+
+
+def test_a_codex_that_sends_the_lite_form_itself_is_left_alone(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    hosted: Object = {**CARRIER, "tools": [TOOL, SEARCH]}
+    body: Object = {**CODEX_REQUEST, "model": LITE_MODEL, "input": [hosted, HI], "tool_choice": AUTO,
+            "parallel_tool_calls": False, "reasoning": {"effort": "low", "context": "all_turns"}}
+    assert ask(bridge, body, {**CODEX_TURN, q.LITE_HEADER: "true"}).status == 200
+    (request,) = sent(backend)
+    assert request.json == body
+
+
+def test_a_codex_that_does_not_know_the_model_gets_its_search(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.takes_plain.add("gpt-5.6-sol")
+    body = {**CODEX_REQUEST, "model": "local_md", "tools": [TOOL, SEARCH], "tool_choice": AUTO}
+    assert ask(bridge, body, CODEX_TURN).status == 200
+    (request,) = sent(backend)
+    assert (request.header(q.LITE_HEADER), request.json["tools"]) == (None, [TOOL, SEARCH])
+
+
+CHAT_TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in "fg"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "g"}}])
+@pytest.mark.parametrize("plain", [True, False], ids=["plain-too", "lite-only"])
+def test_structured_output_by_a_forced_tool_works_on_a_lite_model(
+    bridge: RunningBridge, backend: wire.Backend, plain: bool, choice: object
+) -> None:
+    if plain:
+        backend.takes_plain.add(LITE_MODEL)
+    body = {"model": LITE_MODEL, "messages": [USER], "tools": CHAT_TOOLS, "tool_choice": choice}
+    reply = ask(bridge, body, path=CHAT)
+    assert reply.status == 200, reply.body
+    request = sent(backend)[-1]
+    offered = [tool["name"] for tool in request.json.get("tools") or carried(request)]
+    assert offered == ["f", "g"] if plain or choice == "required" else ["g"]
+    if plain:
+        assert reply.json["choices"][0]["finish_reason"] == "tool_calls"
+
+
+HOSTED_CHATS: dict[str, Object] = {
+    "search-options": {"web_search_options": {}},
+    "search-options-with-more": {"web_search_options": {"search_context_size": "low"}, "tools": CHAT_TOOLS},
+    "search-tool": {"tools": [*CHAT_TOOLS, SEARCH]},
+    "draw": {"tools": [DRAW]},
+}
+
+
+@pytest.mark.parametrize("fields", HOSTED_CHATS.values(), ids=HOSTED_CHATS)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain-too", "lite-only"])
+def test_a_chat_is_never_answered_in_silence_without_its_search(
+    bridge: RunningBridge, backend: wire.Backend, plain: bool, fields: Object
+) -> None:
+    if plain:
+        backend.takes_plain.add(LITE_MODEL)
+    asked = {"role": "user", "content": "search for it"}
+    reply = ask(bridge, {"model": LITE_MODEL, "messages": [asked]}, path=CHAT, **fields)
+    if plain:
+        assert (reply.status, reply.header("x-qoo-bridge-repaired")) == (200, None)
+        assert [tool["type"] for tool in sent(backend)[0].json["tools"]][-1] in ("web_search", DRAW["type"])
+    else:
+        lost = reply.header("x-qoo-bridge-repaired") or ""
+        assert reply.status == 400 or (reply.status == 200 and ("web_search" in lost or DRAW["type"] in lost))
+
+
+
+# -- a failure inside the 200 ------------------------------------------------------------
+
+SAYS = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hi"}]}
+THOUGHT = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAA"}
+BAD_CIPHER = wire.failed("invalid_encrypted_content", "The encrypted content gAAA could not be verified.")
+CIPHER_ERROR: Object = {
+    "type": "error", "error": {"code": "invalid_encrypted_content", "type": "invalid_request_error",
+                               "message": "The encrypted content gAAA could not be verified."}}
+BAD_FIELD = wire.failed("unknown_parameter", "Unknown parameter: 'text.odd'.")
+NOT_FOUND = wire.failed("invalid_request_error", "Item with id 'rs_1' not found. Items are not persisted…")
+TOLD: dict[str, list[Object]] = {
+    "cipher": [wire.created(), BAD_CIPHER], "cipher-alone": [BAD_CIPHER],
+    "cipher-error": [wire.created(), CIPHER_ERROR], "not-found": [wire.created(), NOT_FOUND],
+    "field": [wire.created(), BAD_FIELD],
+}
+ASKED: dict[str, tuple[str, Object]] = {
+    "whole": (RESPONSES, {"input": [HI, THOUGHT, SAYS, HI], "text": {"odd": 1}}),
+    "chat": (CHAT, {"messages": [USER]}),
+    "chat-stream": (CHAT, {"messages": [USER], "stream": True}),
+}
+
+
+@pytest.mark.parametrize("events", TOLD.values(), ids=TOLD)
+def test_a_failure_inside_the_200_is_repaired_as_a_refusal_would_be(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, events: list[Object]
+) -> None:
+    backend.on("/responses", wire.turn(*events))
+    reply = ask(bridge, {**MODEL, **ASKED["whole"][1]})
+    assert reply.status == 200, reply.body
+    second = sent(backend)[1].json
+    dropped = "drop-parameter" if BAD_FIELD in events else "continuity"
+    assert (THOUGHT in second["input"], "odd" in second.get("text", {})) == (BAD_FIELD in events,
+                                                                     BAD_FIELD not in events)
+    assert dropped in (reply.header("x-qoo-bridge-repaired") or "")
+    assert f"repairs={dropped}" in log_lines.ended()[0]
+    assert len(sent(backend)) == 2
+
+
+@pytest.mark.parametrize("kind", ["chat", "chat-stream"])
+@pytest.mark.parametrize("events", [TOLD["cipher"], TOLD["cipher-error"]], ids=["failed", "error"])
+def test_a_chat_that_has_sent_nothing_is_repaired_too(
+    bridge: RunningBridge, backend: wire.Backend, kind: str, events: list[Object]
+) -> None:
+    backend.on("/responses", wire.turn(*events))
+    path, body = ASKED[kind]
+    reply = ask(bridge, {**MODEL, **body}, path=path)
+    assert (reply.status, len(sent(backend))) == (200, 2), reply.body
+    assert reply.header("x-qoo-bridge-repaired")
+
+
+def test_a_stream_that_fails_at_its_first_event_is_repaired(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    backend.on("/responses", wire.turn(BAD_CIPHER))
+    reply = ask(bridge, {**MODEL, **ASKED["whole"][1]}, stream=True)
+    assert len(sent(backend)) == 2
+    assert [event["type"] for event in wire.sse(reply.body)][-1] == "response.completed"
+
+
+@pytest.mark.parametrize("events", [
+    [wire.created(), wire.failed("server_error", "it broke")],
+    [*wire.text_turn("half of it")[:6], BAD_CIPHER],
+], ids=["no-repair", "too-late"])
+def test_any_other_failure_is_told_once(
+    bridge: RunningBridge, backend: wire.Backend, events: list[Object]
+) -> None:
+    backend.on("/responses", wire.turn(*events))
+    path, body = ASKED["chat-stream"]
+    ask(bridge, {**MODEL, **body}, path=path)
     assert len(sent(backend)) == 1

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from help import ask, until
+from help import REQUEST, ask, free_port, until
 
 import qoo_bridge as q
 
@@ -896,3 +896,79 @@ def test_a_dead_first_address_costs_a_moment_and_is_remembered(
 def test_no_address_that_answers_is_one_error(upstream: Counted) -> None:
     with pytest.raises(q.BadUpstream, match="cannot connect to localhost: connection refused"):
         upstream.fetch("GET", f"http://localhost:{unused_port()}/", {})
+
+
+VARIABLES = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
+
+
+def problem(bridge: RunningBridge, status: int = 502) -> str:
+    """Ask for a turn that cannot reach upstream; return the reason."""
+    reply = ask(bridge, REQUEST)
+    assert (reply.status, reply.header("x-qoo-bridge-error")) == (status, "bridge")
+    return str(reply.json["error"]["message"])
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_dead_proxy_is_named_as_the_proxy(
+    start: Start, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    port = free_port()
+    monkeypatch.setenv(variable, f"http://user:secret-word@127.0.0.1:{port}")
+    text = problem(start())
+    assert f"proxy 127.0.0.1:{port}" in text
+    assert variable.lower() in text.lower()
+    assert "secret-word" not in text
+    assert "refused" in text
+
+
+def test_a_proxy_whose_name_leads_nowhere_is_named(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def unknown(host: Any, *words: Any, **more: Any) -> Any:
+        if host == "proxy.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up(host, *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.invalid:3128")
+    assert "proxy proxy.invalid:3128" in problem(start())
+
+
+@pytest.mark.parametrize("reply", [
+    wire.reply_json(407, {}), wire.reply_json(403, {}), wire.reply_raw(b"", "close"),
+    wire.reply_raw(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n"),
+])
+def test_a_proxy_that_does_not_tunnel_is_named(
+    start: Start, monkeypatch: pytest.MonkeyPatch, reply: wire.Reply
+) -> None:
+    with wire.ConnectProxy() as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setattr(proxy, "default", reply)
+        text = problem(start())
+    assert f"proxy {proxy.address[0]}:{proxy.address[1]}" in text
+
+
+def test_an_upstream_that_is_dead_is_not_called_a_proxy(start: Start, backend: wire.Backend) -> None:
+    bridge = start()
+    backend.stop_listening()
+    assert "proxy" not in problem(bridge).lower()
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "socks4", "socks"])
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_a_socks_proxy_is_refused_by_its_variables_name(
+    start: Start, monkeypatch: pytest.MonkeyPatch, variable: str, scheme: str
+) -> None:
+    monkeypatch.setenv(variable, f"{scheme}://user:secret-word@127.0.0.1:1080")
+    text = problem(start())
+    assert "SOCKS" in text
+    assert variable.lower() in text.lower()
+    assert "secret-word" not in text
+
+
+@pytest.mark.parametrize("variable", ["ALL_PROXY", "HTTPS_PROXY"])
+def test_any_other_kind_of_proxy_is_refused_by_its_variables_name(
+    start: Start, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "ftp://127.0.0.1:21")
+    assert variable.lower() in problem(start()).lower()

@@ -1,0 +1,93 @@
+"""Room items: reasoning items that SDKs echo."""
+
+from __future__ import annotations
+
+import pytest
+import wire
+from conftest import RunningBridge
+from help import (
+    CODEX,
+    HI,
+    MODEL,
+    REQUEST,
+    Object,
+    ask,
+    sent,
+)
+
+LITE_MODEL = "gpt-6-sol"
+CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
+MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
+
+
+def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
+    """Hold that a request was taken at the first try, and return it as it came upstream."""
+    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
+    assert bridge.faults == []
+    return sent(backend)[-1]
+
+
+
+# -- reasoning items that SDKs echo (each locks a thread for good) ----------------
+
+THOUGHT: Object = {
+    "type": "reasoning", "id": "rs_1", "encrypted_content": "gAAA",
+    "summary": [{"type": "summary_text", "text": "think"}],
+}
+READABLE = [{"type": "reasoning_text", "text": "I think"}]
+SAYS: Object = {"type": "message", "role": "assistant", "id": "msg_1", "status": "completed",
+                "content": [{"type": "output_text", "text": "hi", "annotations": []}]}
+REASONING_ROWS: dict[str, tuple[Object, Object]] = {  # what changes in the item, what of it goes up
+    "status": ({"status": "completed"}, {}),
+    "status-in-progress": ({"status": "in_progress"}, {}),
+    "status-null": ({"status": None}, {}),
+    "content": ({"content": READABLE}, {}),
+    "content-text": ({"content": "I think"}, {}),
+    "summary-null": ({"summary": None}, {"summary": []}),
+    "model_dump": ({"status": None, "content": None, "summary": []}, {"summary": []}),
+    "all": ({"status": "completed", "content": READABLE, "summary": None}, {"summary": []}),
+}
+
+
+def as_taken(item: Object) -> Object:
+    """Return a reasoning item without `content` that says nothing: null, empty and missing are one."""
+    return {name: value for name, value in item.items() if name != "content" or value not in (None, [])}
+
+
+@pytest.mark.parametrize(("given", "wanted"), REASONING_ROWS.values(), ids=REASONING_ROWS)
+@CLIENTS
+@MODELS
+def test_an_echoed_reasoning_item_goes_up_as_the_backend_takes_it(
+    bridge: RunningBridge, backend: wire.Backend, model: str, headers: dict[str, str],
+    given: Object, wanted: Object,
+) -> None:
+    items = [HI, {**THOUGHT, **given}, SAYS, HI, {**THOUGHT, "id": "rs_2", **given}]
+    request = accepted(bridge, backend, ask(bridge, {"model": model, "input": items}, headers))
+    reasoning = [as_taken(item) for item in request.json["input"] if item["type"] == "reasoning"]
+    assert reasoning == [{**THOUGHT, **wanted}, {**THOUGHT, "id": "rs_2", **wanted}]
+
+
+@CLIENTS
+def test_a_reasoning_item_without_a_summary_gets_an_empty_one(
+    bridge: RunningBridge, backend: wire.Backend, headers: dict[str, str]
+) -> None:
+    item = {name: value for name, value in THOUGHT.items() if name != "summary"}
+    request = accepted(bridge, backend, ask(bridge, {**MODEL, "input": [HI, item]}, headers))
+    assert request.json["input"] == [HI, {**item, "summary": []}]
+
+
+def test_a_message_keeps_its_status(bridge: RunningBridge, backend: wire.Backend) -> None:
+    items = [HI, {**THOUGHT, "status": None}, SAYS]
+    request = accepted(bridge, backend, ask(bridge, {**MODEL, "input": items}))
+    assert request.json["input"][2] == SAYS
+
+
+def test_a_stored_response_is_replayed_as_the_backend_takes_it(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    answer = {**wire.reasoning_item("rs_1"), "status": "completed", "content": READABLE}
+    backend.on("/responses", wire.turn(*wire.items_turn(answer, wire.message_item("hi"))))
+    first = ask(bridge, REQUEST, store=True).json
+    again = ask(bridge, REQUEST, previous_response_id=first["id"])
+    request = accepted(bridge, backend, again)
+    assert [item["type"] for item in request.json["input"]] == ["message", "reasoning", "message", "message"]

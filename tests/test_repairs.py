@@ -1,0 +1,144 @@
+"""Room repairs: a refusal that names a field of an item, or a tool that upstream does not know."""
+
+from __future__ import annotations
+
+import pytest
+import wire
+from conftest import RunningBridge
+from help import (
+    CHAT,
+    CODEX,
+    HI,
+    MODEL,
+    RESPONSES,
+    USER,
+    Object,
+    ask,
+    sent,
+)
+
+# -- a refusal that names a field of an item ---------------------------------------
+
+CALL = {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}"}
+OUTPUT = {"type": "function_call_output", "call_id": "call_1", "output": "x"}
+CUSTOM_CALL = {"type": "custom_tool_call", "call_id": "call_2", "name": "patch", "input": "x"}
+CUSTOM_OUTPUT = {"type": "custom_tool_call_output", "call_id": "call_2", "output": "x"}
+SAYS = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hi"}]}
+TEXT_PART = {"type": "input_text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+FOREIGN = {
+    "message": [{**HI, "name": "ann"}, SAYS, {**HI, "name": "bo"}],
+    "message-null": [{**HI, "prompt_cache_breakpoint": None}],
+    "call": [HI, {**CALL, "index": 0}, OUTPUT, {**CALL, "index": 1}],
+    "output": [HI, CALL, {**OUTPUT, "is_error": False}],
+    "custom-call": [HI, {**CUSTOM_CALL, "odd": 1}, CUSTOM_OUTPUT],
+    "custom-output": [HI, CUSTOM_CALL, {**CUSTOM_OUTPUT, "odd": {"a": 1}}],
+    "part": [{**HI, "content": [TEXT_PART]}, SAYS, {**HI, "content": [TEXT_PART, TEXT_PART]}],
+    "part-of-an-output": [HI, CALL, {**OUTPUT, "output": [TEXT_PART]}],
+}
+ITEMS_LEFT = {
+    "message": [HI, SAYS, HI], "message-null": [HI], "call": [HI, CALL, OUTPUT, CALL],
+    "output": [HI, CALL, OUTPUT], "custom-call": [HI, CUSTOM_CALL, CUSTOM_OUTPUT],
+    "custom-output": [HI, CUSTOM_CALL, CUSTOM_OUTPUT],
+    "part": [HI, SAYS, {**HI, "content": [*HI["content"], *HI["content"]]}],
+    "part-of-an-output": [HI, CALL, {**OUTPUT, "output": HI["content"]}],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
+def test_a_field_of_an_item_that_is_refused_goes_from_all_items_of_its_type(
+    bridge: RunningBridge, backend: wire.Backend, kind: str, headers: dict[str, str]
+) -> None:
+    reply = ask(bridge, {**MODEL, "input": FOREIGN[kind]}, headers)
+    assert reply.status == 200, reply.body
+    assert len(sent(backend)) == 2
+    assert sent(backend)[1].json["input"] == ITEMS_LEFT[kind]
+    assert "input" in (reply.header("x-qoo-bridge-repaired") or "")
+
+
+def test_two_fields_that_are_refused_go_both(bridge: RunningBridge, backend: wire.Backend) -> None:
+    items = [{**HI, "name": "ann"}, {**CALL, "index": 0}, OUTPUT]
+    assert ask(bridge, {**MODEL, "input": items}).status == 200
+    assert [request.json["input"] for request in sent(backend)][2:] == [[HI, CALL, OUTPUT]]
+
+
+def test_an_items_field_is_dropped_for_one_request_only(bridge: RunningBridge, backend: wire.Backend) -> None:
+    for _ in range(2):
+        assert ask(bridge, {**MODEL, "input": [{**HI, "name": "ann"}]}).status == 200
+    assert ["name" in request.json["input"][0] for request in sent(backend)] == [True, False, True, False]
+
+
+def refusal(message: str, code: str = "unknown_parameter") -> wire.Reply:
+    """Answer with a refusal in the API's long form."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return wire.reply_json(400, {"error": error})
+
+
+@pytest.mark.parametrize("text", [
+    "Unknown parameter: 'input[0].role'.", "Unknown parameter: 'input[0].content'.",
+    "Unknown parameter: 'input[0].type'.", "Unknown parameter: 'input[1].call_id'.",
+    "Unknown parameter: 'input[1].arguments'.",
+    "Unknown parameter: 'input[2].output'.", "Unknown parameter: 'input[0].content[0].text'.",
+    "Unknown parameter: 'input[99].odd'.", "Unknown parameter: 'input[0].not_there'.",
+])
+def test_what_an_item_is_about_is_never_dropped(
+    bridge: RunningBridge, backend: wire.Backend, text: str
+) -> None:
+    backend.on("/responses", refusal(text))
+    reply = ask(bridge, {**MODEL, "input": [HI, CALL, OUTPUT]})
+    assert (reply.status, reply.json["error"]["message"], len(sent(backend))) == (400, text, 1)
+
+
+def test_a_field_that_is_refused_again_is_the_clients(bridge: RunningBridge, backend: wire.Backend) -> None:
+    text = "Unknown parameter: 'input[0].odd'."
+    backend.on("/responses", refusal(text), refusal(text))
+    assert ask(bridge, {**MODEL, "input": [{**HI, "odd": 1}]}).status == 400
+    assert len(sent(backend)) == 2
+
+
+MISSING, TOO_LONG = "Missing required parameter: 'input[1].notes'.", (
+    "Invalid 'input[1].notes': array too long. Expected an array with maximum length 0, but got an array "
+    "with length 1 instead."
+)
+
+
+@pytest.mark.parametrize(("text", "code", "given"), [
+    (MISSING, "missing_required_parameter", {}),
+    (TOO_LONG, "array_above_max_length", {"notes": ["x"]}),
+])
+def test_a_list_of_an_item_that_is_refused_is_emptied_in_all_of_its_type(
+    bridge: RunningBridge, backend: wire.Backend, text: str, code: str, given: Object
+) -> None:
+    odd = {"type": "of_tomorrow", "label": "x", **given}
+    backend.on("/responses", refusal(text, code))
+    assert ask(bridge, {**MODEL, "input": [HI, odd, odd]}).status == 200
+    emptied = {"type": "of_tomorrow", "label": "x", "notes": []}
+    assert sent(backend)[1].json["input"] == [HI, emptied, emptied]
+
+
+
+SEARCH: Object = {"type": "web_search"}
+DRAW: Object = {"type": "image_generation"}
+
+
+# -- a forced hosted tool -------------------------------------------------------------
+
+FORCED = {
+    "search": SEARCH, "draw": DRAW, "former-name": {"type": "web_search_preview"},
+    "allowed": {"type": "allowed_tools", "mode": "required", "tools": [SEARCH]},
+}
+
+
+@pytest.mark.parametrize("choice", FORCED.values(), ids=FORCED)
+@pytest.mark.parametrize("path", [RESPONSES, CHAT])
+def test_a_forced_hosted_tool_that_is_refused_is_left_to_the_model(
+    bridge: RunningBridge, backend: wire.Backend, path: str, choice: Object
+) -> None:
+    body: Object = {"messages": [USER]} if path == CHAT else {"input": "hi"}
+    if path == CHAT and choice["type"] == "allowed_tools":
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [SEARCH]}}
+    reply = ask(bridge, {**MODEL, **body}, path=path, tools=[SEARCH, DRAW], tool_choice=choice)
+    assert reply.status == 200, reply.body
+    first, second = sent(backend)
+    assert (second.json["tool_choice"], second.json["tools"]) == ("auto", first.json["tools"])
+    assert "tool_choice" in (reply.header("x-qoo-bridge-repaired") or "")
