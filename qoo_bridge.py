@@ -61,14 +61,15 @@ Five parts and their rooms; each room uses only the rooms above it:
         31  turns           model requests, sent until upstream accepts them
         32  in flight       what a WebSocket holds beside its frames
         33  websockets      frames both ways
-        34  pages           the status page; the clients' configuration
-        35  routes          path -> handler
-        36  server          threads, their limit, drain, shutdown
+        34  pages           the status page
+        35  client config   what a client pastes or saves
+        36  routes          path -> handler
+        37  server          threads, their limit, drain, shutdown
     E commands              the command line; only this part prints
-        37  commands        serve, client-config, new-key, login, litellm-config
-        38  doctor          checks of every step between this host and a reply
-        39  demo            the bridge with a built-in stand-in backend
-        40  main            the command line
+        38  commands        serve, client-config, new-key, login, litellm-config
+        39  doctor          checks of every step between this host and a reply
+        40  demo            the bridge with a built-in stand-in backend
+        41  main            the command line
 """
 from __future__ import annotations
 
@@ -93,6 +94,7 @@ import os
 import queue
 import re
 import select
+import shlex
 import signal
 import socket
 import socketserver
@@ -320,6 +322,10 @@ class InvalidKey(BridgeError):
 
     status, code, type = 401, "invalid_api_key", "authentication_error"
     always_sends: Mapping[str, str] = {"www-authenticate": 'Bearer realm="qoo-bridge"'}
+
+
+class MissingKey(InvalidKey):
+    """The client sent no key."""
 
 
 class Forbidden(BridgeError):
@@ -1417,9 +1423,10 @@ def proxy_headers(proxy: urllib.parse.SplitResult) -> dict[str, str]:
 def sign_in_hint(path: str) -> str:
     """Return what to do about a missing or expired sign-in; `codex login` writes only Codex's own file."""
     host, home, path = socket.gethostname(), os.environ.get("CODEX_HOME") or "~/.codex", os.path.abspath(path)
+    login = f"python3 {shlex.quote(os.path.abspath(__file__))} login"
     if path == os.path.abspath(os.path.join(os.path.expanduser(home), "auth.json")):
-        return f"run `codex login` on {host}, or `python3 qoo_bridge.py login`"
-    return f"run `python3 qoo_bridge.py login --auth-file {path}` on {host}"
+        return f"run `codex login` on {host}, or `{login}`"
+    return f"run `{login} --auth-file {shlex.quote(path)}` on {host}"
 
 
 ###############################################################################
@@ -1975,6 +1982,8 @@ class Upstream:
             oldest = float("inf") if self._has_slept() else time.monotonic() - POOL_IDLE
         alive = [entry for entry in idle if entry[0] > oldest and entry[2].is_still_open()]
         with self._lock:
+            if self._closed:
+                alive = []
             self._idle = alive + self._idle
         for entry in idle:
             if entry not in alive:
@@ -2531,11 +2540,12 @@ def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], N
 
     `show` gets the text for the person. Raises BridgeError, and OSError if the file cannot be written.
     """
-    reply = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/usercode", {"client_id": CLIENT_ID})
+    url = f"{issuer}/api/accounts/deviceauth/usercode"
+    reply = post_to_issuer(fetch, url, {"client_id": CLIENT_ID})
     if reply.status == 404:
         raise NotSignedIn("device sign-in is not enabled for this account or workspace: enable it in "
                           "ChatGPT's security settings (or ask the administrator), or use `codex login`")
-    device = required_strings(reply, "device_auth_id", "user_code")
+    device = required_strings(url, reply, "device_auth_id", "user_code")
     show(f"Open {issuer}/codex/device in any browser,\nsign in to ChatGPT and type the code\n\n"
          f"    {device['user_code']}\n\nThe code expires in 15 minutes; Ctrl-C cancels.")
     interval = str(reply.json().get("interval"))
@@ -2546,8 +2556,9 @@ def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], N
     payload = {"grant_type": "authorization_code", "client_id": CLIENT_ID,
                "code": granted["authorization_code"], "code_verifier": granted["code_verifier"],
                "redirect_uri": f"{issuer}/deviceauth/callback"}
-    reply = post_to_issuer(fetch, f"{issuer}/oauth/token", payload, form=True)
-    return save_sign_in(path, required_strings(reply, "id_token", "access_token", "refresh_token"))
+    url = f"{issuer}/oauth/token"
+    reply = post_to_issuer(fetch, url, payload, form=True)
+    return save_sign_in(path, required_strings(url, reply, "id_token", "access_token", "refresh_token"))
 
 
 def post_to_issuer(fetch: Fetch, url: str, payload: Mapping[str, str], form: bool = False) -> BufferedReply:
@@ -2557,29 +2568,43 @@ def post_to_issuer(fetch: Fetch, url: str, payload: Mapping[str, str], form: boo
         body = urllib.parse.urlencode(payload).encode("ascii")
         content_type = "application/x-www-form-urlencoded"
     headers = {"content-type": content_type, "user-agent": USER_AGENT}
-    return fetch("POST", url, headers, body, 30)
+    with naming(url):
+        return fetch("POST", url, headers, body, 30)
 
 
-def required_strings(answer: BufferedReply, *names: str) -> dict[str, str]:
-    """Return required texts of a reply. Raises its refusal, and BadUpstream if one is missing."""
-    texts = {name: text for name, text in answer.json_or_raise().items()
-             if name in names and isinstance(text, str) and VISIBLE_ASCII.fullmatch(text)}
-    if len(texts) < len(names):
-        raise BadUpstream(f"the sign-in server's reply lacks one of {', '.join(names)}")
-    return texts
+@contextlib.contextmanager
+def naming(url: str) -> Iterator[None]:
+    """Name the step of the sign-in that fails: its address."""
+    try:
+        yield
+    except BridgeError as exc:
+        raise BadUpstream(f"{url}: {exc.message}") from exc
+
+
+def required_strings(url: str, reply: BufferedReply, *names: str) -> dict[str, str]:
+    """Return required texts of a reply. Raises BadUpstream for a refusal, a missing text, a token no JWT."""
+    with naming(url):
+        texts = {name: text for name, text in reply.json_or_raise().items()
+                 if name in names and isinstance(text, str) and VISIBLE_ASCII.fullmatch(text)}
+        if len(texts) < len(names):
+            raise BadUpstream(f"the reply lacks one of {', '.join(names)}")
+        for name in ("id_token", "access_token"):
+            if name in names and not jwt_claims(texts[name]):
+                raise BadUpstream(f"its {name} is no JWT")
+        return texts
 
 
 def poll_for_code(fetch: Fetch, issuer: str, device: Mapping[str, str], interval: float) -> dict[str, str]:
     """Poll until the person has typed the code; keep polling after temporary failures. Raises BridgeError."""
-    until = time.monotonic() + DEVICE_SECONDS
+    until, url = time.monotonic() + DEVICE_SECONDS, f"{issuer}/api/accounts/deviceauth/token"
     while time.monotonic() < until:
         time.sleep(interval)
         try:
-            answer = post_to_issuer(fetch, f"{issuer}/api/accounts/deviceauth/token", device)
-        except (BadUpstream, UpstreamTimeout):
+            answer = post_to_issuer(fetch, url, device)
+        except BadUpstream:
             continue
         if answer.status not in (403, 404, 429) and answer.status < 500:
-            return required_strings(answer, "authorization_code", "code_verifier")
+            return required_strings(url, answer, "authorization_code", "code_verifier")
     raise NotSignedIn("the code was not typed within 15 minutes; run `login` again for a new code")
 
 
@@ -5301,7 +5326,7 @@ def check_key(headers: Mapping[str, str], keys: Iterable[NamedSecret]) -> str:
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     given = [bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
     if not any(given):
-        raise InvalidKey("this bridge requires a key: send `Authorization: Bearer …` or `x-api-key: …`")
+        raise MissingKey("this bridge requires a key: send `Authorization: Bearer …` or `x-api-key: …`")
     name = ""
     for key in keys:
         for text in given:  # an SDK always sends a Bearer, even beside another key header
@@ -5738,6 +5763,8 @@ class Record:
         self.end = ""  # one of ENDS
         self.error_by = ""  # "", "bridge" or "upstream"
         self.error_code = ""
+        self.asks_for_key = False  # the status page asks before a person has typed the key
+        self.waiting = False  # for its key's place
 
     def mark_first_byte(self) -> None:
         """Record the current time as the time to the first byte of the response's body."""
@@ -5807,19 +5834,22 @@ def log_line(record: Record) -> str:
     """Return a finished request's log line. The model is its only value from the request's body."""
     first_byte = "-" if record.first_byte is None else f"{record.first_byte * 1000:.0f}ms"
     client = _word(record.client) + (f"/{_word(record.key)}" if record.key else "")
+    error = ""
+    if record.error[0]:
+        error = f" error={':'.join(map(_word, record.error))}"
+    begin = f"{_word(record.id)} {client} {_word(record.method)} {_word(record.path)}"
+    end = f"end={_word(record.end)}{error}"
+    if not record.model and not record.slug:  # no model request: nothing is known of rules, events, tokens
+        return f"{begin} status={record.status} total={record.total * 1000:.0f}ms bytes={record.bytes} {end}"
     tokens = [f"{kind}:{n}" for kind, n in record.tokens.items()]
     share, cached = cached_share(record.tokens), ""
     if share is not None:
         cached = f" cached={share * 100:.0f}%"
-    error = ""
-    if record.error[0]:
-        error = f" error={':'.join(map(_word, record.error))}"
     return (
-        f"{_word(record.id)} {client} {_word(record.method)} {_word(record.path)}"
-        f" {_word(record.model)}->{_word(record.slug)}"
+        f"{begin} {_word(record.model)}->{_word(record.slug)}"
         f" rules={_word(*record.rules)} repairs={_word(*record.repairs)} status={record.status}"
         f" first_byte={first_byte} total={record.total * 1000:.0f}ms events={record.events}"
-        f" bytes={record.bytes} tokens={_word(*tokens)}{cached} end={_word(record.end)}{error}"
+        f" bytes={record.bytes} tokens={_word(*tokens)}{cached} {end}"
     )
 
 
@@ -5833,7 +5863,7 @@ def cached_share(tokens: Mapping[str, int]) -> float | None:
 def _row(record: Record) -> dict[str, Any]:
     """Convert a record to JSON values: printable texts, valid token counts, the error's source and code."""
     row = vars(record).copy()
-    del row["started"]  # a monotonic time, meaningless outside this process
+    del row["asks_for_key"], row["started"]  # a monotonic time, meaningless outside this process
     row["error_by"], row["error_code"] = record.error
     for name in TEXTS:
         text = row[name]
@@ -5923,8 +5953,9 @@ class Telemetry:
         """
         record.finish()
         row = {**_row(record), "time": now}
+        del row["waiting"]
         quiet = is_quiet(row["path"])
-        if not quiet or row["error_by"]:
+        if not quiet or (row["error_by"] and not record.asks_for_key):
             with self._lock:
                 self._open.pop(record.id, None)
                 self._recent.append(row)
@@ -6082,6 +6113,7 @@ def metrics_text(snapshot: Mapping[str, Any]) -> str:
     gauges = families["gauge"]
     gauges["info"] = [("", {"version": snapshot["version"]}, 1)]
     gauges["uptime_seconds"] = [("", {}, snapshot["uptime"])]
+    gauges["waiting_requests"] = [("", {}, sum(row["waiting"] for row in snapshot["open"]))]
     gauges["open_streams"] = [("", {}, len(snapshot["open"]))]
     for window in WINDOWS:
         for column, (name, factor) in LIMIT_GAUGES.items():
@@ -7381,6 +7413,8 @@ class Turns:
             error.headers.setdefault("retry-after", retry_after_seconds(resets_at - time.time()) or "1")
         if reply.status == 401:
             error.error["message"] = error.message = f"{error.message} ({self.account.hint})"
+        if reply.status == 426:  # RFC 9110, 15.5.22: it must name the protocol
+            error.headers.update(UpgradeRequired.always_sends)
         passed = downstream_headers(headers)
         error.headers.update({name: value for name, value in passed.items()
                               if name not in ("content-type", "etag", "retry-after")})
@@ -7855,6 +7889,8 @@ class WebSocketRelay:
             if self._turns.catalog.is_at_hand(frame["model"]) and self._key_queue.has_room(client.key):
                 self._send_accepted(self._accept(frame, raw, record, held))
             else:
+                record.waiting = True
+                self._turns.telemetry.begin(record)
                 self._start_background(lambda: self._accept(frame, raw, record, held),
                                        lambda waited: self._resume_create(waited, record, held))
         except BridgeError as exc:
@@ -7868,6 +7904,7 @@ class WebSocketRelay:
             self._refuse(record, exc, held)
 
     def _send_accepted(self, in_flight: InFlight) -> None:
+        in_flight.record.waiting = False
         self._turns.telemetry.begin(in_flight.record)
         self._set_idle(False)
         self._in_flight.append(in_flight)
@@ -8095,7 +8132,7 @@ NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"')
 
 
 # == 34 pages =================================================================
-# The status page, and the clients' configuration.
+# The status page.
 
 # The page contains no values: its script fetches `status` every 2 s and shows the values as text nodes.
 # The page is the same for every client, so it needs no key.
@@ -8259,7 +8296,7 @@ function render(s) {
   put("hour", plot("Requests", s.hour, "requests", true), plot("Tokens", s.hour, "tokens", false),
     el("small", "pair soft", el("span", "", clock(s.hour[0].time, true)), el("span", "", "now")));
   table("open", "No request is running.", s.open, ["Model", "any", model], ["Client", "", who],
-    ["Age", "n", row => span(row.age)], ["Events", "n", count("events")]);
+    ["Age", "n", row => span(row.age) + (row.waiting ? " waiting" : "")], ["Events", "n", count("events")]);
   table("clients", "No clients yet.", s.clients, ["Client", "any", who], ["Requests", "n", count("requests")],
     ["Errors", "n", count("failed_requests")], ["In", "n", tokens("input")],
     ["Cached", "n wide", row => percent(row.cached, row.input)], ["Out", "n", tokens("output")]);
@@ -8347,63 +8384,232 @@ def page_csp() -> str:
     )
 
 
-# -- the clients' configuration
+# == 35 client config =========================================================
+# What a person pastes or saves on another machine. Pure: texts in, text out.
 
+PROFILE = "local_lan"
+DEFAULT_MODEL = OPTION["alias"].default.partition("=")[0]
+PROFILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a profile is a file's name and a word of a shell command
+LITELLM_PORT = 4000  # where run.sh starts LiteLLM, always in plain http
+MAX_OUTPUT_TOKENS = 128_000  # of all GPT-5 and GPT-6 models; the catalogue does not say
+CONTEXT_WINDOW = 272_000  # tokens; used where no catalogue entry says more
+
+# The keys of the file come before the table's header. Keys below the header would belong to the table, and
+# Codex would send the prompt to OpenAI without a word (WIRE 7).
 CODEX_CONFIG = """\
-# 1. Add to ~/.codex/config.toml (for a ~/.qoo home: ~/.qoo/config.toml)
+model = {model}
+model_provider = "lan"
+approval_policy = "never"
+
 [model_providers.lan]
 name = "LAN ChatGPT Bridge"
-base_url = "{url}"
+base_url = {url}
 wire_api = "responses"
 requires_openai_auth = false
 stream_idle_timeout_ms = 20000
 supports_websockets = true
-model_catalog_url = "{url}/models"
+model_catalog_url = {catalog_url}
+# Any word in this header has Codex offer web search and images. The bridge keeps it to itself.
 http_headers = {{ "x-openai-actor-authorization" = "lan" }}
 {auth}
 
-# 2. Save as ~/.codex/local_lan.config.toml (for a ~/.qoo home: ~/.qoo/local_lan.config.toml)
-model = "{model}"
-model_provider = "lan"
-approval_policy = "never"
-
-# 3. Try:  codex exec --profile local_lan "say hello to me then run 1 shell cmd"
+# Save this file on the client. The name of the file is the name of the profile:
+#   {save}
+# (for a ~/.qoo home: ~/.qoo/{profile}.config.toml)
+# Then try it. Outside a Git repository, add --skip-git-repo-check:
+#   codex exec --profile {profile} "say hello to me then run 1 shell cmd"
+# A Codex older than 0.134 does not read this file. Put the table into ~/.codex/config.toml, and its three
+# first lines below it, under the header [profiles.{profile}].
 """
 OPENAI_CONFIG = """\
-export OPENAI_BASE_URL="{url}"
-export OPENAI_API_KEY="{key}"
+export OPENAI_BASE_URL={shell_url}
+export OPENAI_API_KEY={shell_key}
 # model: {model}
 """
-LITELLM_CONFIG = """\
-model_list:
-  - model_name: "{model}"
+# `openai/NAME` works for both of LiteLLM's own endpoints, chat completions and responses.
+LITELLM_MODEL = """\
+  - model_name: {name}
     litellm_params:
-      model: "openai/{model}"
-      api_base: "{url}"
-      api_key: "{key}"
+      model: {model}
+      api_base: {url}
+      api_key: {key}
+    model_info:
+      supports_reasoning: {reasoning}
+      supports_vision: {vision}
+      supports_function_calling: true
+      max_input_tokens: {max_input}
+      max_output_tokens: {max_output}
+"""
+# A model has only one deployment here: a cooldown after one client's error would lock every client out, and a
+# retry would repeat a request that the bridge has already repaired and repeated where that helps.
+LITELLM_ROUTER = """\
+router_settings:
+  disable_cooldowns: true
+  num_retries: 0
+"""
+# Claude Code joins `/v1/messages` to the base URL.
+CLAUDE_CONFIG = """\
+# Claude Code asks LiteLLM (port {port}), which ./run.sh starts beside the bridge; not the bridge itself.
+export ANTHROPIC_BASE_URL={shell_litellm}
+export ANTHROPIC_AUTH_TOKEN={shell_token}{token_hint}
+export ANTHROPIC_MODEL={shell_model}
+export CLAUDE_CODE_MAX_CONTEXT_TOKENS={tokens}  # else Claude Code assumes 1,000,000 for this name
 """
 CURL_CONFIG = """\
-curl {url}/responses -H 'content-type: application/json' \\
-  {header}-d '{{"model": "{model}", "input": "say hello", "stream": false}}'
+curl {shell_responses} -H 'content-type: application/json' \\
+  {header}-d {shell_body}
 """
-CLIENT_CONFIGS = {
-    "codex": CODEX_CONFIG, "openai": OPENAI_CONFIG, "litellm": LITELLM_CONFIG, "curl": CURL_CONFIG,
+CLIENT_CONFIGS = {  # what is served and printed, and what it is
+    "codex": "one file for Codex CLI",
+    "openai": "two variables for OpenAI's SDKs",
+    "litellm": "a litellm.yaml for a LiteLLM on another machine",
+    "claude": "variables for Claude Code, through LiteLLM",
+    "curl": "a request to try",
 }
+UNSAFE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")  # not raw in YAML or TOML, but raw in JSON
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def client_config(client: str, url: str, locked: bool, model: str) -> str:
-    """Return the configuration to paste on another machine, for one of CLIENT_CONFIGS.
+def quoted(text: str) -> str:
+    """Return a text in double quotes, as TOML, YAML and JSON all read it.
+
+    JSON's own ASCII form will not do: TOML refuses its surrogate pairs, and YAML reads two characters.
+    """
+    plain = json.dumps(SURROGATE.sub("\ufffd", text), ensure_ascii=False)
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", plain)
+
+
+def shell_word(text: str) -> str:
+    """Return a text in double quotes, as POSIX shells read it literally."""
+    return '"' + re.sub(r'(["$`\\])', r"\\\1", one_line(text)) + '"'
+
+
+def one_line(text: str) -> str:
+    """Return a text for a comment: without the characters that would end or hide the line."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def codex_save_command(url: str, locked: bool, model: str, profile: str) -> str:
+    """Return the one command of a client: fetch the file of Codex, and save it under the profile's name."""
+    query = []
+    if profile != PROFILE:
+        query.append(("profile", profile))
+    if model != DEFAULT_MODEL:
+        query.append(("model", SURROGATE.sub("\ufffd", model)))
+    target = urllib.parse.quote(url, safe=":/[]%") + "/client-config/codex"
+    if query:
+        target = f"'{target}?{urllib.parse.urlencode(query)}'"
+    key = ""
+    if locked:
+        key = '-H "authorization: Bearer $QOO_BRIDGE_KEY" '
+    return f"curl -fsS --create-dirs {key}{target} -o ~/.codex/{profile}.config.toml"
+
+
+def codex_config(url: str, locked: bool, model: str, profile: str) -> str:
+    """Return the one file of Codex.
 
     While the bridge is open, Codex gets any literal token: an unset env_key variable is an error (WIRE 7).
     """
-    auth = 'env_key = "QOO_BRIDGE_KEY"  # export it: the key you were given' if locked else \
-        'experimental_bearer_token = "lan"'
-    key = "$QOO_BRIDGE_KEY"
+    auth = 'experimental_bearer_token = "lan"'
+    if locked:
+        auth = 'env_key = "QOO_BRIDGE_KEY"  # export this variable: the key that you were given'
+    return CODEX_CONFIG.format(
+        model=quoted(model), url=quoted(url), catalog_url=quoted(f"{url}/models"), auth=auth, profile=profile,
+        save=codex_save_command(url, locked, model, profile))
+
+
+def context_window(entry: Mapping[str, Any]) -> int:
+    """Return how many tokens a model takes, by its entry of the catalogue."""
+    tokens = entry.get("context_window")
+    if type(tokens) is int and tokens > 0:
+        return tokens
+    return CONTEXT_WINDOW
+
+
+def litellm_model(name: str, model: str, url: str, key: str, entry: Mapping[str, Any]) -> str:
+    """Return a model of litellm.yaml; LiteLLM refuses `thinking` for names whose model_info lacks it.
+
+    `entry` is the model's entry of the catalogue; {} stands for a present model.
+    """
+    modalities = entry.get("input_modalities")
+    vision = not isinstance(modalities, list) or "image" in modalities
+    reasoning = entry.get("supported_reasoning_levels") != []
+    return LITELLM_MODEL.format(
+        name=quoted(name), model=quoted(f"openai/{model}"), url=quoted(url), key=quoted(key),
+        vision=json.dumps(vision), reasoning=json.dumps(reasoning), max_input=context_window(entry),
+        max_output=MAX_OUTPUT_TOKENS)
+
+
+def litellm_yaml(models: Iterable[tuple[str, Mapping[str, Any]]], first: str, url: str, key: str) -> str:
+    """Return model_list and router_settings of a litellm.yaml. `models` are (name, catalogue entry).
+
+    The entry `claude-*` sends Claude Code's own model names to the model `first`.
+    """
+    listed = dict(models)
+    blocks = [litellm_model(name, name, url, key, entry) for name, entry in listed.items()]
+    blocks.append(litellm_model("claude-*", first, url, key, listed.get(first, {})))
+    return "model_list:\n" + "".join(blocks) + LITELLM_ROUTER
+
+
+def claude_config(url: str, locked: bool, model: str, entry: Mapping[str, Any]) -> str:
+    """Return the variables of Claude Code, for the LiteLLM beside the bridge.
+
+    Claude Code 2.1 takes a name that it does not know for a model with a context window of 1,000,000 tokens.
+    """
+    host = re.sub(r":[0-9]*$", "", urllib.parse.urlsplit(url).netloc)
+    token, hint = "lan", ""
+    if locked:
+        token, hint = "$LITELLM_KEY", "  # master_key in litellm.yaml on the bridge's host"
+    return CLAUDE_CONFIG.format(
+        port=LITELLM_PORT, shell_litellm=shell_word(f"http://{host}:{LITELLM_PORT}"),
+        shell_token=f'"{token}"', token_hint=hint, shell_model=shell_word(model),
+        tokens=context_window(entry))
+
+
+def curl_config(url: str, locked: bool, model: str) -> str:
+    """Return a request to try."""
+    body = '{"model": ' + quoted(model) + ', "input": "say hello", "stream": false}'
+    header = ""
+    if locked:
+        header = '-H "authorization: Bearer $QOO_BRIDGE_KEY" '
+    responses = f"{url}/responses"
+    if re.fullmatch(r"[A-Za-z0-9:/.\[\]_-]+", responses) is None:
+        responses = shell_word(responses)
+    return CURL_CONFIG.format(shell_responses=responses, header=header,
+                              shell_body="'" + body.replace("'", "'\\''") + "'")
+
+
+def openai_config(url: str, locked: bool, model: str) -> str:
+    """Return the variables of OpenAI's SDKs."""
+    key = '"lan"'
+    if locked:
+        key = '"$QOO_BRIDGE_KEY"'
+    return OPENAI_CONFIG.format(shell_url=shell_word(url), shell_key=key, model=one_line(model))
+
+
+def client_config(client: str, url: str, locked: bool, model: str, profile: str = PROFILE,
+                  entry: Mapping[str, Any] | None = None) -> str:
+    """Return the configuration for another machine, for one of CLIENT_CONFIGS.
+
+    `entry` is the model's entry of the catalogue, if there is one.
+    """
+    if client == "codex":
+        return codex_config(url, locked, model, profile)
     if client == "litellm":
-        key = "os.environ/QOO_BRIDGE_KEY"
-    return CLIENT_CONFIGS[client].format(
-        url=url, model=model, auth=auth, key=key if locked else "lan",
-        header='-H "authorization: Bearer $QOO_BRIDGE_KEY" ' if locked else "")
+        key = "lan"
+        if locked:
+            key = "os.environ/QOO_BRIDGE_KEY"  # LiteLLM reads variables only in this notation
+        return litellm_yaml([(model, entry or {})], model, url, key)
+    if client == "claude":
+        return claude_config(url, locked, model, entry or {})
+    if client == "openai":
+        return openai_config(url, locked, model)
+    return curl_config(url, locked, model)
+
+
+def client_config_list(url: str) -> str:
+    """Return what /v1/client-config answers: each address and what it gives, one a line."""
+    return "".join(f"{url}/client-config/{name:<8} {what}\n" for name, what in CLIENT_CONFIGS.items())
 
 
 def default_model(config: Config) -> str:
@@ -8411,7 +8617,7 @@ def default_model(config: Config) -> str:
     return next(iter(config.alias))
 
 
-# == 35 routes ================================================================
+# == 36 routes ================================================================
 # Path and method -> handler; and one request from its head to its error.
 
 class Bridge:
@@ -8449,6 +8655,7 @@ class Bridge:
             "/status": {"GET": self.get_status},
             "/metrics": {"GET": self.get_metrics},
             "/": {"GET": self.get_page},
+            "/client-config": {"GET": self.get_client_configs},
             **{f"/client-config/{client}": {"GET": self.get_client_config} for client in CLIENT_CONFIGS},
             **{path: {method: self.turns.pass_on} for path, (method, _) in SIDE_ROUTES.items()},
         }
@@ -8463,7 +8670,9 @@ class Bridge:
             key = ""
             if exchange.head.method == "POST":
                 key = exchange.client.key
+            record.waiting = True
             with self.key_queue.slot(key, exchange.connection.raise_if_closed):
+                record.waiting = False
                 action(exchange)
         except ClientLeft as exc:
             record.end = str(exc)
@@ -8487,6 +8696,7 @@ class Bridge:
             exchange.abort()
             return
         exchange.record.fail(error)
+        exchange.record.asks_for_key = isinstance(error, MissingKey) and exchange.path == "/status"
         try:
             exchange.send_error(error)
         except ClientLeft:
@@ -8507,7 +8717,7 @@ class Bridge:
         if self.key_ring.locked and not preflight and path not in PUBLIC:
             exchange.identify(check_key(headers, self.key_ring.keys()))
         if methods is None:
-            raise NotFound(f"no such endpoint: {exchange.path_as_sent!r}")
+            raise NotFound(f"no such endpoint: {exchange.path_as_sent!r}{self._hint(path)}")
         if method == "OPTIONS":
             return self.options
         action = methods.get("GET" if method == "HEAD" else method)
@@ -8515,6 +8725,14 @@ class Bridge:
             raise MethodNotAllowed(f"{path} does not support {method}: use {', '.join(methods)}",
                                    allow=allowed_methods(methods))
         return action
+
+    def _hint(self, path: str) -> str:
+        """Return what to do about an unknown path."""
+        if path.startswith("/client-config/"):
+            return f"; there are {', '.join(CLIENT_CONFIGS)}"
+        if path == "/messages" or path.startswith("/messages/"):
+            return "; Claude clients use LiteLLM on port 4000, see /v1/client-config/claude"
+        return ""
 
     def _methods(self, path: str) -> dict[str, Action] | None:
         """Return a path's handlers by method; None for an unknown path."""
@@ -8579,17 +8797,34 @@ class Bridge:
 
     def get_client_config(self, exchange: Exchange) -> None:
         """Answer with a client's configuration, as text."""
-        text = self._client_config(exchange.path.rpartition("/")[2], exchange)
-        exchange.send_response(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
+        send_text(exchange, self._client_config(exchange.path.rpartition("/")[2], exchange))
+
+    def get_client_configs(self, exchange: Exchange) -> None:
+        """Answer with the list of configurations, as text."""
+        send_text(exchange, client_config_list(self._base_url(exchange)))
 
     def _client_config(self, client: str, exchange: Exchange) -> str:
-        """Return a client's configuration, with the address that this client used to reach the bridge."""
+        """Return a client's configuration; `?model=` and `?profile=` choose others than the defaults."""
+        query = urllib.parse.parse_qs(exchange.query)
+        default = default_model(self.config)
+        model = query.get("model", [default])[0]
+        profile = query.get("profile", [PROFILE])[0]
+        if not PROFILE_NAME.fullmatch(profile):
+            raise InvalidRequest("profile must be 1 to 64 letters, digits, - or _", "profile")
+        models = self.catalog.get()
+        entry = None
+        if models:
+            entry = models.entries.get(self.catalog.resolve(model, models)[0])
+        return client_config(client, self._base_url(exchange), self.key_ring.locked, model, profile, entry)
+
+    def _base_url(self, exchange: Exchange) -> str:
+        """Return the base URL that this client used to reach the bridge."""
         host, port = exchange.connection.sock.getsockname()[:2]
         own = exchange.head.headers.get("host") or authority(host, port)  # HTTP/1.0 may lack a Host
         scheme = "http"
         if self.config.tls_cert:
             scheme = "https"
-        return client_config(client, f"{scheme}://{own}/v1", self.key_ring.locked, default_model(self.config))
+        return f"{scheme}://{own}/v1"
 
     def status(self) -> dict[str, Any]:
         """Return the values of the status page, without any secret."""
@@ -8621,7 +8856,12 @@ class Bridge:
         exchange.send_response(200, {"content-type": "text/plain; version=0.0.4; charset=utf-8"}, text)
 
     def get_page(self, exchange: Exchange) -> None:
-        """Answer with the status page."""
+        """Answer with the status page; at the base URL, where a person may look, with a sentence."""
+        if exchange.path_as_sent.startswith("/v1"):
+            url = self._base_url(exchange)
+            send_text(exchange, f"{url} is the base URL for OpenAI clients.\n{url}/client-config lists what "
+                                f"to set up on them.\n{url[:-2]} is the status page.\n")
+            return
         exchange.send_response(200, {
             "content-type": "text/html; charset=utf-8", "content-security-policy": page_csp(),
             "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
@@ -8654,6 +8894,11 @@ class Bridge:
 
 
 Action = Callable[[Exchange], None]
+
+
+def send_text(exchange: Exchange, text: str) -> None:
+    """Answer with a text for a person."""
+    exchange.send_response(200, {"content-type": "text/plain; charset=utf-8"}, text.encode("utf-8"))
 
 
 def allowed_methods(methods: Iterable[str]) -> str:
@@ -8703,10 +8948,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
         reply.close()
         raise UpgradeRequired("upstream does not support WebSockets; use POST")
     if reply.status != 101:
-        error = turns.read_refusal(reply, exchange)
-        if error.status == 426:
-            error.headers.update(UpgradeRequired.always_sends)
-        raise error
+        raise turns.read_refusal(reply, exchange)
     accepted = is_upgrade(reply.headers) and reply.headers.get("sec-websocket-accept") == accept_key(key)
     if not accepted or "sec-websocket-extensions" in reply.headers:
         reply.close()
@@ -8714,7 +8956,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     return reply
 
 
-# == 36 server ================================================================
+# == 37 server ================================================================
 # Threads, their limit, and a shutdown that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
@@ -8744,6 +8986,13 @@ class Handler(socketserver.BaseRequestHandler):
     def _handshake(self, context: ssl.SSLContext) -> bool:
         """Do the TLS handshake in the connection's own thread; tell whether the handshake succeeded."""
         self.request.settimeout(HEAD_TIMEOUT)
+        with contextlib.suppress(OSError):
+            begun = self.request.recv(16, socket.MSG_PEEK)
+            if re.match(rb"[A-Z]{3,8} ", begun):
+                log.warning("%s sent plain http: this bridge serves https", self.client_address[0])
+                self._refuse(Connection(self.request), MalformedHttp(
+                    "this bridge serves https only: use https://"), begun, time.monotonic())
+                return False
         try:
             self.request = context.wrap_socket(self.request, server_side=True)
         except (OSError, ValueError) as exc:
@@ -8991,13 +9240,17 @@ class Server(http.server.ThreadingHTTPServer):
 ###############################################################################
 
 
-# == 37 commands ==============================================================
+# == 38 commands ==============================================================
 # serve, client-config, new-key, login, litellm-config.
+
+EVERY_ADDRESS = ("0.0.0.0", "::", "")  # values of --host that listen on all of this host's addresses
+NAME_SECONDS = 0.3  # for the system to find this host's own name
+
 
 def base_url(config: Config, port: int) -> str:
     """Return the base URL that clients use."""
     host = config.host
-    if config.host in ("0.0.0.0", "::", ""):
+    if config.host in EVERY_ADDRESS:
         host = lan_address()
     return f"{'https' if config.tls_cert else 'http'}://{authority(host, port)}/v1"
 
@@ -9010,9 +9263,27 @@ def greeting(server: Server, config: Config) -> str:
     except NotSignedIn:
         account = f"not signed in yet: {sign_in_hint(config.auth_file)}"
     access = "open to the LAN: no key is set"
+    if own_names_only(config.host):
+        access = "only this host can use it"
     if server.bridge.key_ring.locked:
         access = "clients need a key"
-    return f"qoo-bridge {__version__} on {base_url(config, server.server_port)}, {account}, {access}"
+    url, name = base_url(config, server.server_port), ""
+    if config.host in EVERY_ADDRESS:
+        name = local_name()
+    if name:
+        url = f"{url} and http{'s' * bool(config.tls_cert)}://{name}:{server.server_port}/v1"
+    return f"qoo-bridge {__version__} on {url}, {account}, {access}"
+
+
+def local_name() -> str:
+    """Return this host's name by mDNS, such as `kitchen.local`; "" if the name does not lead here at once."""
+    name = f"{socket.gethostname().partition('.')[0].lower()}.local"
+    look_up = Background(lambda: resolve_host(name, 0))
+    if look_up.done.wait(NAME_SECONDS):
+        with contextlib.suppress(BridgeError):
+            if lan_address() in look_up.result():
+                return name
+    return ""
 
 
 def warn_of_access(server: Server, config: Config) -> None:
@@ -9117,7 +9388,10 @@ def print_client_config(config: Config, words: argparse.Namespace) -> int:
         raise UsageError(f"client-config: must be one of {', '.join(CLIENT_CONFIGS)}, not {client!r}")
     locked = KeyRing(config.api_key, config.api_key_file).locked
     model = words.model or default_model(config)
-    print(client_config(client, base_url(config, config.port), locked, model), end="")
+    profile = words.profile or PROFILE
+    if not PROFILE_NAME.fullmatch(profile):
+        raise UsageError("--profile: must be 1 to 64 letters, digits, - or _")
+    print(client_config(client, base_url(config, config.port), locked, model, profile), end="")
     return 0
 
 
@@ -9125,12 +9399,15 @@ def new_key(config: Config, words: argparse.Namespace) -> int:
     """Generate a key; print its line for the key file and its line for the client."""
     if len(words.words) != 1:
         raise UsageError("new-key needs exactly one name: new-key NAME")
+    if "=" in words.words[0]:
+        raise UsageError("new-key: a name has no =")
     try:
         key = read_key(f"{words.words[0]}=qoo-{base64.urlsafe_b64encode(os.urandom(24)).decode('ascii')}")
     except ValueError as exc:
         raise UsageError(f"new-key: {exc}") from exc
-    print(f"# add this line to the bridge's --api-key-file (chmod 600):\n{key.name}={key.secret}\n"
-          f"# run this line in the client's shell:\nexport QOO_BRIDGE_KEY={key.secret}")
+    print(f"{key.name}={key.secret}")
+    print("# Append the line above to the bridge's --api-key-file (chmod 600).\n"
+          f"# On the client, run:\nexport QOO_BRIDGE_KEY={key.secret}", file=sys.stderr)
     return 0
 
 
@@ -9155,13 +9432,6 @@ def login(config: Config, words: argparse.Namespace) -> int:
 
 
 LITELLM_KEY = b"master key of the LiteLLM beside qoo-bridge"  # HMAC message: derives LiteLLM's key
-# `openai/NAME` works for both of LiteLLM's own endpoints, chat completions and responses.
-LITELLM_MODEL = """\
-  - model_name: {}
-    litellm_params:
-      model: {}
-      api_base: {}
-      api_key: {}"""
 
 
 def own_url(config: Config) -> str:
@@ -9183,32 +9453,33 @@ def get_from_own_bridge(config: Config, path: str, key: str = "") -> BufferedRep
         upstream.close()
 
 
-def own_models(config: Config, key: str) -> list[str]:
-    """Return the running bridge's models and aliases. Raises BridgeError."""
-    reply = get_from_own_bridge(config, "/v1/models", key)
-    names = [str(model.get("id")) for model in dicts_in(reply.json_or_raise().get("data"))]
-    if not names:
+def own_models(config: Config, key: str) -> dict[str, dict[str, Any]]:
+    """Return the running bridge's models and aliases with their catalogue entries. Raises BridgeError."""
+    reply = get_from_own_bridge(config, f"/v1/models?client_version={config.client_version}", key)
+    models = {str(entry.get("slug")): entry for entry in dicts_in(reply.json_or_raise().get("models"))
+              if entry.get("visibility", "list") == "list"}
+    if not models:
         raise BadUpstream(f"the bridge on {own_url(config)} lists no models")
-    return names
+    return models
 
 
 def litellm_config(config: Config, words: argparse.Namespace) -> int:
-    """Print a litellm.yaml with the running bridge's models; JSON strings are valid YAML."""
+    """Print a litellm.yaml with the running bridge's models."""
     try:
         keys = KeyRing(config.api_key, config.api_key_file).keys()
         key = next((key.secret for key in keys if key.name == "litellm"), keys[0].secret if keys else "")
-        names = own_models(config, key)
+        models = own_models(config, key)
     except BridgeError as exc:
-        print(f"litellm-config: {' '.join(exc.message.split())}", file=sys.stderr)
+        print(f"litellm-config: {escape_unprintable(' '.join(exc.message.split()))}", file=sys.stderr)
         return 1
-    models = [LITELLM_MODEL.format(*map(json.dumps, (name, f"openai/{name}", own_url(config), key or "lan")))
-              for name in names]
     access = "dangerously_permit_weak_or_unset_master_key: true"  # LiteLLM is open because the bridge is open
     if key:
         access = f'master_key: "sk-{hmac.new(key.encode("ascii"), LITELLM_KEY, "sha256").hexdigest()}"'
-    # A model has only one deployment here: a cooldown after an error would lock every client out.
-    print("\n".join(["model_list:", *models, "general_settings:", f"  {access}",
-                     "router_settings:", "  disable_cooldowns: true"]))
+    first = default_model(config)
+    if first not in models:
+        first = next(iter(models))
+    models_and_router = litellm_yaml(models.items(), first, own_url(config), key or "lan")
+    print(f"{models_and_router}general_settings:\n  {access}")
     return 0
 
 
@@ -9217,7 +9488,7 @@ def own_names_only(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-# == 38 doctor ================================================================
+# == 39 doctor ================================================================
 # Checks of every step between this host and a reply, each with a remedy.
 
 class Finding(NamedTuple):
@@ -9290,7 +9561,7 @@ def check_private(doctor: Doctor) -> Finding:
     if os.name != "posix":
         return Finding("none", "not checked on this system")
     mode = auth_file_mode(path)
-    return Finding("failed" if mode & 0o077 else "ok", f"mode {mode:04o}", f"chmod 600 {path}")
+    return Finding("failed" if mode & 0o077 else "ok", f"mode {mode:04o}", f"chmod 600 {shlex.quote(path)}")
 
 
 def check_token(doctor: Doctor) -> Finding:
@@ -9406,7 +9677,9 @@ def check_port(doctor: Doctor) -> Finding:
         check_can_listen(config.host, 0)
     except OSError as exc:
         text = f"cannot listen on --host {config.host}: {describe_error(exc)}"
-        return Finding("failed", text, "use an address of this host, or 0.0.0.0 for all of them")
+        where = authority(config.host, config.port)
+        return Finding("failed", text, "use an address of this host, or 0.0.0.0 for all of them; to ask "
+                       f"another machine's bridge: curl http://{where}/healthz")
     try:
         reply = get_from_own_bridge(config, "/healthz")
         if reply.status == 200 and reply.json().get("status") == "ok":
@@ -9523,7 +9796,7 @@ CHECKS = (
     Check("usage", ("sign-in file", "token", "Cloudflare"), check_usage, REFUSED),
     Check("port", (), check_port, "stop the program that uses it, or choose another --port or --host"),
     Check("access", (), check_access),
-    Check("LAN address", (), check_lan),
+    Check("LAN address", ("port",), check_lan),
     Check("firewall", ("LAN address",), check_firewall),
     Check("zstd", (), check_zstd),
 )
@@ -9571,7 +9844,7 @@ def print_finding(name: str, finding: Finding) -> None:
     print(row, flush=True)
 
 
-# == 39 demo ==================================================================
+# == 40 demo ==================================================================
 # The complete bridge with a built-in stand-in backend, which needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
@@ -9778,18 +10051,20 @@ def print_demo(server: Server) -> None:
     """Print what to try while the demo runs."""
     config = server.bridge.config
     url, locked = base_url(config, server.server_port), bool(server.bridge.key_ring.keys())
-    curl, codex = (client_config(name, url, locked, default_model(config)) for name in ("curl", "codex"))
+    curl = client_config("curl", url, locked, default_model(config))
+    save = codex_save_command(url, locked, default_model(config), PROFILE)
     print(f"\nA demo without account, network or model. On any machine of the LAN, try\n\n{curl}\n"
-          f"or configure Codex:\n\n{codex}", flush=True)
+          f"or set Codex up, and ask it:\n\n{save}\n"
+          f'codex exec --skip-git-repo-check --profile {PROFILE} "say hello to me"\n', flush=True)
 
 
-# == 40 main ==================================================================
+# == 41 main ==================================================================
 # The command line.
 
 COMMANDS = (
     Command("serve", lambda config, words: serve(config), "serve (the default)"),
     Command("client-config", print_client_config,
-            "print a client's configuration: codex (the default), openai, litellm, curl"),
+            "print a client's configuration: codex (the default), openai, litellm, claude, curl"),
     Command("login", login, "sign this host in to ChatGPT with a code typed in any browser"),
     Command("doctor", doctor, "check every step between this host and a reply (--live, --json)"),
     Command("demo", demo, "serve with a built-in backend: no account, no network"),
@@ -9810,6 +10085,7 @@ def build_parser() -> argparse.ArgumentParser:
                         metavar="command", help="see below")
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--model", metavar="MODEL", help="client-config: the model to name")
+    parser.add_argument("--profile", metavar="NAME", help="client-config codex: the name of the profile")
     parser.add_argument("--live", action="store_true", help="doctor: send one tiny request as well")
     parser.add_argument("--json", action="store_true", help="doctor: print JSON")
     parser.add_argument("--version", action="version", version=f"qoo-bridge {__version__}")

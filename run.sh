@@ -1,7 +1,7 @@
 #!/bin/sh
 # Starts the bridge, or its tests, from any directory.
 #
-#   ./run.sh [WORD] [OPTION...]   python3 qoo_bridge.py, with the same arguments; LiteLLM beside it if installed
+#   ./run.sh [WORD] [OPTION...]   as python3 qoo_bridge.py, and LiteLLM beside it if it is installed
 #   ./run.sh test [OPTION...]     the tests, with pytest's options; pytest goes into .venv if need be
 #
 #   PYTHON           the interpreter; without it the first on PATH that is Python 3.9 or newer
@@ -48,6 +48,14 @@ find_python() {
     fail "needs Python 3.9 or newer and found $found. On Debian or Ubuntu: apt install python3"
 }
 
+# Import the file, because Python keeps the bytecode of modules (in __pycache__ beside them), not of scripts:
+# the second start takes half the time. -c puts the current folder on Python's path. Nothing may be imported
+# from there, so this file's folder takes its place.
+START='import sys
+sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]
+import qoo_bridge
+sys.exit(qoo_bridge.main())'
+
 # == tests ====================================================================
 
 # Print the interpreter of an environment that has pytest; the one of a Python version is made once.
@@ -66,12 +74,14 @@ test_python() {
     printf '%s\n' "$venv/bin/python"
 }
 
-# -c and --rootdir: as a submodule, the tests must not take over the settings of the project around them.
+# -c, --rootdir, --confcutdir: as a submodule, the tests must not take over the settings and the conftest.py of
+# the project around them.
 run_tests() {
     pytest_python=$(test_python)
     cd "$here"
     export PYTHONDONTWRITEBYTECODE=1
-    exec "$pytest_python" -W error -m pytest -c /dev/null --rootdir="$here" -p no:cacheprovider "$@"
+    exec "$pytest_python" -W error -m pytest -c /dev/null --rootdir="$here" --confcutdir="$here" \
+        -p no:cacheprovider "$@"
 }
 
 # == LiteLLM ==================================================================
@@ -108,7 +118,7 @@ write_litellm_yaml() {
     [ "${1-}" != serve ] || shift
     umask 077
     tries=30
-    until models=$("$python" "$here/qoo_bridge.py" litellm-config "$@" 2>"$log"); do
+    until models=$("$python" -c "$START" "$here" litellm-config "$@" 2>"$log"); do
         tries=$((tries - 1))
         if [ "$tries" -eq 0 ]; then
             say "no LiteLLM: $(tail -n 1 "$log")"
@@ -134,6 +144,21 @@ own_host() {
     printf '%s\n' "$host"
 }
 
+# Tell whether a port is taken, on an address or on this host: LiteLLM asks localhost, and then takes a random
+# port on all addresses.
+port_is_taken() {
+    "$python" -c 'import socket, sys
+host, port = sys.argv[1], int(sys.argv[2])
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+with socket.socket(family) as listener, socket.socket() as client:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError:
+        sys.exit(0)
+    sys.exit(client.connect_ex(("localhost", port)) != 0)' "$1" "$2"
+}
+
 # Run LiteLLM for as long as the bridge runs. The bridge has this shell's process id ($$), see the last line:
 # so signals and the exit status are its own, and LiteLLM ends however the bridge does.
 serve_litellm() {
@@ -144,6 +169,10 @@ serve_litellm() {
     write_litellm_yaml "$@" || return 0
     kill -0 $$ 2>/dev/null || return 0  # the bridge has ended: another one may have told the models
     host=$(own_host "$@")
+    if port_is_taken "$host" 4000; then
+        say "no LiteLLM: another program uses port 4000. Stop it and start again, or set NO_LITELLM=1"
+        return 0
+    fi
     # Without the variable, each start waits for a price list from GitHub.
     LITELLM_LOCAL_MODEL_COST_MAP=${LITELLM_LOCAL_MODEL_COST_MAP:-True} \
         "$litellm" --host "$host" --port 4000 --config "$yaml" >"$log" 2>&1 &
@@ -173,4 +202,4 @@ fi
 if [ -z "${NO_LITELLM-}" ] && will_serve "$@" && litellm=$(find_litellm); then
     serve_litellm "$litellm" "$@" &
 fi
-exec "$python" "$here/qoo_bridge.py" "$@"
+exec "$python" -c "$START" "$here" "$@"

@@ -9,13 +9,13 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import wire
-from conftest import LogLines, RunningBridge, Start
-from help import API_KEY, BEARER, BODY, HOST, JSON_TYPE, POST, REQUEST, begin_turn, head, posix, until
+from conftest import LogLines, Process, Run, RunningBridge, Start
+from help import API_KEY, BEARER, BODY, HOST, JSON_TYPE, POST, REQUEST, STREAM, begin_turn, head, posix, until
 
 import qoo_bridge as q
 
@@ -318,3 +318,151 @@ def test_a_long_host_is_not_remembered(bridge: RunningBridge) -> None:
     host = "a" * 60_000
     assert wire.get(bridge.address, "/healthz", {"Host": host}).status == 403
     assert q.host_allowed.cache_info().currsize == before
+
+
+# -- what parsing makes of a body counts ----------------------------------------------
+
+PARTS: dict[str, bytes] = {
+    "empty lists": b"[]",
+    "empty objects": b"{}",
+    "objects": b'{"a":1}',
+    "nested lists": b"[[[[]]]]",
+    "keys": b'{"a":{"b":{"c":0}}}',
+    "words": b'"ab"',
+    "decimals": b"1.5",
+    "large numbers": b"4294967296",
+    "short messages": b'{"role":"user","content":"hi"}',
+}
+
+
+def body_of(part: bytes, size: int) -> bytes:
+    """Return a request of so many bytes whose input is a list of these."""
+    count = size // (len(part) + 1)
+    return b'{"model":"gpt-5.5","stream":true,"input":[' + b",".join([part] * count) + b"]}"
+
+
+def text_body(size: int) -> bytes:
+    """Return a request of so many bytes whose input is one text."""
+    return b'{"model":"gpt-5.5","stream":true,"input":"' + b"x" * size + b'"}'
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_body_counts_as_what_parsing_makes_of_it(
+    part: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 1 << 20)
+    parsed, decode = [], q.CLIENT_DECODER.decode
+
+    def watched(text: str) -> object:
+        parsed.append(len(text))
+        return decode(text)
+
+    monkeypatch.setattr(q.CLIENT_DECODER, "decode", watched)
+    reply = wire.post(start().address, "/v1/responses", body_of(PARTS[part], 700_000))
+    assert reply.status in (413, 503)
+    assert parsed == []  # it was refused before it cost anything
+
+
+def test_text_counts_as_little_more_than_itself(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 1 << 20)
+    assert wire.post(start().address, "/v1/responses", text_body(120_000)).status == 200
+
+
+@pytest.mark.parametrize("part", ['{"a":1}', "[],[],[]", '"\\"[{,'])
+def test_brackets_within_a_text_are_text(part: str, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 32 << 20)  # an estimate may count them all the same
+    body = wire.dump({**STREAM, "input": part * (200_000 // len(part))})
+    assert wire.post(start().address, "/v1/responses", body).status == 200
+
+
+def test_room_of_an_estimate_is_given_back(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 2 << 20)
+    bridge = start()
+    for _ in range(12):
+        body = body_of(PARTS["short messages"], 30_000)
+        assert wire.post(bridge.address, "/v1/responses", body).status in (200, 400)
+        assert wire.post(bridge.address, "/v1/responses", body_of(b"[]", 700_000)).status in (413, 503)
+    assert wire.post(bridge.address, "/v1/responses", text_body(100_000)).status == 200
+
+
+SMALL_BOUNDS = """
+import sys
+sys.path.insert(0, {code!r})
+import qoo_bridge as q
+q.MAX_BODIES, q.STORE_SIZE = {bodies}, {store}
+sys.exit(q.main())
+"""
+BODIES, STORE = 32 << 20, 8 << 20  # bytes
+STORMS: dict[str, tuple[Callable[[int], bytes], bool]] = {
+    "lists": (lambda size: body_of(b"[]", size), False),
+    "short messages": (lambda size: body_of(PARTS["short messages"], size), False),
+    "frames of lists": (lambda size: body_of(b"[]", size), True),
+}
+
+
+def peak(process: int) -> int:
+    """Return the most memory that a process has had, in bytes."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text("ascii"))
+    assert match
+    return int(match[1]) << 10
+
+
+def send_body(address: wire.Address, body: bytes, websocket: bool, statuses: list[int]) -> None:
+    """Send one large request by either transport; note how it was answered, -1 for an ended connection."""
+    status = -1
+    with contextlib.suppress(OSError, wire.PeerLeft), wire.WebSocketClient(address) as client:
+        if websocket:
+            assert isinstance(client, wire.WebSocketClient)
+            client.connect("/v1/responses")
+            frame = b'{"type":"response.create",' + body[1:]
+            client.send_frame(wire.Frame(wire.TEXT, frame, masked=True))
+            last = client.read_turn()[-1]
+            status = last.get("status", 200)
+        else:
+            client.request("POST", "/v1/responses", body)
+            status = client.read_reply().status
+    statuses.append(status)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
+@pytest.mark.parametrize("storm", STORMS)
+def test_peak_of_the_process_is_within_its_bounds(
+    storm: str, run: Run, backend: wire.Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, websocket = STORMS[storm]
+    program = tmp_path / "bridge_with_small_bounds.py"
+    code = str(Path(q.__file__).parent)
+    program.write_text(SMALL_BOUNDS.format(code=code, bodies=BODIES, store=STORE), "utf-8")
+    monkeypatch.setattr(q, "__file__", str(program))
+    backend.always("/responses", wire.turn(*wire.text_turn()))
+    backend.on_frame(*[lambda ws, _: ws.events(*wire.text_turn())] * 8)
+    running: Process = run()
+    wire.post(running.address, "/v1/responses", STREAM)
+    before = peak(running.process.pid)
+    body, statuses = make(3 << 20), list[int]()
+    words = (running.address, body, websocket, statuses)
+    threads = [threading.Thread(target=send_body, args=words) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert peak(running.process.pid) - before <= 1.3 * (BODIES + STORE)
+    if "texts" in storm:
+        assert 200 in statuses
+    assert wire.get(running.address, "/healthz").status == 200
+
+
+def test_waiting_for_a_place_stands_in_the_status(start: Start, gate: threading.Event) -> None:
+    bridge = start(*LIMITED)
+
+    def waits() -> list[bool]:
+        return [row["waiting"] for row in wire.get(bridge.address, "/status", BEARER).json["open"]]
+
+    with wire.Client(bridge.address) as first, wire.Client(bridge.address) as second:
+        begin_turn(first, BEARER)
+        second.request("POST", "/v1/responses", {**REQUEST, "input": "second"}, BEARER)
+        assert until(lambda: sorted(waits()) == [False, True])
+        gate.set()
+        assert first.read_events()[-1]["type"] == "response.completed"
+        assert second.read_reply().status == 200
+    assert until(lambda: waits() == [])

@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import wire
 from conftest import LogLines, RunningBridge, Start
-from help import LOCAL_MD, Object, sent
+from help import API_KEY, LOCAL_MD, Object, sent
 
 import qoo_bridge as q
 
@@ -34,23 +36,19 @@ class Machine(NamedTuple):
     home: Path
     project: Path
 
-    def configure(self, bridge: RunningBridge, model: str, catalog: bool = True) -> None:
-        """Set up the profile as README says: with what the bridge itself answers to a new machine.
+    def configure(self, bridge: RunningBridge, model: str, without: str = "supports_websockets") -> None:
+        """Set up the profile as README says: by the one file that the bridge itself answers with.
 
-        `catalog=False` leaves the model list out, as older set-ups do. The way here is HTTP;
-        `test_codex_goes_on_over_the_websocket` has the other one.
+        The way here is HTTP, so `without` leaves a line out; test_codex_goes_on_over_the_websocket has all.
         """
-        text = wire.get(bridge.address, "/v1/client-config/codex").body.decode("utf-8")
-        config, second_file, profile = text.replace('"local_md"', f'"{model}"').partition("# 2. ")
-        assert second_file
-        assert "supports_websockets = true\n" in config
-        config = config.replace("supports_websockets = true\n", "")
-        if not catalog:
-            config = "".join(line for line in config.splitlines(True) if "model_catalog_url" not in line)
-        (self.home / "config.toml").write_text(config, encoding="utf-8")
-        (self.home / "local_lan.config.toml").write_text(second_file + profile, encoding="utf-8")
+        query = urllib.parse.urlencode({"model": model})
+        text = wire.get(bridge.address, f"/v1/client-config/codex?{query}").body.decode("utf-8")
+        lines = text.splitlines(True)
+        kept = [line for line in lines if not line.startswith(without)]
+        assert len(kept) == len(lines) - 1
+        (self.home / "local_lan.config.toml").write_text("".join(kept), encoding="utf-8")
 
-    def codex(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def codex(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         """Run Codex with nothing of this host's settings, and loopback for its only network."""
         environment = {
             "PATH": os.environ["PATH"],
@@ -61,6 +59,7 @@ class Machine(NamedTuple):
             # Plugins, updates and analytics are asked of hosts outside: here they meet a closed port.
             "HTTPS_PROXY": "http://127.0.0.1:9",
             "NO_PROXY": "127.0.0.1",
+            **more,
         }
         return subprocess.run(
             [str(CODEX), *arguments],
@@ -80,6 +79,15 @@ def machine(tmp_path: Path) -> Machine:
     machine.home.mkdir()
     machine.project.mkdir()
     return machine
+
+
+Fetch = Callable[[str, Path, dict[str, str]], None]
+
+
+def models_sent(backend: wire.Backend) -> set[str]:
+    """Return the models of all requests that came upstream, over HTTP and over the WebSocket."""
+    posted = [request.json for request in backend.requests if request.method == "POST"]
+    return {body["model"] for body in (*posted, *backend.frames)}
 
 
 def strictly(backend: wire.Backend, items: Sequence[wire.Item]) -> wire.Reply:
@@ -119,7 +127,11 @@ def test_say_hello_then_run_one_shell_cmd(
     answer = wire.message_item(ANSWER)
     tries = 1 if catalog or slug == "gpt-5.5" else 2
     backend.on("/responses", *[strictly(backend, [thought, call])] * tries, strictly(backend, [answer]))
-    machine.configure(bridge, model, catalog)
+    machine.configure(bridge, model)
+    if not catalog:  # as older set-ups do
+        profile = machine.home / "local_lan.config.toml"
+        lines = profile.read_text("utf-8").splitlines(True)
+        profile.write_text("".join(line for line in lines if "model_catalog_url" not in line), "utf-8")
 
     done = machine.codex(
         "exec", "--profile", "local_lan", "--skip-git-repo-check", "--sandbox", "danger-full-access", PROMPT
@@ -163,16 +175,9 @@ def test_codex_is_named_as_itself(backend: wire.Backend, bridge: RunningBridge, 
 
 @pytest.mark.parametrize("model", ["local_md", "gpt-5.5"])
 def test_codex_goes_on_over_the_websocket(
-    backend: wire.Backend, bridge: RunningBridge, tmp_path: Path, model: str
+    backend: wire.Backend, bridge: RunningBridge, machine: Machine, model: str
 ) -> None:
-    machine = Machine(tmp_path / "codex-home", tmp_path / "project")
-    machine.home.mkdir()
-    machine.project.mkdir()
-    machine.configure(bridge, model)
-    config = machine.home / "config.toml"
-    lines = [line for line in config.read_text("utf-8").splitlines(True) if "supports_websockets" not in line]
-    at = lines.index('wire_api = "responses"\n')
-    config.write_text("".join([*lines[:at], "supports_websockets = true\n", *lines[at:]]), "utf-8")
+    machine.configure(bridge, model, without="# Then try it")
     call = wire.call_item("exec_command", wire.dump({"cmd": COMMAND}).decode())
     backend.on_frame(
         wire.answer_frame,  # the prewarm
@@ -196,17 +201,112 @@ def test_codex_goes_on_over_the_websocket(
     assert len([request for request in backend.requests if request.header("upgrade")]) == 1
 
 
+OWN_CONFIG = """\
+model = "gpt-of-the-user"
+model_provider = "own"
+approval_policy = "on-request"
+sandbox_mode = "read-only"
+
+[model_providers.own]
+name = "Own"
+base_url = "http://127.0.0.1:9/v1"
+wire_api = "responses"
+experimental_bearer_token = "own"
+
+[model_providers.lan]
+name = "An older set-up"
+base_url = "http://127.0.0.1:9/v1"
+wire_api = "responses"
+
+[tui]
+notifications = false
+"""
+
+
+def fetched_by_urllib(url: str, target: Path, headers: dict[str, str]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310  # the bridge's own
+    with urllib.request.urlopen(request, timeout=SECONDS) as reply:  # noqa: S310
+        target.write_bytes(reply.read())
+
+
+def fetched_by_curl(url: str, target: Path, headers: dict[str, str]) -> None:
+    """Run README's own command."""
+    words = [word for name, value in headers.items() for word in ("-H", f"{name}: {value}")]
+    command = ["curl", "-fsS", "--create-dirs", *words, url, "-o", str(target)]
+    subprocess.run(command, env={"PATH": os.environ["PATH"]}, timeout=SECONDS, check=True)
+
+
+FETCHED = [
+    pytest.param(fetched_by_urllib, id="urllib"),
+    pytest.param(fetched_by_curl, id="curl",
+                 marks=pytest.mark.skipif(not shutil.which("curl"), reason="no curl")),
+]
+
+
+@pytest.mark.parametrize("own", ["", OWN_CONFIG], ids=["no config.toml", "config.toml of the user"])
+@pytest.mark.parametrize("fetch", FETCHED)
+def test_one_command_sets_codex_up(
+    backend: wire.Backend, bridge: RunningBridge, machine: Machine, fetch: Fetch, own: str
+) -> None:
+    machine.home.rmdir()  # the command makes it
+    fetch(f"{bridge.url}/client-config/codex", machine.home / "local_lan.config.toml", {})
+    config = machine.home / "config.toml"
+    if own:
+        config.write_text(own, encoding="utf-8")
+    done = machine.codex("exec", "--profile", "local_lan", "--skip-git-repo-check", PROMPT)
+    assert done.returncode == 0, done.stderr
+    assert NO_METADATA not in done.stderr
+    assert models_sent(backend) == {"gpt-5.6-sol"}
+    assert not own or config.read_text("utf-8").startswith(own)
+
+
+def test_one_command_sets_codex_up_for_a_profile_and_a_model(
+    backend: wire.Backend, bridge: RunningBridge, machine: Machine
+) -> None:
+    url = f"{bridge.url}/client-config/codex?profile=work&model=gpt-5.5"
+    fetched_by_urllib(url, machine.home / "work.config.toml", {})
+    machine.codex("exec", "--profile", "work", "--skip-git-repo-check", PROMPT)
+    assert models_sent(backend) == {"gpt-5.5"}
+
+
+def test_one_command_sets_codex_up_with_a_key(
+    backend: wire.Backend, start: Start, machine: Machine
+) -> None:
+    bridge = start("--api-key", f"laptop={API_KEY}")
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    fetched_by_urllib(f"{bridge.url}/client-config/codex", machine.home / "local_lan.config.toml", headers)
+    words = ("exec", "--profile", "local_lan", "--skip-git-repo-check", PROMPT)
+    without = machine.codex(*words)
+    assert without.returncode != 0
+    assert "QOO_BRIDGE_KEY" in without.stderr
+    assert models_sent(backend) == set()
+    assert machine.codex(*words, QOO_BRIDGE_KEY=API_KEY).returncode == 0
+    assert models_sent(backend) == {"gpt-5.6-sol"}
+
+
+@pytest.mark.parametrize("model", ["gpt-6.1-sol", "gpt-5.5"])
+def test_codex_offers_the_web_and_images(
+    backend: wire.Backend, bridge: RunningBridge, machine: Machine, model: str
+) -> None:
+    machine.configure(bridge, model)
+    machine.codex("exec", "--profile", "local_lan", "--skip-git-repo-check", PROMPT)
+    (request,) = backend.wait_for(1, "/responses")
+    assert b"image_gen" in request.body
+    assert request.header("x-openai-actor-authorization") is None
+
+
 RUN = ("exec", "--profile", "local_lan", "--skip-git-repo-check", "--sandbox", "danger-full-access", PROMPT)
 
 
 def machine_of(folder: Path, bridge: RunningBridge, model: str, websocket: bool = False) -> Machine:
-    """Set a client machine up with the bridge's own block, as it is, but for the transport."""
+    """Set a client machine up with the bridge's own file, as it is, but for the transport."""
     machine = Machine(folder / "codex-home", folder / "project")
     machine.home.mkdir()
     machine.project.mkdir()
     machine.configure(bridge, model)
     if websocket:
-        config = machine.home / "config.toml"
+        config = machine.home / "local_lan.config.toml"
         wires = 'wire_api = "responses"\n'
         text = config.read_text("utf-8").replace(wires, f"{wires}supports_websockets = true\n")
         config.write_text(text, "utf-8")
@@ -354,7 +454,7 @@ def test_codex_behind_a_plain_nginx_goes_on_over_http_at_once(
     front.start()
     try:
         machine = machine_of(tmp_path, bridge, "gpt-5.5", websocket=True)
-        config = machine.home / "config.toml"
+        config = machine.home / "local_lan.config.toml"
         own, there = f"127.0.0.1:{bridge.address[1]}", f"127.0.0.1:{front.address[1]}"
         config.write_text(config.read_text("utf-8").replace(own, there), "utf-8")
         done = machine.codex(*RUN)

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import Command, Launch, Run, Start
+from conftest import Command, Launch, Run, RunningBridge, Start
 from help import KEY, LOCAL_MD, SECONDS, free_port, outcome, posix, until
 
 import qoo_bridge as q
@@ -75,12 +76,13 @@ def test_litellm_config_has_the_live_models(start: Start, launch: Launch) -> Non
     assert (status, err) == (0, "")
     pairs = of_yaml(out)
     names = [value for key, value in pairs if key == "model_name"]
-    assert names == ["gpt-6.1-sol", "gpt-6-sol", "gpt-5.6-sol", "gpt-5.5", "local_md"]
-    assert [value for key, value in pairs if key == "model"] == [f"openai/{name}" for name in names]
+    assert names == ["gpt-6.1-sol", "gpt-6-sol", "gpt-5.6-sol", "gpt-5.5", "local_md", "claude-*"]
+    models = [f"openai/{name}" for name in (*names[:-1], "local_md")]
+    assert [value for key, value in pairs if key == "model"] == models
     assert {value for key, value in pairs if key == "api_base"} == {f"http://127.0.0.1:{port}/v1"}
-    assert pairs[-4:] == [
-        ("general_settings", None), ("dangerously_permit_weak_or_unset_master_key", True),
+    assert pairs[-5:] == [
         ("router_settings", None), ("disable_cooldowns", True),  # one client's 404 must not rest the model
+        ("num_retries", 0), ("general_settings", None), ("dangerously_permit_weak_or_unset_master_key", True),
     ]  # fmt: skip
 
 
@@ -231,3 +233,125 @@ def test_doctor_says_nothing_of_a_newer_family_where_there_is_none(
     backend.catalog = [entry for entry in backend.catalog if entry["slug"].startswith("gpt-5")]
     text = model_row(backend, tmp_path, command)
     assert (f"local_md is {LOCAL_MD}" in text, "--alias" in text) == (True, False)
+
+
+LINE = re.compile(r"[\w.@-]+=qoo-[\w-]{32}\n")
+
+
+# -- new-key
+
+@pytest.mark.parametrize("name", ["laptop", "a.b@c-d_e", "x" * 64])
+def test_new_key_prints_the_line_of_the_key_file_and_nothing_else(command: Command, name: str) -> None:
+    status, out, err = command("new-key", name)
+    assert status == 0
+    assert LINE.fullmatch(out) and out.startswith(f"{name}=")
+    secret = out.strip().partition("=")[2]
+    assert f"export QOO_BRIDGE_KEY={secret}" in err.splitlines()
+    assert "--api-key-file" in err
+
+
+def test_new_keys_compose_in_one_file(command: Command, tmp_path: Path) -> None:
+    lines = [command("new-key", name)[1] for name in ("laptop", "phone")]
+    (tmp_path / "keys").write_text("".join(lines), "utf-8")
+    keys, _ = q.load_key_file(str(tmp_path / "keys"))
+    assert [key.name for key in keys] == ["laptop", "phone"]
+
+
+@pytest.mark.parametrize("name", ["a=b", "=", "a=", "a b", "", "#a", "x" * 65])
+def test_new_key_refuses_what_is_no_name(command: Command, name: str) -> None:
+    status, out, err = command("new-key", name)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+
+
+# -- the start-up line
+
+@pytest.mark.parametrize(("host", "open_to_all"), [
+    ("0.0.0.0", True), ("::", True), ("192.168.1.5", True),
+    ("127.0.0.1", False), ("127.0.0.2", False), ("::1", False), ("localhost", False),
+])
+def test_start_up_line_says_who_can_use_it(
+    shared_bridge: RunningBridge, host: str, open_to_all: bool
+) -> None:
+    line = q.greeting(shared_bridge.server, shared_bridge.config._replace(host=host))
+    assert ("open to the LAN" in line) is open_to_all
+    assert ("only this host" in line) is not open_to_all
+
+
+@pytest.mark.parametrize(("answer", "offered"), [
+    (["192.168.1.5"], True), (["192.168.1.9"], False), (["192.168.1.9", "192.168.1.5"], True), (None, False),
+])
+def test_start_up_line_offers_the_name_of_this_host(
+    shared_bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch, answer: Any, offered: bool
+) -> None:
+    def resolve(host: str, port: int) -> list[str]:
+        if host != "kitchen.local" or answer is None:
+            raise q.BadUpstream(f"cannot resolve {host}")
+        return list(answer)
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "Kitchen.example.com")
+    monkeypatch.setattr(q, "resolve_host", resolve)
+    monkeypatch.setattr(q, "lan_address", lambda: "192.168.1.5")
+    config = shared_bridge.config._replace(host="0.0.0.0")
+    name = vars(q)["local_name"]()  # "" where nobody on the LAN would find this host by it
+    assert name == ("kitchen.local" if offered else "")
+    port = shared_bridge.server.server_port
+    assert (f"http://kitchen.local:{port}/v1" in q.greeting(shared_bridge.server, config)) is offered
+
+
+def test_start_up_line_of_one_address_names_no_other(
+    shared_bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "local_name", lambda: "kitchen.local")
+    assert "kitchen.local" not in q.greeting(shared_bridge.server, shared_bridge.config)  # --host 127.0.0.1
+
+
+# -- commands in messages
+
+@pytest.mark.parametrize("place", ["codex", "of its own"])
+def test_remedy_works_from_where_the_person_stands(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "codex home"
+    monkeypatch.setenv("CODEX_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    path = home / "auth.json" if place == "codex" else tmp_path / "a folder" / "auth.json"
+    commands = [shlex.split(text) for text in re.findall(r"`([^`]+)`", q.sign_in_hint(str(path)))]
+    ours = [words for words in commands if words[0] != "codex"]
+    assert ours
+    for words in ours:
+        program = next(word for word in words if word.endswith(("qoo_bridge.py", "run.sh")))
+        assert Path(program).is_file()  # also from another folder
+        assert "login" in words
+        assert place == "codex" or words[-1] == str(path)
+
+
+@pytest.mark.parametrize("tried", ["doctor", "serve"])
+def test_no_message_names_a_file_that_is_not_here(command: Command, tried: str, tmp_path: Path) -> None:
+    """`python3 qoo_bridge.py` works in the bridge's own folder only."""
+    hint = q.sign_in_hint(str(tmp_path / tried / "auth.json"))
+    assert "python3 qoo_bridge.py" not in hint
+
+
+# -- litellm-config
+
+def test_litellm_config_is_right_for_claude_code(start: Start, command: Command) -> None:
+    bridge = start("--alias", "other=gpt-5.5")
+    status, out, err = command("litellm-config", "--port", bridge.address[1], "--host", "127.0.0.1")
+    assert (status, err) == (0, "")
+    blocks = dict(re.findall(r'  - model_name: "([^"]+)"\n((?:    .*\n)+)', out))
+    assert list(blocks) == [
+        "gpt-6.1-sol", "gpt-6-sol", "gpt-5.6-sol", "gpt-5.5", "local_md", "other", "claude-*"]
+    assert 'model: "openai/local_md"' in blocks["claude-*"]
+    for block in blocks.values():
+        for fact in ("supports_reasoning: true", "supports_vision: true", "supports_function_calling: true",
+                     "max_input_tokens: 272000", "max_output_tokens: 128000"):
+            assert f"      {fact}\n" in block
+    assert "router_settings:\n  disable_cooldowns: true\n  num_retries: 0\n" in f"{out}\n"
+
+
+def test_litellm_config_has_no_hidden_model(start: Start, command: Command, backend: wire.Backend) -> None:
+    hidden = {entry["slug"] for entry in backend.catalog if entry.get("visibility") != "list"}
+    assert hidden
+    out = command("litellm-config", "--port", start().address[1], "--host", "127.0.0.1")[1]
+    assert hidden.isdisjoint(re.findall(r'model_name: "([^"]+)"', out))

@@ -122,11 +122,12 @@ def test_demo_says_what_to_paste_and_leaves_nothing(
     process, address = fresh_demo
     assert wire.get(address, "/healthz").status == 200
     assert process.stdout
-    lines = iter(process.stdout.readline, "# 3. Try:  codex exec --profile local_lan "
-                 '"say hello to me then run 1 shell cmd"\n')
-    text = "".join(lines)
-    assert f"\ncurl http://127.0.0.1:{address[1]}/v1/responses" in text
-    assert f'\nmodel_catalog_url = "http://127.0.0.1:{address[1]}/v1/models"\n' in text
+    lines: list[str] = []
+    while not lines or (lines[-1] and not lines[-1].startswith("codex exec")):  # an end of the output, too
+        lines.append(process.stdout.readline())
+    text, url = "".join(lines), f"http://127.0.0.1:{address[1]}/v1"
+    assert f"\ncurl {url}/responses" in text
+    assert f"\ncurl -fsS --create-dirs {url}/client-config/codex -o ~/.codex/local_lan.config.toml\n" in text
     (folder,) = (tmp_path / "temporary").iterdir()
     assert (folder / "auth.json").stat().st_mode & 0o777 == 0o600
     process.send_signal(getattr(signal, end))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import threading
@@ -321,3 +322,45 @@ def test_doctor_that_is_stopped_waits_for_its_refresh(
     process.communicate(timeout=SECONDS)
     assert kept(backend, tmp_path)
     assert process.returncode != 0
+
+
+def rows_of(backend: wire.Backend, command: Command, folder: Path, *words: object) -> dict[str, Any]:
+    _, out, _ = command("doctor", "--json", "--upstream", backend.upstream, "--issuer", backend.issuer,
+                        "--auth-file", folder / "auth.json", *words)
+    return {row["name"]: row for row in json.loads(out)["checks"]}
+
+
+@pytest.mark.parametrize("host", ["192.0.2.77", "2001:db8::77"])
+def test_doctor_with_the_address_of_another_machine(
+    backend: wire.Backend, command: Command, tmp_path: Path, host: str
+) -> None:
+    wire.write_auth(tmp_path / "auth.json", backend)
+    port = free_port()
+    rows = rows_of(backend, command, tmp_path, "--host", host, "--port", port)
+    at = f"[{host}]" if ":" in host else host
+    assert rows["port"]["state"] == "failed"
+    assert host in rows["port"]["text"]
+    assert f"curl http://{at}:{port}/healthz" in rows["port"]["todo"]  # what can be done from here
+    assert {rows[name]["state"] for name in ("LAN address", "firewall")} == {"skipped"}
+
+
+def test_doctor_names_a_login_that_works_from_anywhere(
+    backend: wire.Backend, command: Command, tmp_path: Path
+) -> None:
+    rows = rows_of(backend, command, tmp_path, "--host", "127.0.0.1", "--port", free_port())
+    assert rows["sign-in file"]["state"] == "failed"
+    commands = [shlex.split(text) for text in re.findall(r"`([^`]+)`", rows["sign-in file"]["todo"])]
+    programs = [word for words in commands for word in words if word.endswith(("qoo_bridge.py", "run.sh"))]
+    assert programs
+    assert all(Path(program).is_file() for program in programs)
+
+
+def test_doctor_quotes_a_path_of_several_words(
+    backend: wire.Backend, command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "two words"
+    folder.mkdir()
+    wire.write_auth(folder / "auth.json", backend)
+    (folder / "auth.json").chmod(0o644)
+    rows = rows_of(backend, command, folder, "--host", "127.0.0.1", "--port", free_port())
+    assert shlex.split(rows["file mode"]["todo"]) == ["chmod", "600", str(folder / "auth.json")]

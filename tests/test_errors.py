@@ -12,6 +12,7 @@ KINDS: list[tuple[type[q.BridgeError], int, str, str]] = [
     (q.MalformedHttp, 400, "malformed_http", "invalid_request_error"),
     (q.NotSignedIn, 401, "not_signed_in", "authentication_error"),
     (q.InvalidKey, 401, "invalid_api_key", "authentication_error"),
+    (q.MissingKey, 401, "invalid_api_key", "authentication_error"),
     (q.Forbidden, 403, "forbidden", "permission_error"),
     (q.NotFound, 404, "not_found", "invalid_request_error"),
     (q.MethodNotAllowed, 405, "method_not_allowed", "invalid_request_error"),

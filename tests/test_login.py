@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -199,3 +200,44 @@ def test_login_is_told_in_any_code_page(
     content = json.loads((folder / "auth.json").read_bytes())
     assert content["tokens"]["refresh_token"] == tokens["refresh_token"]
     assert b"Signed in as" in out.raw_bytes.getvalue()
+
+
+@pytest.mark.parametrize("path", [USERCODE, POLL, TOKEN])
+@pytest.mark.parametrize("answer", [wire.refuse(400, "no such client"), wire.reply_json(200, {"odd": 1}),
+                                    wire.reply_json(200, [])], ids=["refused", "another object", "a list"])
+def test_login_says_which_step_failed_on_which_server(
+    backend: wire.Backend, login: Login, path: str, answer: wire.Reply
+) -> None:
+    backend.on(path, answer)
+    status, _, err = login()
+    assert status == 1
+    assert backend.issuer in err
+    assert path in err
+
+
+def test_login_says_which_step_met_no_server(command: Command, tmp_path: Path) -> None:
+    words = ("--issuer", "http://127.0.0.1:9", "--auth-file", tmp_path / "auth.json")
+    status, _, err = command("login", *words)
+    assert status == 1
+    assert "http://127.0.0.1:9" in err and USERCODE in err
+
+
+def jwt(claims: Any) -> str:
+    raw = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    return f"e30.{raw}.c2ln"
+
+
+NO_JWTS = ["plain", "a.b", "a.b.c", "....", jwt([]), jwt("text"), "e30.e30", "e30.!!!.e30"]
+
+
+@pytest.mark.parametrize("token", NO_JWTS)
+@pytest.mark.parametrize("name", ["id_token", "access_token"])
+def test_login_takes_no_token_that_is_no_jwt(
+    backend: wire.Backend, login: Login, tmp_path: Path, name: str, token: str
+) -> None:
+    backend.on(TOKEN, wire.reply_json(200, {**backend.rotate(), name: token}))
+    status, out, err = login()
+    assert status == 1
+    assert "Signed in" not in out
+    assert name in err and token not in err
+    assert not (tmp_path / "codex" / "auth.json").exists()

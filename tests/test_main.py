@@ -100,3 +100,20 @@ def test_python_3_8_itself_is_told_what_is_wanted() -> None:
             says_what_it_wants([python, "-I", q.__file__, "--version"])
             return
     pytest.skip("there is no Python 3.8 here")
+
+
+def test_help_has_every_option_with_its_variable_rule_and_every_command() -> None:
+    text = " ".join(q.build_parser().format_help().split())
+    for option in q.OPTIONS:
+        assert f"{option.flag} {option.metavar}" in text
+        assert option.help in text
+    for command in q.COMMANDS:
+        assert f"{command.name} {command.help}" in text
+    for word in ("claude", "--profile", "--model", "QOO_BRIDGE_"):
+        assert word in text
+
+
+def test_help_names_every_kind_of_client_config() -> None:
+    (entry,) = (command for command in q.COMMANDS if command.name == "client-config")
+    assert list(q.CLIENT_CONFIGS) == ["codex", "openai", "litellm", "claude", "curl"]
+    assert all(kind in entry.help for kind in q.CLIENT_CONFIGS)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import subprocess
 import sys
+import urllib.parse
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 import wire
-from conftest import BRIDGE, RunningBridge, Start
-from help import NOW, finished, record
+from conftest import BRIDGE, Command, RunningBridge, Start
+from help import API_KEY, BEARER, NOW, finished, posix, record
 
 import qoo_bridge as q
 from qoo_bridge import PAGE, page_csp
@@ -27,7 +30,7 @@ ENVIRONMENT = "$QOO_BRIDGE_KEY"
 CONFIGS = [
     ("codex", OPEN, ['base_url = "{url}"', 'model_catalog_url = "{url}/models"', 'wire_api = "responses"',
                      "requires_openai_auth = false", 'experimental_bearer_token = "lan"', 'model = "{model}"',
-                     'model_provider = "lan"', "[model_providers.lan]"], ["env_key", "[profiles"]),
+                     'model_provider = "lan"', "[model_providers.lan]"], ["env_key"]),
     ("codex", LOCKED, ['env_key = "QOO_BRIDGE_KEY"', 'base_url = "{url}"'], ["experimental_bearer_token"]),
     ("openai", OPEN, ['OPENAI_BASE_URL="{url}"', 'OPENAI_API_KEY="lan"', "{model}"], ["QOO_BRIDGE_KEY"]),
     ("openai", LOCKED, [f'OPENAI_API_KEY="{ENVIRONMENT}"'], ["lan\""]),
@@ -95,20 +98,6 @@ def test_client_config_without_a_host_has_an_address(bridge: RunningBridge) -> N
     assert b"http:///v1" not in reply.body
 
 
-@pytest.mark.parametrize("keys", [OPEN, LOCKED], ids=["open", "locked"])
-def test_codex_files_are_toml(start: Start, keys: tuple[str, ...]) -> None:
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    bridge = start(*keys)
-    reply = wire.get(bridge.address, "/v1/client-config/codex", {"Authorization": f"Bearer {SECRET}"})
-    config, _, profile = reply.body.decode().partition("# 2. ")
-    (provider,) = tomllib.loads(config)["model_providers"].values()
-    assert provider["model_catalog_url"] == f"{bridge.url}/models"
-    assert ("env_key" in provider, "experimental_bearer_token" in provider) == (bool(keys), not keys)
-    assert provider["name"] != "OpenAI"
-    assert tomllib.loads("# " + profile) == {
-        "model": "local_md", "model_provider": "lan", "approval_policy": "never"}
-
-
 class Markup(HTMLParser):
     """Collect the page's style, script, ids and attributes."""
 
@@ -174,30 +163,141 @@ def test_client_config_offers_the_websocket(bridge: RunningBridge) -> None:
     assert b"supports_websockets = true" in wire.get(bridge.address, "/v1/client-config/codex").body
 
 
-KEY_SECRET = "sk-catalog-0123456789"
-LINE = 'http_headers = { "x-openai-actor-authorization" = "lan" }'
-
-
-@pytest.mark.parametrize("keys", [(), ("--api-key", f"laptop={KEY_SECRET}")], ids=["open", "locked"])
-def test_a_codex_is_told_the_header_that_gives_it_search_and_images(
-    start: Start, keys: tuple[str, ...]
-) -> None:
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    headers = {"Authorization": f"Bearer {KEY_SECRET}"}
-    text = wire.get(start(*keys).address, "/v1/client-config/codex", headers).body.decode()
-    config, _, _ = text.partition("# 2. ")
-    (provider,) = tomllib.loads(config)["model_providers"].values()
-    assert list(provider["http_headers"]) == ["x-openai-actor-authorization"]
-    word = provider["http_headers"]["x-openai-actor-authorization"]
-    assert isinstance(word, str) and word and word not in (KEY_SECRET, f"Bearer {KEY_SECRET}")
-
-
-def test_the_line_stands_in_the_providers_table(bridge: RunningBridge) -> None:
-    text = wire.get(bridge.address, "/v1/client-config/codex").body.decode()
-    provider = text.partition("[model_providers.lan]")[2].partition("\n#")[0]
-    assert LINE in provider.splitlines()
 
 
 @pytest.mark.parametrize("kind", ["openai", "litellm", "curl"])
 def test_other_clients_are_not_told_of_it(bridge: RunningBridge, kind: str) -> None:
     assert b"actor" not in wire.get(bridge.address, f"/v1/client-config/{kind}").body
+
+
+KEYED = ("--api-key", f"laptop={API_KEY}")
+KINDS = ["codex", "openai", "litellm", "claude", "curl"]
+
+
+def toml(text: str) -> dict[str, Any]:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    parsed: dict[str, Any] = tomllib.loads(text)
+    return parsed
+
+
+def config(bridge: RunningBridge, kind: str, query: str = "") -> str:
+    reply = wire.get(bridge.address, f"/v1/client-config/{kind}{query}", BEARER)
+    assert (reply.status, reply.header("content-type")) == (200, "text/plain; charset=utf-8")
+    return reply.body.decode()
+
+
+@pytest.mark.parametrize("keys", [(), KEYED], ids=["open", "locked"])
+def test_codex_gets_one_file(start: Start, keys: tuple[str, ...]) -> None:
+    bridge = start(*keys)
+    auth = {"env_key": "QOO_BRIDGE_KEY"} if keys else {"experimental_bearer_token": "lan"}
+    assert toml(config(bridge, "codex")) == {
+        "model": "local_md", "model_provider": "lan", "approval_policy": "never",
+        "model_providers": {"lan": {
+            "name": "LAN ChatGPT Bridge", "base_url": bridge.url, "wire_api": "responses",
+            "requires_openai_auth": False, "stream_idle_timeout_ms": 20000, "supports_websockets": True,
+            "model_catalog_url": f"{bridge.url}/models",
+            "http_headers": {"x-openai-actor-authorization": "lan"}, **auth}}}
+
+
+@pytest.mark.parametrize(("query", "model", "profile"), [
+    ("", "local_md", "local_lan"), ("?profile=work-2", "local_md", "work-2"),
+    ("?model=gpt-5.5", "gpt-5.5", "local_lan"), ("?model=a%22b&profile=x", 'a"b', "x"),
+    ("?model=%F0%9F%98%80%0A", "\U0001f600\n", "local_lan"), ("?model=", "local_md", "local_lan"),
+])
+def test_codex_file_of_another_profile_and_model(
+    shared_bridge: RunningBridge, query: str, model: str, profile: str
+) -> None:
+    text = config(shared_bridge, "codex", query)
+    assert toml(text)["model"] == model
+    (command,) = (line for line in text.splitlines() if "curl " in line)
+    url, _, target = command.partition("curl -fsS --create-dirs ")[2].strip().partition(" -o ")
+    assert target == f"~/.codex/{profile}.config.toml"
+    asked = urllib.parse.urlsplit(url.strip("'"))
+    assert wire.get(shared_bridge.address, f"{asked.path}?{asked.query}").body.decode() == text
+    assert f"codex exec --profile {profile} " in text
+
+
+@pytest.mark.parametrize("profile", ["../x", "a b", "a/b", "$x", "x" * 65, "%C3%A9", "a%0A"])
+def test_profile_is_the_name_of_a_file(shared_bridge: RunningBridge, profile: str) -> None:
+    query = f"?profile={urllib.parse.quote(profile, safe='%')}"
+    reply = wire.get(shared_bridge.address, f"/v1/client-config/codex{query}")
+    assert (reply.status, reply.json["error"]["param"]) == (400, "profile")
+
+
+def test_locked_codex_file_is_fetched_with_the_key(start: Start) -> None:
+    (command,) = (line for line in config(start(*KEYED), "codex").splitlines() if "curl " in line)
+    assert '-H "authorization: Bearer $QOO_BRIDGE_KEY"' in command
+
+
+def test_codex_file_is_of_the_name_that_was_asked(shared_bridge: RunningBridge) -> None:
+    reply = wire.get(shared_bridge.address, "/v1/client-config/codex", {"Host": "kitchen.local:4050"})
+    parsed = toml(reply.body.decode())["model_providers"]["lan"]
+    assert parsed["base_url"] == "http://kitchen.local:4050/v1"
+    assert b"http://kitchen.local:4050/v1/client-config/codex -o" in reply.body
+
+
+def test_client_config_lists_what_there_is(shared_bridge: RunningBridge) -> None:
+    reply = wire.get(shared_bridge.address, "/v1/client-config")
+    assert (reply.status, reply.header("content-type")) == (200, "text/plain; charset=utf-8")
+    for kind in KINDS:
+        assert f"{shared_bridge.url}/client-config/{kind}" in reply.body.decode().split()
+
+
+def test_unknown_client_config_lists_what_there_is(shared_bridge: RunningBridge) -> None:
+    reply = wire.get(shared_bridge.address, "/v1/client-config/emacs")
+    assert reply.status == 404
+    assert re.findall("|".join(KINDS), reply.json["error"]["message"]) == KINDS
+
+
+def test_litellm_file_knows_the_model(shared_bridge: RunningBridge) -> None:
+    text = config(shared_bridge, "litellm")
+    for fact in ("supports_reasoning: true", "supports_vision: true", "supports_function_calling: true",
+                 "max_input_tokens: 272000", "max_output_tokens: 128000", "disable_cooldowns: true",
+                 "num_retries: 0", 'model_name: "claude-*"'):
+        assert fact in text
+
+
+@pytest.mark.parametrize("keys", [(), KEYED], ids=["open", "locked"])
+def test_claude_gets_its_variables_and_the_port(start: Start, keys: tuple[str, ...]) -> None:
+    text = config(start(*keys), "claude")
+    variables = dict(re.findall(r'^export ANTHROPIC_(\w+)="([^"]*)"', text, re.MULTILINE))
+    assert variables["BASE_URL"] == "http://127.0.0.1:4000"
+    assert variables["MODEL"] == "local_md"
+    assert "export CLAUDE_CODE_MAX_CONTEXT_TOKENS=272000" in text
+    assert (variables["AUTH_TOKEN"] == "lan") is not bool(keys)
+    assert "LiteLLM" in text and ("master_key" in text) is bool(keys)
+
+
+@posix
+@pytest.mark.parametrize("model", ['a"b', "a'b", "$(id)", "a\\b"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_printed_configuration_is_right_for_any_model(command: Command, kind: str, model: str) -> None:
+    status, out, err = command("client-config", kind, "--model", model, "--host", "127.0.0.1")
+    assert (status, err) == (0, "")
+    if kind == "codex":
+        assert toml(out)["model"] == model
+        return
+    if kind == "litellm":
+        named = re.findall(r"model_name: (.*)", out)
+        assert json.loads(named[0]) == model
+        return
+    curl = 'curl() { for word; do body=$word; done; printf %s "$body"; }'
+    shell = f'{curl}\n{out}\nprintf %s "$ANTHROPIC_MODEL"'
+    shown = subprocess.run(["sh", "-c", shell], env={}, capture_output=True, text=True, check=True).stdout
+    assert kind == "openai" or (json.loads(shown)["model"] if kind == "curl" else shown) == model
+
+
+def test_printed_codex_file_takes_a_profile(command: Command) -> None:
+    status, out, _ = command("client-config", "codex", "--profile", "work")
+    assert status == 0
+    assert "-o ~/.codex/work.config.toml" in out
+    assert command("client-config", "codex", "--profile", "a/b")[0] == 2
+
+
+def test_page_says_that_a_request_waits() -> None:
+    assert re.search(r"\.waiting\b", q.PAGE)
+
+
+def test_page_has_the_one_command_of_a_client(shared_bridge: RunningBridge) -> None:
+    status = wire.get(shared_bridge.address, "/status").json
+    assert f"curl -fsS --create-dirs {shared_bridge.url}/client-config/codex -o " in status["client_config"]

@@ -1,9 +1,9 @@
 """README says what the code says: every option, rule, error and route stands there, and nothing else does."""
 from __future__ import annotations
 
-import os
+import logging
 import re
-import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_SH = (ROOT / "run.sh").read_text(encoding="utf-8")
 MAX_LINE = 110
+MAX_LINES = 350
+COMMON_OPTIONS = ("host", "port", "auth_file", "alias", "api_key_file", "limit", "allow", "log_level")
 NONE = "none"  # how an empty default is written
 LONGEST_DEFAULT = 40  # characters; a longer one is described in the table and written out below it
 LAN_URL = "http://<bridge>:4050/v1"
@@ -84,12 +86,20 @@ def shown_default(option: q.Option) -> str:
 
 
 def test_options() -> None:
+    common = [option for option in q.OPTIONS if option.name in COMMON_OPTIONS]
     expected = [
         [f"`{option.flag} {option.metavar}`" + (" +" if option.many else ""), f"`{option.variable}`",
          shown_default(option)]
-        for option in q.OPTIONS
+        for option in common
     ]
-    assert [row[:3] for row in table("Options", "option")] == expected
+    assert len(common) == len(COMMON_OPTIONS) == 8
+    assert [row[:3] for row in table("Commands and options", "option")] == expected
+
+
+def test_help_has_the_options_that_readme_leaves_out() -> None:
+    assert "Every option stands in `--help`" in section("Commands and options")
+    text = " ".join(q.build_parser().format_help().split())
+    assert [option.flag for option in q.OPTIONS if f"{option.flag} {option.metavar}" not in text] == []
 
 
 def test_default_networks() -> None:
@@ -113,7 +123,7 @@ def test_repairs() -> None:
 
 
 def test_unsupported_fields() -> None:
-    match = re.search(r"^Fields that `drop-unsupported` drops: ([^.]*)\.",
+    match = re.search(r"^`drop-unsupported` drops ([^.]*)\.",
                       section("What is done to a request"), re.MULTILINE)
     assert match
     assert spans(match[1]) == sorted(q.UNSUPPORTED)
@@ -128,7 +138,9 @@ def error_kinds(kind: type[q.BridgeError] = q.BridgeError) -> Iterator[type[q.Br
 
 
 def test_error_codes() -> None:
-    said = [(bare(code), int(status)) for code, status, _ in table("Errors", "code")]
+    rows = [(spans(codes), statuses.split(", ")) for codes, statuses, _ in table("Errors", "code")]
+    assert all(len(codes) == len(statuses) for codes, statuses in rows)
+    said = [(code, int(status)) for codes, statuses in rows for code, status in zip(codes, statuses)]
     assert sorted(said) == sorted({(kind.code, kind.status) for kind in error_kinds()})
     assert [status for _, status in said] == sorted(status for _, status in said)
 
@@ -147,27 +159,38 @@ def routes() -> set[tuple[str, str]]:
     return exact | {("GET", prefix) for prefix in bridge.routes_by_id}
 
 
+def several(path: str) -> list[str]:
+    """Return the paths that `/x/{a,b}` means."""
+    before, brace, rest = path.partition("{")
+    words, _, after = rest.partition("}")
+    if not brace or "," not in words:
+        return [path]
+    return [f"{before}{word}{after}" for word in words.split(",")]
+
+
 def test_endpoints() -> None:
-    said = [bare(request).partition(" ")[::2] for request, _ in table("Endpoints", "request")]
+    said = [span.partition(" ")[::2] for requests, _ in table("Endpoints", "request")
+            for span in spans(requests)]
     found = [(method, q.plain_path(path.replace("{id}", "")) + ("/" if "{id}" in path else ""))
-             for method, path in said]
+             for method, written in said for path in several(written)]
     assert len(found) == len(set(found))
     assert set(found) == routes()
 
 
 def test_public_endpoints() -> None:
-    match = re.search(r"^Of these only (.*?) are open", section("Endpoints"), re.MULTILINE)
+    match = re.search(r"every endpoint but (.*?)\s+needs a\s+key", section("Security"))
     assert match
     assert set(spans(match[1])) == q.PUBLIC
 
 
 def test_commands() -> None:
-    said = [bare(command) for command, _ in table("Commands", "command")]
+    said = [bare(command) for command, _ in table("Commands and options", "command")]
     assert sorted(said) == sorted(command.name for command in q.COMMANDS)
 
 
 def test_kinds_of_client_config() -> None:
-    (cell,) = (what for command, what in table("Commands", "command") if command == "`client-config`")
+    rows = table("Commands and options", "command")
+    (cell,) = (what for command, what in rows if command == "`client-config`")
     assert spans(cell) == list(q.CLIENT_CONFIGS)
 
 
@@ -180,7 +203,7 @@ def test_kinds_of_client_config() -> None:
     ],
 )
 def test_chat_fields(start: str, fields: tuple[str, ...]) -> None:
-    assert bullet("Chat Completions", start) == list(fields)
+    assert bullet("What is done to a request", start) == list(fields)
 
 
 # == what else it says ========================================================
@@ -193,21 +216,40 @@ def test_lines_that_handle_the_token() -> None:
 
 
 def test_words_for_the_end_of_a_request() -> None:
-    (sentence,) = re.findall(r"`end=` is (.*?)\. No line", README, re.DOTALL)
+    (sentence,) = re.findall(r"`end=` is (.*?)\.\s+No\s+line", README, re.DOTALL)
     assert spans(sentence) == list(q.ENDS)
 
 
+def printed(kind: str) -> list[str]:
+    """Return the lines of a client's configuration, without those that are comments as a whole."""
+    text = q.client_config(kind, GREETING_URL, False, q.default_model(q.load_config({}, {})))
+    return [line for line in text.replace("192.168.1.5", "<bridge>").splitlines() if not line.startswith("#")]
+
+
 def test_codex_block_is_what_the_bridge_prints() -> None:
-    config = q.load_config({}, {})
-    printed = q.client_config("codex", LAN_URL, False, q.default_model(config))
-    assert fenced("Codex", "toml") == printed
+    assert fenced("Codex", "toml").strip().splitlines() == "\n".join(printed("codex")).strip().splitlines()
+
+
+def test_claude_block_is_what_the_bridge_prints() -> None:
+    assert fenced("Claude Code", "sh").splitlines() == printed("claude")
 
 
 def test_curl_and_sdk_blocks_are_what_the_bridge_prints() -> None:
     for kind in ("curl", "openai"):
-        printed = q.client_config(kind, LAN_URL, False, "local_md").splitlines()
         lines = list(indented())
-        assert [line for line in printed if line.strip() not in lines and not line.startswith("#")] == []
+        assert [line for line in printed(kind) if line.strip() not in lines] == []
+
+
+def test_one_command_of_the_first_screen_is_what_the_codex_file_says() -> None:
+    text = q.client_config("codex", GREETING_URL, False, "local_md").replace("192.168.1.5", "<bridge>")
+    (command,) = (line.strip("# ") for line in text.splitlines() if "curl " in line)
+    assert command in [line.strip() for line in first_screen().splitlines() if line.startswith("    ")]
+
+
+def test_key_of_the_curl_is_what_the_codex_file_says() -> None:
+    text = q.client_config("codex", GREETING_URL, True, "local_md")
+    (word,) = (span for span in spans(section("Codex")) if span.startswith("-H "))
+    assert f" {word} " in text
 
 
 def test_key_of_the_codex_block() -> None:
@@ -216,18 +258,87 @@ def test_key_of_the_codex_block() -> None:
     assert line.partition("  #")[0] in spans(section("Codex"))
 
 
-def test_greeting(bridge: RunningBridge) -> None:
-    url = q.base_url(bridge.config, bridge.server.server_port)
-    assert q.greeting(bridge.server, bridge.config).replace(url, GREETING_URL) in indented()
+def test_greeting(bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "lan_address", lambda: "192.168.1.5")
+    monkeypatch.setattr(q, "local_name", lambda: "", raising=False)
+    config = bridge.config._replace(host="0.0.0.0")
+    line = q.greeting(bridge.server, config).replace(f":{bridge.server.server_port}/", ":4050/")
+    assert line in indented()
 
 
-def test_commands_of_the_first_screen_exist() -> None:
-    first = README.partition("\n## ")[0]
-    words = re.findall(r"^    \./run\.sh ?(\S*) +#", first, re.MULTILINE)
-    assert words == ["demo", "", "test"]
-    assert '= test ]' in RUN_SH
-    assert 'exec "$python" "$here/qoo_bridge.py" "$@"' in RUN_SH
+def first_screen() -> str:
+    return README.partition("\n## ")[0]
+
+
+def test_first_screen_says_what_matters() -> None:
+    first = first_screen()
+    assert len(first.splitlines()) <= 45
+    for fact in ("./run.sh demo", "./run.sh test", "python3 qoo_bridge.py", "--skip-git-repo-check",
+                 "everyone on your local network can use your plan", "(#security)",
+                 "holds your ChatGPT token", "has run it against the real backend"):
+        assert fact in " ".join(first.split())
+    assert 'exec "$python" -c "$START" "$here" "$@"' in RUN_SH
     assert "demo" in [command.name for command in q.COMMANDS]
+
+
+def test_security_comes_second() -> None:
+    assert re.findall(r"^## (.*)", README, re.MULTILINE)[0] == "Security"
+
+
+def test_links_within_lead_to_headings() -> None:
+    headings = {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)", README, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+def test_log_sample_is_a_line_of_the_log(tmp_path: Path) -> None:
+    """Read the sample's values, and have the bridge write a line of them."""
+    lines = [line for line in indented() if re.match(r"\d{4}-|rules=|tokens=", line)]
+    sample = " ".join(lines)
+    match = re.match(r"(\S+ \S+),(\d+) INFO (\w+) (\S+) (\w+) (\S+) (\w+)->(\S+) ", sample)
+    assert match
+    words = dict(word.split("=", 1) for word in sample[match.end():].split())
+    record = q.Record(match[4])
+    record.id, record.method, record.path, record.model, record.slug = match[3], *match.group(5, 6, 7, 8)
+    record.rules = tuple(words["rules"].split(","))
+    record.status, record.events, record.bytes = (int(words[name]) for name in ("status", "events", "bytes"))
+    record.first_byte = float(words["first_byte"].removesuffix("ms")) / 1000
+    record.total = float(words["total"].removesuffix("ms")) / 1000
+    record.usage = {kind: int(n) for kind, n in (word.split(":") for word in words["tokens"].split(","))}
+    record.end = words["end"]
+    written = logging.LogRecord("q", logging.INFO, "", 0, "%s", (q.log_line(record),), None)
+    written.created = time.mktime(time.strptime(match[1], "%Y-%m-%d %H:%M:%S")) + int(match[2]) / 1000
+    written.msecs = int(match[2])
+    handler = q.Log(str(tmp_path / "bridge.log"))
+    handler.emit(written)
+    handler.close()
+    assert (tmp_path / "bridge.log").read_text("utf-8") == f"{sample}\n"
+    assert set(record.rules) <= {rule.name for rule in q.RULES}
+
+
+FIGURES = [
+    ("4096 bytes", q.MAX_TARGET), (f"{q.MAX_HEAD // 1024} KiB", 64 * 1024),
+    (f"more than {q.MAX_HEADERS} headers", q.MAX_HEADERS), (f"rotated at {q.LOG_SIZE >> 20} MiB", q.LOG_SIZE),
+    (f"at most {q.STORE_SIZE >> 20} MiB of memory", q.STORE_SIZE),
+    (f"gives running answers {q.DRAIN_SECONDS} s", q.DRAIN_SECONDS),
+    ("wait up to two minutes", 120),
+]
+
+
+@pytest.mark.parametrize(("fact", "value"), FIGURES, ids=[fact for fact, _ in FIGURES])
+def test_figures(fact: str, value: int) -> None:
+    assert fact in " ".join(README.split())
+    assert value in (4096, 64 * 1024, 200, 10 << 20, 64 << 20, 30, q.KeyQueue.WAIT)
+
+
+@pytest.mark.parametrize("fact", [
+    "0.134", "0.161", "0.98 to 0.160", "`[profiles.local_lan]`", "`?profile=NAME`", "`?model=gpt-5.5`",
+    "codex exec -c model_provider=lan -m local_md", "http://<name>.local:4050/v1", "curl.exe",
+    "--alias local_md=gpt-6",
+    "ANTHROPIC_MODEL=local_md", "CLAUDE_CODE_MAX_RETRIES", "git submodule add -b main",
+    'qoo --profile local_lan e "say hello to me then run 1 shell cmd"',
+])
+def test_says(fact: str) -> None:
+    assert fact in README
 
 
 def test_words_after_run_sh_are_commands() -> None:
@@ -239,16 +350,17 @@ def test_flags_are_options() -> None:
     ours = [line for line in README.splitlines() if "qoo_bridge.py" in line or "./run.sh" in line]
     said = {flag for span in [*spans(README), *ours] for flag in re.findall(r"(?<!\S)--[a-z-]+", span)}
     others = {  # of codex, docker, systemctl, curl
-        "--profile", "--skip-git-repo-check", "--user", "--network", "--now", "--cacert",
+        "--skip-git-repo-check", "--user", "--network", "--now", "--cacert", "--create-dirs",
+        "--stop-timeout",
     }  # fmt: skip
     known = set(re.findall(r"(?<!\S)--[a-z-]+", q.build_parser().format_help()))
     assert said - known - others == set()
 
 
 def test_variables_of_run_sh() -> None:
-    said = {span.partition("=")[0] for span in spans(section("Commands")) if re.match(r"[A-Z_]+$", span)}
+    said = set(re.findall(r"`(PYTHON|NO_[A-Z]+|QOO_TEST_[A-Z]+)`", section("Commands and options")))
     read = set(re.findall(r"\$\{([A-Z_]+):?-", RUN_SH))
-    assert said == read - {"LITELLM_LOCAL_MODEL_COST_MAP", "QOO_BRIDGE_HOST"}  # LiteLLM's, the bridge's
+    assert said - {"NO_PROXY"} == read - {"LITELLM_LOCAL_MODEL_COST_MAP", "QOO_BRIDGE_HOST"}
 
 
 FILE = re.compile(r"(?:tests|\.ci)/[\w./-]*|[\w-]+\.(?:py|sh|md)|\.gitignore")
@@ -262,34 +374,32 @@ def test_every_file_it_names_exists() -> None:
 
 
 def test_nginx_waits_longer_than_the_bridge() -> None:
-    match = re.search(r"proxy_read_timeout (\d+)s", fenced("Run for good", "nginx"))
+    match = re.search(r"proxy_read_timeout (\d+)s", section("Run for good"))
     assert match
     assert int(match[1]) > float(q.OPTION["idle_timeout"].default)
 
 
 @pytest.mark.parametrize("topic", [
-    "Quick start", "Codex", "Continuity and 404s", "LiteLLM (optional)", "Logs and debugging", "Security",
-    "As a Git submodule", "Layout", "Run for good", "Signing in", "How fast", "Limits",
+    "Security", "Codex", "Claude Code", "Other clients", "Signing in", "Troubleshooting",
+    "What is done to a request", "Endpoints", "Commands and options", "Errors", "Run for good", "How fast",
+    "Limits",
 ])
 def test_topics(topic: str) -> None:
     assert len(section(topic).strip()) > 100
 
 
-def test_lines_are_short() -> None:
-    assert [line for line in README.splitlines() if len(line) > MAX_LINE or line != line.rstrip()] == []
+def test_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert [line for line in lines if len(line) > MAX_LINE or line != line.rstrip()] == []
+    assert len(lines) <= MAX_LINES
 
 
-@pytest.mark.skipif(os.name != "posix", reason="run.sh is for a shell")
-@pytest.mark.parametrize(("words", "host"), [
-    ([], "0.0.0.0"), (["--port", "1", "--host", "127.0.0.1"], "127.0.0.1"), (["--host=::1"], "::1"),
-])
-def test_litellm_listens_where_the_bridge_does(words: list[str], host: str) -> None:
-    function = RUN_SH[RUN_SH.index("own_host() {"):].partition("\n}\n")[0] + "\n}\n"
-    command = ["sh", "-c", f'{function}own_host "$@"', "sh", *words]
-    assert subprocess.run(command, env={}, capture_output=True, text=True, check=True).stdout == f"{host}\n"
-    assert '--host "$host" --port 4000' in RUN_SH
-
-
+def test_speed_table_has_five_rows() -> None:
+    rows = re.findall(r"^\| [a-zC].*\|$", section("How fast"), re.MULTILINE)
+    assert len(rows) == 5
+    for row in rows:
+        nginx, bridge, ratio = (float(cell) for cell in row.split("|")[2:5])
+        assert ratio == pytest.approx(bridge / nginx, rel=0.05)
 
 
 @pytest.mark.parametrize(("about", "words"), [

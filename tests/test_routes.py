@@ -10,6 +10,7 @@ import wire
 from conftest import RunningBridge, SharedBridges, Start
 from help import (
     API_KEY,
+    BEARER,
     CODEX,
     HI,
     HOST,
@@ -21,6 +22,7 @@ from help import (
     TOOL,
     Object,
     ask,
+    bearer,
     head,
     respond,
     sent,
@@ -47,12 +49,6 @@ def test_post_route_takes_any_prefix(
     shared_bridge: RunningBridge, form: str, path: str, body: object
 ) -> None:
     assert wire.post(shared_bridge.address, form.format(path), body).status == 200
-
-
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/", "/v1/v1/"])
-def test_page_is_at_the_root(shared_bridge: RunningBridge, path: str) -> None:
-    reply = wire.get(shared_bridge.address, path)
-    assert (reply.status, reply.header("content-type")) == (200, "text/html; charset=utf-8")
 
 
 @pytest.mark.parametrize("path", [
@@ -419,3 +415,50 @@ def test_a_head_request_for_responses_stays_405(bridge: RunningBridge) -> None:
     with wire.Client(bridge.address) as client:
         client.request("HEAD", "/v1/responses")  # so `codex doctor` probes
         assert client.read_reply().status == 405
+
+
+KEYED = ("--api-key", f"laptop={API_KEY}")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/messages", "/messages", "/v1/messages/count_tokens", "/v1/v1/messages/"])
+def test_claude_clients_are_told_of_litellm(shared_bridge: RunningBridge, path: str) -> None:
+    reply = wire.post(shared_bridge.address, path, {"model": "claude-opus-4-5", "messages": []})
+    assert (reply.status, reply.json["error"]["code"]) == (404, "not_found")
+    for fact in ("LiteLLM", "4000", "/v1/client-config/claude"):
+        assert fact in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/v1/v1"])
+@pytest.mark.parametrize("keys", [(), KEYED], ids=["open", "locked"])
+def test_a_browser_at_the_base_url_gets_a_sentence(start: Start, keys: tuple[str, ...], path: str) -> None:
+    bridge = start(*keys)
+    reply = wire.get(bridge.address, path, {"Accept": "text/html"})
+    assert (reply.status, reply.header("content-type")) == (200, "text/plain; charset=utf-8")
+    assert len(reply.body.splitlines()) <= 3
+    for fact in (bridge.url, "/v1/client-config", bridge.url.removesuffix("v1")):
+        assert fact in reply.body.decode()
+
+
+def test_the_page_is_at_the_root_only(shared_bridge: RunningBridge) -> None:
+    assert wire.get(shared_bridge.address, "/").header("content-type") == "text/html; charset=utf-8"
+
+
+def failed_requests(bridge: RunningBridge) -> tuple[int, int, int]:
+    """Return how many requests /status counts as failed, has as errors, and shows as recent."""
+    status = wire.get(bridge.address, "/status", BEARER).json
+    return status["totals"]["failed_requests"], len(status["errors"]), len(status["recent"])
+
+
+@pytest.mark.parametrize(("path", "headers", "counted"), [
+    ("/status", {}, False),  # what the page asks before a person has typed the key
+    ("/v1/status", {}, False),
+    ("/status", bearer("sk-wrong-0123456789"), True),
+    ("/v1/models", {}, True),
+])
+def test_the_pages_own_401_is_no_failed_request(
+    start: Start, path: str, headers: dict[str, str], counted: bool
+) -> None:
+    bridge = start(*KEYED)
+    assert wire.get(bridge.address, path, headers).status == 401
+    assert failed_requests(bridge) == ((1, 1, 1) if counted else (0, 0, 0))

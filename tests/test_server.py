@@ -27,7 +27,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import Run, RunningBridge, SharedBridges, Start
+from conftest import LogLines, Run, RunningBridge, SharedBridges, Start
 from help import (
     BODY,
     CANARY,
@@ -296,7 +296,7 @@ def test_stop_at_rest_is_quick(run: Run) -> None:
     running = run()
     assert running.start_seconds < 3  # tests/bench.py measures it; this only sees a hang
     assert "signed in" in running.greeting
-    assert "no key is set" in running.greeting
+    assert "only this host can use it" in running.greeting
     begun = time.monotonic()
     running.process.send_signal(signal.SIGTERM)
     assert running.wait() == 0
@@ -964,3 +964,27 @@ def test_connection_without_a_thread_is_503_and_the_next_is_served(
     assert bridge.faults == []
     assert until(lambda: not bridge.server._open, 1)
     assert wire.get(bridge.address, "/healthz").status == 200
+
+
+@pytest.mark.parametrize("request_line", [
+    "GET /v1/models HTTP/1.1", "POST /v1/responses HTTP/1.1", "HEAD / HTTP/1.0", "OPTIONS * HTTP/1.1",
+])
+def test_http_to_a_tls_bridge_is_answered_and_logged(
+    tls_bridge: RunningBridge, bridges: SharedBridges, log_lines: LogLines, request_line: str
+) -> None:
+    head = f"{request_line}\r\nHost: bridge.lan\r\nContent-Length: 0\r\n\r\n"
+    method = request_line.partition(" ")[0]
+    reply = wire.raw(tls_bridge.address, head, method=method)
+    assert (reply.status, reply.header("connection")) == (400, "close")
+    assert reply.header("x-qoo-bridge-error") == "bridge"
+    if method != "HEAD":
+        assert reply.json["error"]["code"] == "malformed_http"
+        assert "https://" in reply.json["error"]["message"]
+    assert "127.0.0.1" in log_lines.wait_for("https")
+    served(tls_bridge, bridges)
+
+
+def test_http_to_a_tls_bridge_waits_for_no_rest(tls_bridge: RunningBridge) -> None:
+    with wire.Client(tls_bridge.address) as client:
+        client.send(b"GET / HT")  # enough to know that it is no TLS
+        assert client.left()

@@ -82,7 +82,7 @@ def test_log_line_of_an_empty_record() -> None:
     line = log_line(record(id="", client="", method="", path="", model="", slug="", status=0, total=0.0,
                            end=""))
     assert line == (
-        "- - - - -->- rules=- repairs=- status=0 first_byte=- total=0ms events=0 bytes=0 tokens=- end=-"
+        "- - - - status=0 total=0ms bytes=0 end=-"
     )
 
 
@@ -531,3 +531,32 @@ def test_credits_in_an_event_are_read_or_left_out(
     assert limits["primary"]["used_percent"] == 40
     if isinstance(credits, dict) and credits["balance"]:
         assert limits["credits"]["balance"] == "12.50"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/client-config/codex", "/healthz"])
+def test_log_line_without_a_model_is_readable(path: str) -> None:
+    line = q.log_line(record(method="GET", path=path, model="", slug="", end="completed"))
+    assert "->" not in line
+    assert not re.search(r"=-(?: |$)", line)  # what there is not is not named
+    for fact in (f"GET {path} ", "status=200", "total=2000ms", "end=completed"):
+        assert fact in line
+
+
+@pytest.mark.parametrize(("model", "slug", "said"), [
+    ("local_md", "gpt-5.6-sol", " local_md->gpt-5.6-sol "), ("gpt-5.5", "gpt-5.5", " gpt-5.5->gpt-5.5 "),
+    ("local_md", "", " local_md->- "),  # it never went up
+])
+def test_log_line_of_a_model_says_what_became_of_it(model: str, slug: str, said: str) -> None:
+    assert said in q.log_line(record(model=model, slug=slug))
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_a_request_that_waits_is_shown_as_waiting(waiting: bool) -> None:
+    telemetry, one = q.Telemetry(), record(waiting=waiting)
+    telemetry.begin(one)
+    (row,) = telemetry.snapshot(NOW)["open"]
+    assert row["waiting"] is waiting
+    one.waiting = False
+    telemetry.finish(one, NOW)
+    assert "waiting" not in telemetry.snapshot(NOW)["recent"][0]
+    assert "qoo_bridge_waiting_requests" in q.metrics_text(telemetry.snapshot(NOW))
