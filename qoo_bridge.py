@@ -28,48 +28,49 @@ Five parts and their rooms; each room uses only the rooms above it:
          1  constants       routes, limits, names
          2  errors          one class for each status
          3  json            untrusted JSON: any value can have any type
-         4  refusals        upstream's refusal -> the client's error
-         5  http            heads and bodies as bytes; addresses
-         6  options         one table -> argparse, environment, --help; a frozen Config
+         4  spans           a request and the client's own bytes of each value
+         5  refusals        upstream's refusal -> the client's error
+         6  http            heads and bodies as bytes; addresses
+         7  options         one table -> argparse, environment, --help; a frozen Config
     B the trust kernel      the only code that opens a connection or holds a token
-         7  sockets         connected sockets, never blocking
-         8  upstream        opens connections: pool, TLS, proxy
-         9  sign-in         auth.json: read, refresh, write
-        10  login           the device sign-in
-        11  account         account routing
+         8  sockets         connected sockets, never blocking
+         9  upstream        opens connections: pool, TLS, proxy
+        10  sign-in         auth.json: read, refresh, write
+        11  login           the device sign-in
+        12  account         account routing
     C rules                 pure, but codings may load libzstd
-        12  items           what rules share; rules for single items; an estimate of tokens
-        13  forms           the lite and the plain form; tools
-        14  normalize       request -> request, by named rules
-        15  repairs         a refusal's text -> a changed context
-        16  chat requests   Chat Completions request -> Responses request
-        17  chat answers    Responses events -> Chat Completions chunks
-        18  codings         gzip, deflate, zstd
-        19  fields          which headers are forwarded; the client's identity
-        20  events          server-sent events; events -> one response
-        21  outputs         events -> the client's bytes
-        22  frames          WebSocket frame codec
-        23  access          which clients are admitted
+        13  items           what rules share; rules for single items; an estimate of tokens
+        14  forms           the lite and the plain form; tools
+        15  normalize       request -> request, by named rules
+        16  repairs         a refusal's text -> a changed context
+        17  chat requests   Chat Completions request -> Responses request
+        18  chat answers    Responses events -> Chat Completions chunks
+        19  codings         gzip, deflate, zstd
+        20  fields          which headers are forwarded; the client's identity
+        21  events          server-sent events; events -> one response
+        22  outputs         events -> the client's bytes
+        23  frames          WebSocket frame codec
+        24  access          which clients are admitted
     D the bridge            one request from accept to its log line
-        24  catalog         the live model list and the aliases
-        25  telemetry       counters, recent requests, the log line
-        26  log             standard error and bridge.log
-        27  store           conversations for previous_response_id
-        28  admission       limits: body memory, requests per key; the keys
-        29  exchange        one client request and its response; the relay
-        30  dialects        the APIs: Responses, Chat Completions, legacy completions
-        31  turns           model requests, sent until upstream accepts them
-        32  in flight       what a WebSocket holds beside its frames
-        33  websockets      frames both ways
-        34  pages           the status page
-        35  client config   what a client pastes or saves
-        36  routes          path -> handler
-        37  server          threads, their limit, drain, shutdown
+        25  catalog         the live model list and the aliases
+        26  telemetry       counters, recent requests, the log line
+        27  log             standard error and bridge.log
+        28  store           conversations for previous_response_id
+        29  admission       limits: body memory, requests per key; the keys
+        30  exchange        one client request and its response; the relay
+        31  dialects        the APIs: Responses, Chat Completions, legacy completions
+        32  turns           model requests, sent until upstream accepts them
+        33  in flight       what a WebSocket holds beside its frames
+        34  websockets      frames both ways
+        35  pages           the status page
+        36  client config   what a client pastes or saves
+        37  routes          path -> handler
+        38  server          threads, their limit, drain, shutdown
     E commands              the command line; only this part prints
-        38  commands        serve, client-config, new-key, login, litellm-config
-        39  doctor          checks of every step between this host and a reply
-        40  demo            the bridge with a built-in stand-in backend
-        41  main            the command line
+        39  commands        serve, client-config, new-key, login, litellm-config
+        40  doctor          checks of every step between this host and a reply
+        41  demo            the bridge with a built-in stand-in backend
+        42  main            the command line
 """
 from __future__ import annotations
 
@@ -174,7 +175,9 @@ KEEPALIVE_PROBES = 3  # unanswered questions after which a connection is dead
 USER_TIMEOUT_MS = 10_000  # milliseconds in which sent bytes must be acknowledged (Linux; elsewhere seconds)
 NEXT_ADDRESS_SECONDS = 0.3  # after which a host's next address is tried, as curl and Codex do
 CLOCK_GAP = 5  # seconds by which the two clocks may part before the host counts as having slept
+LARGE_BODY = 1024 * 1024  # bytes; bodies of this size or more are parsed one at a time
 COUNTED_BODY = 16 * 1024  # bytes of a JSON body above which what parsing makes of it counts as well
+COUNTED_PIECE = 256 * 1024  # bytes of a body that are counted at once
 WORST_PARSED = 80  # bytes of memory that a byte of JSON can take, see `parsed_size`
 MAX_HOST = 300  # characters of a Host header that can name this bridge
 UNANSWERED_PINGS = 3  # after which one side of a WebSocket is dead
@@ -484,11 +487,14 @@ CLIENT_DECODER = json.JSONDecoder(parse_constant=reject_constant)
 def parsed_size(body: bytes) -> int:
     """Estimate the bytes of memory that a JSON body takes with what parsing makes of it, from above.
 
-    Measured on 3.9 to 3.13.
+    Measured on 3.9 to 3.13. In pieces: no other thread runs while bytes are counted.
     """
-    text = 3 if body.isascii() else 9  # the bytes, their text, and the strings in it
-    return (text * len(body) + 64 * body.count(b"[") + 160 * body.count(b"{") + 28 * body.count(b'"')
-            + 40 * body.count(b",") + 90 * body.count(b":"))
+    size = (5 if body.isascii() else 11) * len(body)  # the bytes, their text, the strings in it, what goes up
+    for at in range(0, len(body), COUNTED_PIECE):
+        piece = body[at:at + COUNTED_PIECE]
+        size += 64 * piece.count(b"[") + 160 * piece.count(b"{") + 28 * piece.count(b'"')
+        size += 40 * piece.count(b",") + 90 * piece.count(b":")
+    return size
 
 
 def counted_size(body: bytes) -> int:
@@ -520,14 +526,6 @@ def json_bytes(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def encode(request: Mapping[str, Any]) -> bytes:
-    """Encode a changed request. Raises InvalidRequest for NaN, Infinity and too deep nesting."""
-    try:
-        return json_bytes(request)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest("the request has a number out of range, or is nested too deeply") from exc
 
 
 JSON_TYPES = {
@@ -602,7 +600,282 @@ def unix_time(text: Any) -> float:
         return 0.0
 
 
-# == 4 refusals ===============================================================
+# == 4 spans ==================================================================
+# The place of each value in a request's body: what no rule changed is sent as the client's own bytes. (pure)
+# A value is unchanged if it is the very object that was read: a rule must never modify its argument.
+
+WINDOW = 256 * 1024  # bytes of a body that are decoded at once
+MARGIN = 64 * 1024  # characters; an item that begins so near to a window's end begins a new window
+MAX_PLACES = 100_000  # fields and items of a body, about; a body with more is parsed at once, without places
+ITEM_LISTS = ("input", "messages", "tools")  # read and written item by item
+VALUE_ENDS = frozenset(" \t\n\r,:]}")  # characters that can follow a value
+NO_ITEM = object()  # follows each list's items: the next list's are not their neighbours
+WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class Spans:
+    """A parsed request, and the place in its body of each field and of each item of ITEM_LISTS."""
+
+    def __init__(self, raw: bytes, request: Any) -> None:
+        self.raw = raw
+        self.request = request
+        self.fields: dict[str, tuple[int, int, int]] = {}  # name -> its start, its value's start, their end
+        self.lists: dict[str, int] = {}  # name -> index of its first item in `items`
+        self.items: list[Any] = []  # of all lists: neighbours here are neighbours in the body
+        self.starts: list[int] = []  # byte of the body, for each of `items`
+        self.ends: list[int] = []
+        self._indexes: dict[int, int] = {}  # id of an item -> index; built when a list has a new item
+
+    def is_unchanged(self, name: str, value: Any) -> bool:
+        """Tell whether a field has the value that was read."""
+        return name in self.fields and self.request[name] is value
+
+    def value_bytes(self, name: str) -> bytes:
+        """Return the client's own bytes of a field's value. Raises KeyError if their place is unknown."""
+        _, start, end = self.fields[name]
+        return self.raw[start:end]
+
+    def index(self, item: Any, likely: int) -> int:
+        """Return an item's index in `items`, -1 for a new item; try a likely index first."""
+        if 0 <= likely < len(self.items) and self.items[likely] is item:
+            return likely
+        if not self._indexes:
+            self._indexes = {id(item): index for index, item in enumerate(self.items)}
+        return self._indexes.get(id(item), -1)
+
+
+class SpanReader:
+    """Reads a request. The cursor is a character of a window of the body's text.
+
+    A window, because a wide character makes the text around it four times as large, and because no other
+    thread runs while a text is decoded. Raises ValueError, StopIteration or RecursionError for what is not a
+    JSON object, or has a float out of range or too many places: `read_request` leaves that to `parse_json`.
+    """
+
+    def __init__(self, raw: bytes) -> None:
+        self._spans = Spans(raw, {})
+        self._body = memoryview(raw)
+        self._text = ""  # the window
+        self._loaded = 0  # byte of the body at which the window ends
+        self._margin = 0  # character from which on an item begins a new window
+        self._index = 0  # the cursor
+        self._shift = 0  # the cursor's byte in the body, less `_index`
+        self._scan = UPSTREAM_DECODER.scan_once  # type: ignore[attr-defined]
+
+    def read(self) -> Spans:
+        """Read the body."""
+        spans = self._spans
+        more = self._enter("{", "}")
+        while more:
+            start = self._index + self._shift
+            name = self._value()
+            if not isinstance(name, str) or self._next() != ":":
+                raise ValueError("a field needs a name and a colon")
+            self._index += 1
+            opening, value_start = self._next(), self._index + self._shift
+            if name in ITEM_LISTS and opening == "[":
+                spans.request[name] = self._items(name)
+            else:
+                spans.request[name] = self._value()
+            spans.fields[name] = start, value_start, self._index + self._shift
+            more = self._follows("}")
+        if self._next():
+            raise ValueError("bytes after the object")
+        return spans
+
+    def _items(self, name: str) -> list[Any]:
+        """Read a list, item by item: other threads can run between items.
+
+        The usual item ends in this window, and a comma alone is between it and the next one.
+        """
+        items, starts, ends = self._spans.items, self._spans.starts, self._spans.ends
+        self._spans.lists[name] = first = len(items)
+        more, scan = self._enter("[", "]"), self._scan
+        text, index, shift, margin = self._text, self._index, self._shift, self._margin
+        while more:
+            starts.append(index + shift)
+            try:
+                value, end = scan(text, index)
+                behind = text[end]
+            except (ValueError, StopIteration, IndexError):
+                behind = ""
+            if behind not in VALUE_ENDS:
+                self._index, self._shift = index, shift
+                value = self._value()
+                text, end, shift, margin = self._text, self._index, self._shift, self._margin
+            elif not text.isascii() and not (piece := text[index:end]).isascii():
+                shift += len(piece.encode("utf-8")) - len(piece)
+            items.append(value)
+            ends.append(end + shift)
+            if behind == "," and end < margin and text[end + 1:end + 2] > " ":
+                index = end + 1
+            else:
+                self._index, self._shift = end, shift
+                more = self._follows("]")
+                if self._index >= margin:
+                    self._load(WINDOW)
+                text, index, shift, margin = self._text, self._index, self._shift, self._margin
+        read = items[first:]
+        items.append(NO_ITEM)
+        starts.append(0)
+        ends.append(0)
+        return read
+
+    def _enter(self, opening: str, closing: str) -> bool:
+        """Move to the first entry of an object or a list; tell whether there is one."""
+        if self._next() != opening:
+            raise ValueError(opening)
+        self._index += 1
+        if self._next() == closing:
+            self._index += 1
+            return False
+        return True
+
+    def _follows(self, closing: str) -> bool:
+        """Move to the next entry; tell whether there is one."""
+        char = self._next()
+        if char not in (",", closing) or len(self._spans.starts) + len(self._spans.fields) > MAX_PLACES:
+            raise ValueError(char)
+        self._index += 1
+        if char == closing:
+            return False
+        self._next()
+        return True
+
+    def _next(self) -> str:
+        """Skip white space; return the character at the cursor, "" at the body's end."""
+        while True:
+            char = self._text[self._index:self._index + 1]
+            if char <= " ":
+                self._index = WHITE_SPACE.match(self._text, self._index).end()  # type: ignore[union-attr]
+                char = self._text[self._index:self._index + 1]
+            if char or self._loaded == len(self._body):
+                return char
+            self._load(WINDOW)
+
+    def _value(self) -> Any:
+        """Parse the value at the cursor, in larger windows if it does not end in this one."""
+        size = WINDOW
+        while True:
+            with contextlib.suppress(ValueError, StopIteration):
+                value, end = self._scan(self._text, self._index)
+                if self._text[end:end + 1] in VALUE_ENDS:
+                    self._move(end)
+                    return value
+            if self._loaded == len(self._body):
+                raise ValueError("no value")
+            size *= 8
+            self._load(size)
+
+    def _move(self, end: int) -> None:
+        """Move the cursor to the end of a value."""
+        if not self._text.isascii():
+            for start in range(self._index, end, MARGIN):
+                text = self._text[start:min(start + MARGIN, end)]
+                self._shift += len(text.encode("utf-8")) - len(text)
+        self._index = end
+
+    def _load(self, size: int) -> None:
+        """Decode a window that begins at the cursor, and ends with a character. Raises UnicodeDecodeError."""
+        start = self._index + self._shift
+        end = min(start + size, len(self._body))
+        for _ in range(3):  # bytes of a character that can follow its first one
+            if end < len(self._body) and self._body[end] & 0xC0 == 0x80:
+                end += 1
+        self._text = ""  # frees the last window before the next one takes memory
+        self._text = str(self._body[start:end], "utf-8")
+        self._loaded, self._index, self._shift, self._margin = end, 0, start, len(self._text)
+        if end < len(self._body):
+            self._margin -= MARGIN
+
+
+def read_request(body: bytes) -> Spans:
+    """Parse a request body as `parse_json` does, and note the places of its values. Raises InvalidRequest."""
+    try:
+        return SpanReader(body).read()
+    except (ValueError, StopIteration, RecursionError):
+        pass
+    return Spans(body, parse_json(body))  # without places, or raises the error that clients know
+
+
+def encode(request: dict[str, Any], spans: Spans | None = None) -> bytes:
+    """Encode a changed request. Raises InvalidRequest for NaN, Infinity and too deep nesting."""
+    try:
+        if spans is None:
+            return json_bytes(request)
+        return write_request(request, spans)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest("the request has a number out of range, or is nested too deeply") from exc
+
+
+def write_request(request: dict[str, Any], spans: Spans) -> bytes:
+    """Encode a request, with the client's own bytes for what was read. Raises what `json_bytes` raises."""
+    if request is spans.request:
+        return spans.raw
+    if len(request) == len(spans.request) and all(map(spans.is_unchanged, request, request.values())):
+        return spans.raw
+    return b"".join(_field_pieces(request, spans, top=True))
+
+
+def _field_pieces(fields: dict[str, Any], spans: Spans, top: bool) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of the request, or of a new item that has a list of tools."""
+    before, body = b"{", memoryview(spans.raw)
+    for name, value in fields.items():
+        yield before
+        before = b","
+        if top and spans.is_unchanged(name, value):
+            start, _, end = spans.fields[name]
+            yield body[start:end]
+            continue
+        yield json_bytes(name) + b":"
+        if name in ITEM_LISTS and isinstance(value, list):
+            yield from _item_pieces(value, spans, spans.lists.get(name, -1), top)
+        else:
+            yield json_bytes(value)
+    yield b"}" if fields else b"{}"
+
+
+def _item_pieces(items: list[Any], spans: Spans, likely: int, top: bool) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a list whose first item has the index `likely`, if it was read."""
+    before, body = b"[", memoryview(spans.raw)
+    for index, group in _groups(items, spans, likely):
+        yield before
+        before = b","
+        if index >= 0:
+            yield body[spans.starts[index]:spans.ends[index + len(group) - 1]]
+        elif top and _carries_tools(group[0]):
+            yield from _field_pieces(group[0], spans, top=False)
+        else:
+            yield json_bytes(group)[1:-1]
+    yield b"]" if items else b"[]"
+
+
+def _groups(items: list[Any], spans: Spans, likely: int) -> Iterator[tuple[int, list[Any]]]:
+    """Yield neighbours in the body with the first one's index, and new items with -1; tools alone."""
+    first, following = -1, -1
+    group: list[Any] = []
+    for item in items:
+        index = spans.index(item, likely)
+        alone = index < 0 and (_carries_tools(item) or any(map(_carries_tools, group[-1:])))
+        if group and (index != following or alone):
+            yield first, group
+            group = []
+        if not group:
+            first = index
+        group.append(item)
+        following = index
+        if index >= 0:
+            following = likely = index + 1
+    if group:
+        yield first, group
+
+
+def _carries_tools(item: Any) -> bool:
+    """Tell whether an item has a list of tools, as the lite form's first one."""
+    return isinstance(item, dict) and isinstance(item.get("tools"), list)
+
+
+# == 5 refusals ===============================================================
 # Turns upstream's refusals and reported failures into errors for the client.
 
 class UpstreamRefusal(BridgeError):
@@ -743,7 +1016,7 @@ FAILURE_STATUS = {  # the backend's codes inside `response.failed` and `error`; 
 CURELESS = re.compile(r"(?:invalid|unknown|unsupported|missing)_|\w*image_|\w*_image|\w*_policy(?:_|$)")
 
 
-# == 5 http ===================================================================
+# == 6 http ===================================================================
 # Heads and bodies as bytes, parsed strictly, by the same code on both sides.
 # http.server and http.client do not read them: they accept signed lengths, folded lines and bare line feeds,
 # hide a truncated body, hang on a 304 marked as chunked, and cost 90 µs a head (WIRE 8).
@@ -1124,7 +1397,7 @@ def outgoing_request(method: str, url: str, headers: Mapping[str, str], body: by
     return OutgoingRequest(method, target, render_head(f"{method} {path} HTTP/1.1", lines), body, timeout)
 
 
-# == 6 options ================================================================
+# == 7 options ================================================================
 # One table of options serves argparse, the environment, --help and README. No default is anywhere else.
 
 class NamedSecret(NamedTuple):
@@ -1436,7 +1709,7 @@ def sign_in_hint(path: str) -> str:
 ###############################################################################
 
 
-# == 7 sockets ================================================================
+# == 8 sockets ================================================================
 # Connected non-blocking sockets, and the commands' few network lookups.
 
 HAS_POLL = hasattr(select, "poll")  # false on Windows
@@ -1859,7 +2132,7 @@ class Reply:
             self.connection.close()
 
 
-# == 8 upstream ===============================================================
+# == 9 upstream ===============================================================
 # The only room that opens connections: pool, TLS, proxy, retry after a stale connection. Exceptions of
 # socket, ssl and http.client become part A's errors here. http.client connects; room http reads.
 
@@ -2089,7 +2362,7 @@ def line_broke(exc: Exception) -> bool:
     return isinstance(exc, OSError) and not is_own_timeout(exc)
 
 
-# == 9 sign-in ================================================================
+# == 10 sign-in ===============================================================
 # The only reader and writer of auth.json. A refresh token works once, and Codex on this host may refresh too.
 # So: reread the file first, hold auth.lock, compare before the write, never lose a new token (WIRE 2).
 
@@ -2532,7 +2805,7 @@ class Credentials:
             self._signature = file_signature(self.path)
 
 
-# == 10 login =================================================================
+# == 11 login =================================================================
 # The device sign-in of WIRE 2, for a host without a browser, and what doctor asks of auth.json.
 
 def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], None]) -> SignIn:
@@ -2648,7 +2921,7 @@ def keyring_setting(auth_file: str) -> str:
     return ""
 
 
-# == 11 account ===============================================================
+# == 12 account ===============================================================
 # The upstream of each account, and requests with the sign-in.
 
 class Routing:
@@ -2810,7 +3083,7 @@ class Account:
 ###############################################################################
 
 
-# == 12 items =================================================================
+# == 13 items =================================================================
 # What the rules share, and the rules for single items of the input. No I/O, no clock, no log.
 # A rule never modifies its argument; a second run of all rules changes nothing.
 
@@ -2865,6 +3138,7 @@ class Rule(NamedTuple):
     per_item: bool = False  # the function gets the input's items, one by one, in place of the request
 
 
+HASHED_PIECE = 64 * 1024  # characters
 HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
 
 
@@ -3038,21 +3312,37 @@ def stable_id(text: str) -> str:
 
 
 def conversation_hash(request: Mapping[str, Any], owner: str, slug: str) -> str:
-    """Return a hash of a conversation's constants: client, model, instructions, first user message."""
-    first: Any = None
-    items = request.get("input")
+    """Return a hash of a conversation's constants: client, model, instructions, first user message.
+
+    It is taken piece by piece: a large message is not copied.
+    """
+    digest = hashlib.sha256()
+    waiting: list[Any] = [owner, slug, request.get("instructions"), first_message(request.get("input"))]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value)
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+        else:
+            text = str(value)
+            digest.update(f"{type(value).__name__} {len(text)} ".encode())
+            for at in range(0, len(text), HASHED_PIECE):
+                digest.update(text[at:at + HASHED_PIECE].encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def first_message(items: Any) -> Any:
+    """Return the content of an input's first user message; both forms of one text give one value."""
+    if not isinstance(items, str):
+        items = next((item.get("content") for item in dicts_in(items) if item.get("role") == "user"), None)
     if isinstance(items, str):
-        first = items
-    for item in items if isinstance(items, list) else ():
-        if isinstance(item, dict) and item.get("role") == "user":
-            first = item.get("content")
-            break
-    if isinstance(first, str):
-        first = [{"type": "input_text", "text": first}]  # both forms of one text give one hash
-    return stable_id(json.dumps([owner, slug, request.get("instructions"), first]))
+        return [{"type": "input_text", "text": items}]
+    return items
 
 
-# == 13 forms =================================================================
+# == 14 forms =================================================================
 # The lite and the plain form of a request, and the tools in both (WIRE 4). No I/O, no clock, no log.
 
 LITE_TOOLS = ("function", "custom", "namespace", "tool_search")  # a lite model runs no other tool
@@ -3304,7 +3594,7 @@ def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     return plain
 
 
-# == 14 normalize =============================================================
+# == 15 normalize =============================================================
 # Request dict in, request dict out: the rules for the request's own fields, and the list of all rules.
 
 def check_request(request: Any) -> None:
@@ -3505,7 +3795,7 @@ RULES = (  # in this order; later rules rely on earlier ones
 )
 
 
-# == 15 repairs ===============================================================
+# == 16 repairs ===============================================================
 # A refusal's text -> a changed context -> the rules run again.
 
 class Repair(NamedTuple):
@@ -3593,7 +3883,7 @@ def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
     return None
 
 
-# == 16 chat requests =========================================================
+# == 17 chat requests =========================================================
 # Chat Completions and legacy completions: request dict in, Responses request out. No argument is modified.
 
 Object = dict[str, Any]  # a JSON object
@@ -3979,7 +4269,7 @@ def completion_request(body: Object) -> Object:
     return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
 
 
-# == 17 chat answers ==========================================================
+# == 18 chat answers ==========================================================
 # Responses events in, Chat Completions chunks out. Ids and times are arguments. ChatDeltas turns events into
 # deltas. A stream wraps deltas in chunks and a JSON response merges them, so both always agree.
 
@@ -4289,10 +4579,11 @@ def text_completion(response: Object, completion_id: str, created: int, model: s
     return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
 
 
-# == 18 codings ===============================================================
-# Content codings of bodies: gzip, deflate, and zstd (by Python's own module or libzstd).
+# == 19 codings ===============================================================
+# Content codings of bodies: gzip, deflate, zstd (by Python's own module or libzstd); the C library's memory.
 
 ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
+MMAP_THRESHOLD = -3  # glibc's number of this parameter of mallopt
 ZSTD_LEVEL = 3  # zstd's own default, and Codex's
 
 
@@ -4309,6 +4600,17 @@ def libzstd() -> Any:
             library.ZSTD_createDStream.restype = ctypes.c_void_p
             return library
     return None
+
+
+def return_large_blocks() -> None:
+    """Have the C library give each freed block of LARGE_BODY or more back to the system.
+
+    glibc keeps such blocks after a while, in an arena for each thread: the memory of large bodies would stay.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BODY)
 
 
 def zstd_module() -> Any:
@@ -4334,7 +4636,7 @@ def zstd_compress(body: bytes) -> bytes | None:
     target = ctypes.create_string_buffer(bound)
     size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
     if size <= bound:
-        return target.raw[:size]  # libzstd reports an error as a size near 2^64
+        return ctypes.string_at(target, size)  # libzstd reports an error as a size near 2^64
     return None
 
 
@@ -4410,7 +4712,7 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
     return content
 
 
-# == 19 fields ================================================================
+# == 20 fields ================================================================
 # Which headers are forwarded, to upstream and to the client, and the identity that requests carry.
 
 CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
@@ -4493,7 +4795,7 @@ def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
             and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
 
 
-# == 20 events ================================================================
+# == 21 events ================================================================
 # Server-sent events: bytes in, events out; events in, one response out. Lines end only at CR or LF, because
 # str.splitlines would also split a text at U+2028.
 
@@ -4726,7 +5028,7 @@ def token_counts(response: Any) -> dict[str, int]:
     return {name: count for name, count in found.items() if type(count) is int}
 
 
-# == 21 outputs ===============================================================
+# == 22 outputs ===============================================================
 # Upstream's events in, the client's bytes out, for each kind of client and of response.
 
 class Events:
@@ -4994,7 +5296,7 @@ class JsonOutput(ResponsesOutput):
         return b""
 
 
-# == 22 frames ================================================================
+# == 23 frames ================================================================
 # Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
 # The bridge never negotiates an extension, so every reserved bit is an error.
 
@@ -5237,7 +5539,7 @@ class FrameReader:
         return Message(opcode, payload)
 
 
-# == 23 access ================================================================
+# == 24 access ================================================================
 # Which clients are admitted: network, Host, Origin, key. The server calls this and sends the raised errors.
 
 HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]{1,128}")  # RFC 9110, 5.6.2
@@ -5371,7 +5673,7 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 ###############################################################################
 
 
-# == 24 catalog ===============================================================
+# == 25 catalog ===============================================================
 # The live model list and the aliases. No list is bundled; without one, no catalogue rule applies to requests.
 
 class ModelList(NamedTuple):
@@ -5700,7 +6002,7 @@ def entity_tag(body: bytes) -> str:
     return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
 
-# == 25 telemetry =============================================================
+# == 26 telemetry =============================================================
 # What the bridge reports about itself: the log line, /status, /metrics.
 # Called at a request's begin and end, never for a single event.
 
@@ -6139,7 +6441,7 @@ def next_id() -> str:
     return os.urandom(4).hex()
 
 
-# == 26 log ===================================================================
+# == 27 log ===================================================================
 # Standard error and bridge.log.
 
 class Log(logging.Handler):
@@ -6256,7 +6558,7 @@ def discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# == 27 store =================================================================
+# == 28 store =================================================================
 # The last responses, for clients that rely on a storage that the backend does not have.
 
 class Store:
@@ -6440,7 +6742,7 @@ class StoredInput(NamedTuple):
     """The part of a request that the store keeps."""
 
     previous: str  # id of the response that the request continues; "" for none
-    items: bytes  # a JSON list in one line
+    items: bytes  # a JSON list
 
 
 class ChatHistory:
@@ -6472,18 +6774,22 @@ def is_reference(item: Any) -> bool:
     return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
-def stored_input(request: dict[str, Any], codex: bool) -> StoredInput | None:
+def stored_input(spans: Spans, codex: bool) -> StoredInput | None:
     """Return the part of a request to store; None for Codex and for store=false, which need no store."""
+    request = spans.request
     if codex or request.get("store") is False:
         return None
-    items = input_to_list(request, Context()).get("input", [])
     try:
-        return StoredInput(request.get("previous_response_id") or "", json_bytes(items))
+        if isinstance(request.get("input"), list) and "input" in spans.fields:
+            items = spans.value_bytes("input")
+        else:
+            items = json_bytes(input_to_list(request, Context()).get("input", []))
     except (ValueError, RecursionError):  # no number of JSON, or too deep: upstream will say so
         return None
+    return StoredInput(request.get("previous_response_id") or "", items)
 
 
-# == 28 admission =============================================================
+# == 29 admission =============================================================
 # Limits on what runs at once: memory for request bodies, requests per key. And the keys themselves.
 
 class Budget:
@@ -6493,7 +6799,7 @@ class Budget:
         self._limit = limit
         self._held = 0
         self._lock = threading.Lock()
-        self.expanding = threading.Lock()  # decompress one body at a time: only then is its size known
+        self.expanding = threading.Lock()  # decompress or parse one large body at a time
 
     def take(self, size: int) -> None:
         """Reserve bytes. Raises Overloaded beyond the limit."""
@@ -6510,6 +6816,16 @@ class Budget:
         """Release bytes."""
         with self._lock:
             self._held -= size
+
+    def parse(self, body: bytes) -> Spans:
+        """Parse a body; large ones one at a time, so that the events of other requests pass between them.
+
+        Raises InvalidRequest.
+        """
+        if len(body) < LARGE_BODY:
+            return read_request(body)
+        with self.expanding:
+            return read_request(body)
 
 
 def load_key_file(path: str) -> tuple[tuple[NamedSecret, ...], int]:
@@ -6649,7 +6965,7 @@ class KeyQueue:
                 self._running[name] -= 1
 
 
-# == 29 exchange ==============================================================
+# == 30 exchange ==============================================================
 # One client request and its response; the relay, which copies upstream's reply to the client piece by piece.
 
 def plain_path(path: str) -> str:
@@ -6803,18 +7119,19 @@ class Exchange:
         if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         decoder = ChunkedBody() if length < 0 else LengthBody(length)
-        pieces: list[bytes] = []
+        received = bytearray()  # grows in place: a list of pieces would take their size again at its end
         until = time.monotonic() + BODY_STALL
         while not decoder.done:
             piece = decoder.feed(self._read_some(until))
             self._hold(budget, len(piece))
             if self._held_bytes > limit:
                 raise BodyTooLarge(f"the body is above the limit of {limit} bytes")
-            pieces.append(piece)
+            received += piece
             until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
         self._unread = False
         self.connection.buffer = decoder.rest
-        body, coding = b"".join(pieces), self.head.headers.get("content-encoding")
+        body, coding = bytes(received), self.head.headers.get("content-encoding")
+        del received
         if coding:
             with budget.expanding:
                 body = decompress(body, coding, limit)
@@ -7040,7 +7357,7 @@ class Relay:
             self._last_write = now
 
 
-# == 30 dialects ==============================================================
+# == 31 dialects ==============================================================
 # What a request of each API becomes upstream, and what its answer becomes for the client.
 
 class ResponsesApi:
@@ -7054,13 +7371,14 @@ class ResponsesApi:
         self._stored: StoredInput | None = None  # the input to store; None if the client needs no store
         self.streamed = False  # the client requested a stream
 
-    def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
+    def to_upstream(self, spans: Spans) -> dict[str, Any]:
         """Return the request with its references resolved; the same object without references.
 
         Raises InvalidRequest and BodyTooLarge.
         """
+        body = spans.request
         self.streamed = body.get("stream") is True
-        self._stored = stored_input(body, self._codex)
+        self._stored = stored_input(spans, self._codex)
         return self._store.resolve(self._owner, body, self._max_bytes)
 
     def output(self, audience: Audience) -> ResponsesOutput:
@@ -7097,8 +7415,9 @@ class ChatApi:
         self._include_usage = self._legacy_functions = False
         self.streamed = False  # the client requested a stream
 
-    def to_upstream(self, body: dict[str, Any]) -> dict[str, Any]:
+    def to_upstream(self, spans: Spans) -> dict[str, Any]:
         """Return the Responses request. Raises InvalidRequest."""
+        body = spans.request
         self.streamed = body.get("stream") is True
         self._model = body["model"]
         self._include_usage = wants_usage(body)
@@ -7146,25 +7465,23 @@ class CompletionApi(ChatApi):
 class Attempt:
     """One model request to upstream, over HTTP or a WebSocket: its next payload and its repairs."""
 
-    def __init__(self, request: dict[str, Any], raw: bytes | None, context: Context,
+    def __init__(self, request: dict[str, Any], spans: Spans, context: Context,
                  repairs: tuple[str, ...] = ()) -> None:
         self.request = request  # in the Responses form, before the rules
         self.context = context
         self.rules: tuple[str, ...] = ()
         self.repairs = repairs  # made so far, each with what it changed: `drop-parameter=foo`
         self.normalized = request
-        self._raw = raw  # the client's own bytes, if they are this request; else None
+        self._spans = spans  # the client's own bytes, which go up wherever no rule changes a value
 
     def next_payload(self, *left_out: str) -> bytes:
-        """Return the bytes to send now: the client's own bytes if no rule changes the request.
+        """Return the bytes to send now: where nothing changes the client's own, item by item.
 
         Omit the fields in `left_out`. Raises InvalidRequest.
         """
         request = without(self.request, *left_out) if left_out else self.request
         self.normalized, self.rules = normalize(request, self.context)
-        if self._raw is not None and self.normalized is self.request:
-            return self._raw
-        return encode(self.normalized)
+        return encode(self.normalized, self._spans)
 
     def call_ids(self) -> dict[str, bytes]:
         """Return the client's long call ids, JSON-escaped, by the short ones that upstream got."""
@@ -7174,7 +7491,7 @@ class Attempt:
                 for short, long in long_call_ids(self.request).items()}
 
 
-# == 31 turns =================================================================
+# == 32 turns =================================================================
 # Model requests, sent until upstream accepts them.
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
@@ -7264,27 +7581,27 @@ class Turns:
 
     def _read_attempt(self, api: ResponsesApi | ChatApi, exchange: Exchange) -> Attempt:
         """Read a client's request. Raises InvalidRequest and what `Exchange.read_body` raises."""
-        raw, body = self.read_json(exchange)
-        check_request(body)
-        exchange.record.model = body["model"]
-        request = api.to_upstream(body)
+        spans = self.read_json(exchange)
+        check_request(spans.request)
+        exchange.record.model = spans.request["model"]
+        request = api.to_upstream(spans)
         context = self.context(exchange, request)
         exchange.record.slug = context.slug
-        return self.attempt(request, raw if request is body else None, context)
+        return self.attempt(request, spans, context)
 
-    def read_json(self, exchange: Exchange) -> tuple[bytes, Any]:
+    def read_json(self, exchange: Exchange) -> Spans:
         """Read a client's JSON. Raises InvalidRequest and what `Exchange.read_body` raises."""
         raw = exchange.read_body(self.config.max_body, self.budget)
         if len(raw) > COUNTED_BODY:
             exchange.hold_parsed(raw, self.budget)
-        return raw, parse_json(raw)
+        return self.budget.parse(raw)
 
-    def attempt(self, request: dict[str, Any], raw: bytes | None, context: Context) -> Attempt:
+    def attempt(self, request: dict[str, Any], spans: Spans, context: Context) -> Attempt:
         """Return a request's first attempt; it tells what the lite form will lose where that is known."""
         repairs: tuple[str, ...] = ()
         if context.is_lite and not context.lite_header and lite_losses(request):
             repairs = (f"{FORM_REPAIR}={'+'.join(lite_losses(request))}",)
-        return Attempt(request, raw, context, repairs)
+        return Attempt(request, spans, context, repairs)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
         """Return the rules' context."""
@@ -7508,7 +7825,7 @@ class Turns:
 
     def count_tokens(self, exchange: Exchange) -> None:
         """Answer with an estimate of a request's input tokens; nothing is sent upstream."""
-        _, body = self.read_json(exchange)
+        body = self.read_json(exchange).request
         check_request({"model": "-", **body} if isinstance(body, dict) else body)
         exchange.send_json(200, {"object": "response.input_tokens", "input_tokens": estimate_tokens(body)})
 
@@ -7526,7 +7843,7 @@ def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
             if name in ("plan_type", "credits") or name.endswith(("rate_limit", "rate_limits"))}
 
 
-# == 32 in flight =============================================================
+# == 33 in flight =============================================================
 # What a WebSocket holds beside its frames: requests without an answer, chains, messages that are incomplete.
 
 class InFlight:
@@ -7691,7 +8008,7 @@ class AfterError:
         self._expected = False
 
 
-# == 33 websockets ============================================================
+# == 34 websockets ============================================================
 # One WebSocket to the client, one to upstream, and frames both ways.
 
 class WebSocketRelay:
@@ -7876,7 +8193,8 @@ class WebSocketRelay:
         """Forward a client's frame; normalize a response.create like a request."""
         record = self._new_record()
         try:
-            frame = parse_json(raw)
+            spans = self._turns.budget.parse(raw)
+            frame = spans.request
             if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
                 self._to_upstream(OP_TEXT, raw)
                 held.release()
@@ -7887,11 +8205,11 @@ class WebSocketRelay:
                 raise TooManyRequests("too many requests are running on this connection", retry_after=5)
             client = self._exchange.client
             if self._turns.catalog.is_at_hand(frame["model"]) and self._key_queue.has_room(client.key):
-                self._send_accepted(self._accept(frame, raw, record, held))
+                self._send_accepted(self._accept(spans, record, held))
             else:
                 record.waiting = True
                 self._turns.telemetry.begin(record)
-                self._start_background(lambda: self._accept(frame, raw, record, held),
+                self._start_background(lambda: self._accept(spans, record, held),
                                        lambda waited: self._resume_create(waited, record, held))
         except BridgeError as exc:
             self._refuse(record, exc, held)
@@ -7920,15 +8238,16 @@ class WebSocketRelay:
         record.user_agent_kind = self._exchange.user_agent_kind
         return record
 
-    def _accept(self, frame: dict[str, Any], raw: bytes, record: Record, held: Held) -> InFlight:
+    def _accept(self, spans: Spans, record: Record, held: Held) -> InFlight:
         """Prepare a response.create and take a place for it. Raises BridgeError, ClientLeft."""
+        frame = spans.request
         context = self._turns.context(self._exchange, frame, websocket=True)
         record.slug = context.slug
-        stored = stored_input(frame, context.codex)
+        stored = stored_input(spans, context.codex)
         resolved = frame
         if stored:
             resolved = self._resolve(frame)
-        attempt = self._turns.attempt(resolved, raw if resolved is frame else None, context)
+        attempt = self._turns.attempt(resolved, spans, context)
         in_flight = InFlight(record, attempt, stored, held)
         slot = self._key_queue.slot(self._exchange.client.key, self.raise_if_closed, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
@@ -8131,7 +8450,7 @@ class WebSocketRelay:
 NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"')
 
 
-# == 34 pages =================================================================
+# == 35 pages =================================================================
 # The status page.
 
 # The page contains no values: its script fetches `status` every 2 s and shows the values as text nodes.
@@ -8384,7 +8703,7 @@ def page_csp() -> str:
     )
 
 
-# == 35 client config =========================================================
+# == 36 client config =========================================================
 # What a person pastes or saves on another machine. Pure: texts in, text out.
 
 PROFILE = "local_lan"
@@ -8617,7 +8936,7 @@ def default_model(config: Config) -> str:
     return next(iter(config.alias))
 
 
-# == 36 routes ================================================================
+# == 37 routes ================================================================
 # Path and method -> handler; and one request from its head to its error.
 
 class Bridge:
@@ -8882,6 +9201,7 @@ class Bridge:
 
     def warm_up(self, stop: threading.Event) -> None:
         """Wait for a sign-in; then open a connection and fetch routing and model list, before any request."""
+        return_large_blocks()
         while True:
             try:
                 self.account.warm_up()
@@ -8956,7 +9276,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     return reply
 
 
-# == 37 server ================================================================
+# == 38 server ================================================================
 # Threads, their limit, and a shutdown that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
@@ -9240,9 +9560,10 @@ class Server(http.server.ThreadingHTTPServer):
 ###############################################################################
 
 
-# == 38 commands ==============================================================
+# == 39 commands ==============================================================
 # serve, client-config, new-key, login, litellm-config.
 
+SWITCH_SECONDS = 0.001  # that a thread may compute while others wait: an event goes first, a body can wait
 EVERY_ADDRESS = ("0.0.0.0", "::", "")  # values of --host that listen on all of this host's addresses
 NAME_SECONDS = 0.3  # for the system to find this host's own name
 
@@ -9306,6 +9627,7 @@ def serve(config: Config, started: Callable[[Server], None] = lambda server: Non
     """
     set_up_log(config)
     raise_file_limit(config.max_connections)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         server = Server(config)
     except OSError as exc:
@@ -9488,7 +9810,7 @@ def own_names_only(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-# == 39 doctor ================================================================
+# == 40 doctor ================================================================
 # Checks of every step between this host and a reply, each with a remedy.
 
 class Finding(NamedTuple):
@@ -9844,7 +10166,7 @@ def print_finding(name: str, finding: Finding) -> None:
     print(row, flush=True)
 
 
-# == 40 demo ==================================================================
+# == 41 demo ==================================================================
 # The complete bridge with a built-in stand-in backend, which needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
@@ -10058,7 +10380,7 @@ def print_demo(server: Server) -> None:
           f'codex exec --skip-git-repo-check --profile {PROFILE} "say hello to me"\n', flush=True)
 
 
-# == 41 main ==================================================================
+# == 42 main ==================================================================
 # The command line.
 
 COMMANDS = (

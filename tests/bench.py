@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Measure the bridge beside other proxies: one run, one TLS stand-in, loopback only.
 
-    python3 tests/bench.py [--quick] [--only ROW ...] [--codex PATH] [--standin-port N --against NAME=URL ...]
+    python3 tests/bench.py [--quick] [--only ROW ...] [--codex PATH] [--fastapi PYTHON]
+                           [--standin-port N --against NAME=URL ...]
 
 Rows: `direct` (the client speaks TLS to the stand-in itself), `nginx` if it is on PATH (configured below),
-`codex` (OpenAI's `codex responses-api-proxy`) if it is found, `bridge`, and each `--against`: a proxy that
-runs already and has `https://localhost:N/backend-api/codex/responses` as its upstream and CA_PEM of
-tests/wire/tls.py for a root. CPU and memory are read on Linux, of programs started here.
+`codex` (OpenAI's `codex responses-api-proxy`) if it is found, `fastapi` (the first version's design, below)
+if a Python with its packages is named, `bridge`, and each `--against`: a proxy that runs already and has
+`https://localhost:N/backend-api/codex/responses` as its upstream and CA_PEM of tests/wire/tls.py for a root.
+CPU and memory are read on Linux, of programs started here.
 
 How to read it:
 - Only ratios of one run count. A busy machine makes all rows worse alike: a measurement goes round all rows
@@ -17,6 +19,12 @@ How to read it:
   into an event to the client having read it, at 20 streams of 100 events a second. CPU is a process tree's.
 - `40 ms link`: every round trip to the stand-in takes 40 ms longer, TCP's handshake included. A kept
   connection costs one round trip, a new one three; `first` is the first request after start.
+- `turn` is the first byte of a Codex-like request as a conversation grows: `name` by the model's own name, so
+  no rule fires; `alias` by an alias of that model; `lite` in the plain form, for a model of the lite form.
+  nginx changes none of them. `20 MB beside` is `late` while another client posts 20 MB bodies by the alias.
+- The row `fastapi` needs an environment outside the repository:
+  `python3 -m venv /tmp/fastapi && /tmp/fastapi/bin/pip install fastapi httpx 'uvicorn[standard]'`, and then
+  `--fastapi /tmp/fastapi/bin/python`.
 - `MISS` marks a target that does not hold. The exit status does not tell: a noisy neighbour is no defect.
 
 Sections: 1 constants, 2 stand-in, 3 slow link, 4 rows, 5 client, 6 measurements, 7 report, 8 main.
@@ -63,6 +71,9 @@ PERIOD = 1_000_000_000 // HERTZ  # ns between the events of a stream
 HELD = 200  # open streams whose memory is measured
 REQUEST_BYTES = 38_730  # what Codex sent in the capture of a plain model's second turn
 LARGE_BYTES = 4_000_000
+TURN_BYTES = (40_000, 400_000, 2_000_000)  # of a conversation's requests
+BESIDE_BYTES = 20_000_000
+PLAIN_MODEL, ALIAS, LITE_MODEL = "gpt-5.5", "bench_alias", "gpt-5.6-sol"
 FLOOD_EVENT_BYTES = 1024  # about, of an event of the unpaced stream; each is a chunk
 ROUND_TRIP = 0.040  # seconds that the slow link adds
 SETTLE = 0.6  # seconds after start in which a proxy may open a connection ahead over the slow link
@@ -83,10 +94,11 @@ class Size(NamedTuple):
     flood: int  # bytes of the unpaced stream
     large: int  # requests of LARGE_BYTES
     slow: int  # requests over the slow link
+    turn: int  # bytes of a conversation's requests, of each length
 
 
-FULL = Size(requests=300, window=2.5, flood=256_000_000, large=20, slow=20)
-QUICK = Size(requests=100, window=1.0, flood=64_000_000, large=6, slow=8)
+FULL = Size(requests=300, window=2.5, flood=256_000_000, large=20, slow=20, turn=40_000_000)
+QUICK = Size(requests=100, window=1.0, flood=64_000_000, large=6, slow=8, turn=12_000_000)
 
 
 class Column(NamedTuple):
@@ -116,6 +128,16 @@ COLUMNS = (
     Column("slow_p99", "40 ms link", "p99 ms", ".1f"),
     Column("slow_first", "40 ms link", "first ms", ".1f"),
 )
+FORMS = ("name", "alias", "lite")
+TURN_COLUMNS = (
+    *(Column(f"turn_{TURN_BYTES[0]}_{form}", "turn 40 KB", f"{form} ms", ".2f", 3.0) for form in FORMS),
+    *(Column(f"turn_{size}_{form}", f"turn {size // 1000} KB", f"{form} ms", ".2f")
+      for size in TURN_BYTES[1:] for form in FORMS),
+    Column("beside_p50", "20 MB beside", "p50 us", ".0f", 6.0),
+    Column("beside_p99", "20 MB beside", "p99 us", ".0f", 6.0),
+)
+TO_NAME = {"alias": 1.15, "lite": 1.3}  # times the turn by the model's name, above 40 KB
+FASTAPI_TARGET = 1 / 1.3
 STARTUP_TARGET = 0.15  # seconds
 SLOW_TARGET = 2.0  # ms that the bridge may add to a direct request on a kept connection, over the slow link
 
@@ -299,6 +321,38 @@ http {{
 """
 
 
+FASTAPI_APP = """
+import json, os, ssl
+import fastapi, fastapi.responses, httpx, starlette.background, uvicorn
+
+app = fastapi.FastAPI()
+context = ssl.create_default_context(cafile=os.environ["SSL_CERT_FILE"])
+client = httpx.AsyncClient(verify=context, timeout=None, limits=httpx.Limits(max_connections=None))
+KEPT = ("session-id", "thread-id", "originator", "user-agent", "x-codex-turn-metadata", "x-client-request-id")
+
+@app.get("/healthz")
+async def healthz():
+    return {{}}
+
+@app.post("/v1/responses")
+async def responses(request: fastapi.Request):
+    body = json.loads(await request.body())
+    body["model"] = {{"{alias}": "{model}"}}.get(body["model"], body["model"])
+    body.update(store=False, stream=True)
+    headers = {{name: request.headers[name] for name in KEPT if name in request.headers}}
+    headers.update({{"authorization": "Bearer bench", "content-type": "application/json"}})
+    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    url = "https://localhost:{upstream}{path}"
+    turn = client.build_request("POST", url, content=content, headers=headers)
+    reply = await client.send(turn, stream=True)
+    return fastapi.responses.StreamingResponse(
+        reply.aiter_raw(), reply.status_code, media_type="text/event-stream",
+        background=starlette.background.BackgroundTask(reply.aclose))
+
+uvicorn.run(app, host="127.0.0.1", port={port}, log_level="error", access_log=False)
+"""
+
+
 class Ground(NamedTuple):
     """What all rows of a run stand on."""
 
@@ -335,7 +389,7 @@ def bridge_command(ground: Ground, port: int, upstream: int) -> list[str]:
     origin, auth_file = f"https://localhost:{upstream}", ground.folder / "auth.json"
     wire.write_auth(auth_file, wire.SignIn(origin))
     peers = ["--upstream", f"{origin}/backend-api/codex", "--issuer", origin]
-    files = ["--auth-file", str(auth_file), "--log-file", "-"]
+    files = ["--auth-file", str(auth_file), "--log-file", "-", "--alias", f"{ALIAS}={PLAIN_MODEL}"]
     return [sys.executable, str(BRIDGE), "--host", "127.0.0.1", "--port", str(port), *peers, *files]
 
 
@@ -347,6 +401,14 @@ def nginx_command(ground: Ground, port: int, upstream: int) -> list[str]:
     text = NGINX_CONF.format(user=user, port=port, upstream=upstream, path=UPSTREAM_PATH, ca=ground.ca)
     (folder / "nginx.conf").write_text(text)
     return ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"]
+
+
+def fastapi_command(python: str, ground: Ground, port: int, upstream: int) -> list[str]:
+    """Write the first version's design as a program and return its command line."""
+    program = ground.folder / f"fastapi-{port}.py"
+    peers = {"port": port, "upstream": upstream, "path": UPSTREAM_PATH}
+    program.write_text(FASTAPI_APP.format(alias=ALIAS, model=PLAIN_MODEL, **peers))
+    return [python, str(program)]
 
 
 def codex_command(program: str, _ground: Ground, port: int, upstream: int) -> list[str]:
@@ -454,9 +516,49 @@ def request_body(size: int) -> bytes:
     return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def request_bytes(running: Running, plan: str, size: int = REQUEST_BYTES) -> bytes:
-    """Return a whole request that asks the stand-in for a reply."""
-    body = request_body(size)
+def conversation(size: int) -> Iterator[wire.Item]:
+    """Return a conversation of about `size` bytes: six of ten items are short, one of ten is not ASCII."""
+    words = Path(__file__).read_text(encoding="utf-8").split(" ")  # with line ends and quotes to escape
+    chance = random.Random(2)
+    for number in itertools.count():
+        if size < 0:
+            return
+        call = {"call_id": f"call_{number}"}
+        item: wire.Item
+        if chance.random() < 0.6:
+            arguments = json.dumps({"cmd": f"sed -n '1,{number}p' relay.py", "workdir": "/srv"})
+            item = {"type": "function_call", "name": "exec_command", "arguments": arguments, **call}
+        else:
+            printed = " ".join(chance.choices(words, k=chance.randint(30, 250)))
+            marks = " \u2714 na\u00efve \u4e2d\u6587 \U0001f600" if chance.random() < 0.25 else ""
+            item = {"type": "function_call_output", "output": printed + marks, **call}
+        size -= len(json.dumps(item, ensure_ascii=False))
+        yield item
+
+
+@functools.lru_cache
+def turn_body(size: int, form: str) -> bytes:
+    """Return a conversation's request of about `size` bytes."""
+    words = Path(__file__).read_text(encoding="utf-8").split()
+    tools = []
+    for number in range(14):
+        properties = {name: {"type": "string", "description": " ".join(words[:9])} for name in words[100:105]}
+        schema = {"type": "object", "properties": properties, "additionalProperties": False}
+        tools.append({"type": "function", "name": f"tool_{number}", "description": " ".join(words[:40]),
+                      "strict": False, "parameters": schema})  # fmt: skip
+    request = {
+        "model": {"alias": ALIAS, "lite": LITE_MODEL}.get(form, PLAIN_MODEL), "instructions": "x " * 2000,
+        "input": list(conversation(size - 20_000)), "tools": tools, "tool_choice": "auto",
+        "parallel_tool_calls": False, "reasoning": {"effort": "medium"}, "store": False, "stream": True,
+        "include": ["reasoning.encrypted_content"], "prompt_cache_key": SESSION, "text": {"verbosity": "low"},
+        "client_metadata": {"session_id": SESSION, "thread_id": SESSION},
+    }  # fmt: skip
+    return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def request_bytes(running: Running, plan: str, size: int = REQUEST_BYTES, form: str = "") -> bytes:
+    """Return a whole request that asks the stand-in for a reply; with a form, one of a conversation."""
+    body = turn_body(size, form) if form else request_body(size)
     metadata = ("x-codex-turn-metadata", f'{{"session_id":"{SESSION}","bench":"{plan}"}}')
     fields = (("host", running.url.netloc), metadata, *FIELDS, ("content-length", str(len(body))))
     return wire.head_bytes(f"POST {running.url.path} HTTP/1.1", fields) + body
@@ -602,8 +704,11 @@ def paced_streams(running: Running, count: int) -> Iterator[list[float]]:
                         raise BenchError(f"{stream.stamps} events came of {count}")
 
 
-def measure_events(running: Running) -> Figures:
-    """Return by how much events are late and what one costs, in a window in which all streams run."""
+def timed_events(running: Running) -> tuple[list[float], list[float]]:
+    """Return by how much events are late in a window in which all streams run, and the CPU seconds it costs.
+
+    The seconds are the row's, the stand-in's and this client's.
+    """
     window = running.ground.size.window
     late: list[float] = []
     used: list[tuple[float, ...]] = []  # at both ends of the window, by the row, the stand-in and this client
@@ -616,7 +721,13 @@ def measure_events(running: Running) -> Figures:
             late.extend(latest)
     if marks:
         raise BenchError("the streams ended early")
-    row, standin, client = (after - before for before, after in zip(*used))
+    return late, [after - before for before, after in zip(*used)]
+
+
+def measure_events(running: Running) -> Figures:
+    """Return by how much events are late and what one costs."""
+    late, (row, standin, client) = timed_events(running)
+    window = running.ground.size.window
     figures = {**spread(late, "late"), "standin": standin / window, "client": client / window}
     return {**figures, "cpu_event": row * 1e6 / len(late)} if row else figures
 
@@ -641,6 +752,43 @@ def measure_large(running: Running) -> Figures:
     return {"large": statistics.median(values)}
 
 
+def measure_turns(running: Running) -> Figures:
+    """Return the time to first byte of a growing conversation's requests, in each form."""
+    figures: Figures = {}
+    for size in TURN_BYTES:
+        count = max(8, min(100, running.ground.size.turn // size))
+        requests = {form: request_bytes(running, "brief 0 0", size, form) for form in FORMS}
+        values: dict[str, list[float]] = {form: [] for form in FORMS}
+        with contextlib.closing(connect(running)) as sock:
+            for number in range(count + 1):  # the forms in turns: what slows one down slows down all
+                for form, request in requests.items():
+                    passed = first_byte(sock, request)
+                    values[form] += [passed] if number else []
+        figures.update({f"turn_{size}_{form}": statistics.median(each) for form, each in values.items()})
+    return figures
+
+
+def run_poster(pipe: Connection, url: str, ca: str) -> None:
+    """Be the client that posts large bodies, one after the other, until the process is killed."""
+    context = ssl.create_default_context(cafile=ca)
+    ground = Ground(Path(), Path(ca), context, QUICK, 0, 0, 0)
+    running = Running(Row("poster"), ground, urllib.parse.urlsplit(url))
+    request = request_bytes(running, "brief 0 0", BESIDE_BYTES, "alias")
+    with contextlib.closing(connect(running)) as sock:
+        first_byte(sock, request)
+        pipe.send(0)
+        while True:
+            first_byte(sock, request)
+
+
+def measure_beside(running: Running) -> Figures:
+    """Return by how much events are late while another client posts large bodies."""
+    with contextlib.ExitStack() as stack:
+        spawn(stack, run_poster, running.url.geturl(), str(running.ground.ca))
+        late, _ = timed_events(running)
+    return spread(late, "beside")
+
+
 def measure_slow(running: Running) -> Figures:
     """Return the time to first byte over the slow link, of the same row started anew."""
     if running.row.url:
@@ -654,7 +802,10 @@ def measure_slow(running: Running) -> Figures:
     return {**spread(values, "slow"), "slow_first": first}
 
 
-MEASUREMENTS = (measure_held, measure_first_byte, measure_events, measure_flood, measure_large, measure_slow)
+MEASUREMENTS = (
+    measure_held, measure_first_byte, measure_turns, measure_events, measure_beside, measure_flood,
+    measure_large, measure_slow,
+)  # fmt: skip
 
 
 def run_round(rows: Sequence[Row], ground: Ground) -> dict[str, Figures]:
@@ -676,7 +827,7 @@ def run_round(rows: Sequence[Row], ground: Ground) -> dict[str, Figures]:
 
 def summary(rounds: Sequence[dict[str, Figures]]) -> dict[str, Figures]:
     """Return the best figures of all rounds, by row."""
-    better = {column.key: max if column.higher else min for column in COLUMNS}
+    better = {column.key: max if column.higher else min for column in (*COLUMNS, *TURN_COLUMNS)}
     table: dict[str, Figures] = {name: {} for name in rounds[0]}
     for name, figures in ((name, figures) for found in rounds for name, figures in found.items()):
         for key, value in figures.items():
@@ -697,12 +848,13 @@ def print_lines(lines: Sequence[Sequence[str]]) -> None:
 
 
 def print_table(table: dict[str, Figures]) -> None:
-    """Print a line a row, and what the two ends used."""
-    lines = [["", *(column.group for column in COLUMNS)], ["", *(column.title for column in COLUMNS)]]
-    for name, figures in table.items():
-        cells = (format(figures[each.key], each.form) if figures.get(each.key) else "-" for each in COLUMNS)
-        lines.append([name, *cells])
-    print_lines(lines)
+    """Print a line a row, twice, and what the two ends used."""
+    for columns in (COLUMNS, TURN_COLUMNS):
+        lines = [["", *(column.group for column in columns)], ["", *(column.title for column in columns)]]
+        for name, figures in table.items():
+            known = [(figures.get(each.key), each.form) for each in columns]
+            lines.append([name, *(format(value, form) if value else "-" for value, form in known)])
+        print_lines(lines)
     for end in ("standin", "client"):
         share = max(figures.get(end, 0.0) for figures in table.values())
         print(f"{end}: at most {share:.0%} of a core at {STREAMS * HERTZ} events a second")
@@ -725,12 +877,18 @@ def print_verdicts(table: dict[str, Figures]) -> None:
         if key in bridge and "slow_p50" in direct:
             title = f"40 ms link, {key[5:]}: ms more than direct's p50"
             lines.append(judged(title, bridge[key] - direct["slow_p50"], SLOW_TARGET))
+    for size, form in itertools.product(TURN_BYTES, TO_NAME):
+        if f"turn_{size}_{form}" in bridge:
+            ratio = bridge[f"turn_{size}_{form}"] / bridge[f"turn_{size}_name"]
+            target = TO_NAME[form] if size > TURN_BYTES[0] else None
+            lines.append(judged(f"turn {size // 1000} KB, {form} / name", ratio, target))
     print_lines(lines)
     for peer in [name for name in table if name not in ("bridge", "direct")]:
         lines = [[f"bridge / {peer}", "ratio", "target", ""]]
-        for column in COLUMNS:
+        for column in (*COLUMNS, *TURN_COLUMNS):
             if bridge.get(column.key) and table[peer].get(column.key):
-                target = {"nginx": column.target, "codex": 1.0}.get(peer)
+                ahead = FASTAPI_TARGET if column.key.startswith("turn") else None
+                target = {"nginx": column.target, "codex": 1.0, "fastapi": ahead}.get(peer)
                 ratio = bridge[column.key] / table[peer][column.key]
                 lines.append(judged(f"{column.group}, {column.title}", ratio, target, column.higher))
         print_lines(lines)
@@ -757,6 +915,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--against", action="append", default=[], type=named_url, metavar="NAME=URL", help="a running proxy"
     )
     parser.add_argument("--codex", default=shutil.which("codex"), metavar="PATH", help="OpenAI's CLI")
+    parser.add_argument("--fastapi", metavar="PYTHON", help="a Python that has FastAPI, httpx and uvicorn")
     parser.add_argument("--standin-port", type=int, default=0, metavar="N", help="for --against to know")
     return parser.parse_args(argv)
 
@@ -768,6 +927,8 @@ def choose_rows(options: argparse.Namespace) -> list[Row]:
         rows.append(Row("nginx", nginx_command))
     if options.codex:
         rows.append(Row("codex", functools.partial(codex_command, options.codex)))
+    if options.fastapi:
+        rows.append(Row("fastapi", functools.partial(fastapi_command, options.fastapi), probe="/healthz"))
     if BRIDGE.exists():
         rows.append(Row("bridge", bridge_command, probe="/healthz"))
     rows.extend(options.against)

@@ -23,7 +23,7 @@ import qoo_bridge as q
 
 
 def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q, "MAX_BODIES", 200_000)
+    monkeypatch.setattr(q, "MAX_BODIES", 330_000)
     bridge = start()
     body, taken, take = BODY + b" " * 60_000, threading.Event(), bridge.bridge.turns.budget.take
     total = []
@@ -40,7 +40,7 @@ def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch
         assert taken.wait(5)
         reply = wire.post(bridge.address, "/v1/responses", body)
         assert (reply.status, reply.header("retry-after")) == (503, "5")
-        reply = wire.post(bridge.address, "/v1/responses", body + b" " * 100_000)
+        reply = wire.post(bridge.address, "/v1/responses", body + b" " * 300_000)
         assert (reply.status, reply.header("retry-after"), reply.header("connection")) == (503, "5", "close")
         first.send(body[60_000:])
         assert first.read_reply().status == 200
@@ -71,7 +71,7 @@ def test_bodies_expand_one_at_a_time(
 def test_body_counts_until_upstream_has_taken_it(
     start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(q, "MAX_BODIES", 200_000)
+    monkeypatch.setattr(q, "MAX_BODIES", 330_000)
     bridge, body = start(), BODY + b" " * 60_000
     backend.on("/responses", wire.hang())
     with wire.Client(bridge.address) as first:
@@ -394,6 +394,8 @@ sys.exit(q.main())
 """
 BODIES, STORE = 32 << 20, 8 << 20  # bytes
 STORMS: dict[str, tuple[Callable[[int], bytes], bool]] = {
+    "texts": (text_body, False),
+    "frames of texts": (text_body, True),
     "lists": (lambda size: body_of(b"[]", size), False),
     "short messages": (lambda size: body_of(PARTS["short messages"], size), False),
     "frames of lists": (lambda size: body_of(b"[]", size), True),

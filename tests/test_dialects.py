@@ -1,7 +1,8 @@
-"""Room dialects: long call ids go up short and come back long, in each API."""
+"""Room dialects: what goes up as the client's own bytes, and long call ids, in each API."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from help import (
     Object,
     ask,
     chunks,
+    models,
     sent,
 )
+
+import qoo_bridge as q
 
 LITE_MODEL = "gpt-6-sol"
 CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
@@ -138,3 +142,69 @@ def test_a_chats_answer_names_a_long_call_id_in_its_long_form(
     else:
         found = [each["id"] for each in reply.json["choices"][0]["message"]["tool_calls"]]
     assert found == [FIRST]
+
+
+# -- the client's own bytes ---------------------------------------------------------------------
+
+ODD_ITEM = (b'{ "type":"message","role" : "user", "content":[ {"type":"input_text",'
+            b'"text":"caf\\u00e9 \xe2\x82\xac \\/"} ],"id":"msg_1" }')
+ODD_CALL = b'{"type":"function_call" ,"call_id":"c","name":"run","arguments":"{\\"a\\": 1.50}" }'
+ODD_OUTPUT = b'{"type":"function_call_output","call_id":"c","output":"\\ud83d\\ude00 \xf0\x9f\x98\x80"}'
+ODD_TOOL = (b'{"type":"function","name":"run","strict":false,'
+            b'"parameters":{"type":"object" , "properties":{ "a":{"minimum":1.50e0} }}}')
+ODD_ITEMS = (ODD_ITEM, ODD_CALL, ODD_OUTPUT)
+
+
+def odd_body(model: str, first: bytes = b"", **fields: bytes) -> bytes:
+    """Return a request whose values are written as no encoder writes them."""
+    more = b"".join(b' "%b" :%b ,' % (name.encode(), value) for name, value in fields.items())
+    items = b" , ".join([*filter(None, [first]), *ODD_ITEMS])
+    return (b'{ "model":"%b",%b"stream":true, "store":false,"input":[%b ],"tools": [ %b ] }'
+            % (model.encode(), more, items, ODD_TOOL))
+
+
+OWN_BYTES: dict[str, tuple[bytes, tuple[bytes, ...]]] = {
+    "alias": (odd_body("gpt-5.5-low"), (*ODD_ITEMS, b"[ %b ]" % ODD_TOOL)),
+    "lite form": (odd_body("gpt-6-sol"), (*ODD_ITEMS, ODD_TOOL)),
+    "alias of a lite model": (odd_body("local_md"), (*ODD_ITEMS, ODD_TOOL)),
+    "dropped field": (odd_body("gpt-5.5", temperature=b"0.50"), (b" , ".join(ODD_ITEMS), ODD_TOOL)),
+    "another item changes": (
+        odd_body("gpt-5.5", b'{"role":"system","content":"x"}'), (b" , ".join(ODD_ITEMS),)),
+    "repair": (odd_body("gpt-5.5", field_of_tomorrow=b"[1 ]"), (b" , ".join(ODD_ITEMS), ODD_TOOL)),
+}
+
+
+@pytest.mark.parametrize(("body", "kept"), OWN_BYTES.values(), ids=OWN_BYTES)
+@CLIENTS
+def test_what_no_rule_changes_goes_up_as_the_clients_own_bytes(
+    bridge: RunningBridge, backend: wire.Backend, headers: dict[str, str], body: bytes,
+    kept: tuple[bytes, ...]
+) -> None:
+    models(bridge)
+    reply = wire.post(bridge.address, "/v1/responses", body, headers)
+    assert reply.status == 200, reply.body
+    raw = sent(backend)[-1].raw_body
+    for piece in kept:
+        assert piece in raw
+    assert raw != body
+
+
+@pytest.mark.parametrize("model", ["gpt-5.5-low", "gpt-6-sol", "local_md"])
+def test_a_frame_goes_up_as_the_clients_own_bytes(
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    frames: list[bytes] = []
+    send = q.WebSocketRelay._to_upstream
+
+    def note(relay: q.WebSocketRelay, opcode: int, payload: bytes) -> None:
+        frames.append(payload)
+        send(relay, opcode, payload)
+
+    monkeypatch.setattr(q.WebSocketRelay, "_to_upstream", note)
+    models(bridge)
+    with contextlib.closing(wire.WebSocketClient(bridge.address)) as client:
+        assert client.connect("/v1/responses").status == 101
+        client.send_frame(wire.Frame(wire.TEXT, odd_body(model, type=b'"response.create"'), masked=True))
+        assert client.read_turn()[-1]["type"] == "response.completed"
+    for piece in (*ODD_ITEMS, ODD_TOOL):
+        assert piece in frames[0]

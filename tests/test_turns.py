@@ -143,12 +143,12 @@ def test_a_refused_request_is_not_kept(
 ) -> None:
     seen: list[weakref.ref[Kept]] = []
 
-    def parse(body: bytes) -> Kept:
+    def read(body: bytes) -> q.Spans:
         request = Kept(json.loads(body))
         seen.append(weakref.ref(request))
-        return request
+        return q.Spans(body, request)
 
-    monkeypatch.setattr(q, "parse_json", parse)
+    monkeypatch.setattr(q, "read_request", read)
     backend.on("/responses", wire.refuse(400, "no"))
     gc.disable()  # what only the collector finds, stays
     try:

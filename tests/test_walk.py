@@ -1,8 +1,8 @@
 """The walk of one request through the file: how many calls, how often it changes rooms, how deep it goes.
 
 A reader follows a request as the profiler does: these bounds keep that walk short. Before the file had rooms
-(4e9822d, 17 sections): 495 calls, 288 changes of section, 12 frames to the first byte upstream. Eight rules
-and the look at an answer's opening came later.
+(4e9822d, 17 sections): 495 calls, 288 changes of section, 12 frames to the first byte upstream. Eight rules,
+the look at an answer's opening, and the reader that knows the place of each value came later.
 """
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def own_frames(frame: FrameType) -> list[FrameType]:
 def test_a_stream_of_nine_events_is_a_short_walk(bridge: RunningBridge, backend: wire.Backend) -> None:
     assert len(NINE_EVENTS) == 9
     taken = [walk(bridge, backend, "/v1/responses", BODY) for _ in range(3)]  # reads vary
-    assert min(each.calls for each in taken) <= 465, taken
-    assert min(each.changes for each in taken) <= 330, taken
+    assert min(each.calls for each in taken) <= 560, taken
+    assert min(each.changes for each in taken) <= 350, taken
     assert max(each.depth for each in taken) <= 8, taken
 
 
