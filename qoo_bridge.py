@@ -2306,7 +2306,11 @@ class Upstream:
         addresses = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         addresses.sort(key=lambda entry: entry[4] != self._answered.get(address))
         sock = connect_first(addresses, timeout)
-        self._answered[address] = sock.getpeername()
+        try:
+            self._answered[address] = sock.getpeername()
+        except OSError:  # the peer is gone again: Python's own TLS would leave such a socket open
+            sock.close()
+            raise
         return sock
 
     def _tls(self) -> ssl.SSLContext:
@@ -9130,8 +9134,7 @@ class Bridge:
         profile = query.get("profile", [PROFILE])[0]
         if not PROFILE_NAME.fullmatch(profile):
             raise InvalidRequest("profile must be 1 to 64 letters, digits, - or _", "profile")
-        models = self.catalog.get()
-        entry = None
+        models, entry = self.catalog.cached(self.catalog.version), None
         if models:
             entry = models.entries.get(self.catalog.resolve(model, models)[0])
         return client_config(client, self._base_url(exchange), self.key_ring.locked, model, profile, entry)

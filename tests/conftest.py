@@ -78,7 +78,7 @@ class RunningBridge:
     def __init__(self, backend: wire.Backend, auth_file: Path, *options: str) -> None:
         self.auth_file = auth_file
         self.faults: list[BaseException] = []
-        words = PARSER.parse_intermixed_args([
+        words = PARSER.parse_args([
             "--host", "127.0.0.1", "--port", "0", "--upstream", backend.upstream, "--issuer", backend.issuer,
             "--auth-file", str(auth_file), "--log-file", "-", *options])
         self.config = q.load_config(vars(words), {})
@@ -100,14 +100,27 @@ class RunningBridge:
         self._thread.join(5)
 
 
+BRIDGE = Path(__file__).resolve().parents[1] / "qoo_bridge.py"
+# Runs the program as `python qoo_bridge.py WORDS` does, but lets it look around more often: a serving loop
+# notices its end, and a main thread a signal, within this time. No deadline of the program is another.
+HURRIED = """\
+import runpy, socketserver, sys, time
+serve, sleep = socketserver.BaseServer.serve_forever, time.sleep
+socketserver.BaseServer.serve_forever = lambda server, poll=0.5: serve(server, min(poll, 0.02))
+time.sleep = lambda seconds: sleep(min(seconds, 0.02))
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 class Process:
-    """A bridge as a person runs it: a process of its own, and what it says."""
+    """A bridge in a process of its own, and what it says."""
 
     def __init__(self, backend: wire.Backend, folder: Path, *options: str) -> None:
         self.lines: list[str] = []
         begun = time.monotonic()
         self.process = subprocess.Popen([
-            sys.executable, "-W", "error", q.__file__, "--host", "127.0.0.1", "--port", "0",
+            sys.executable, "-W", "error", "-c", HURRIED, q.__file__, "--host", "127.0.0.1", "--port", "0",
             "--upstream", backend.upstream, "--issuer", backend.issuer,
             "--auth-file", str(folder / "auth.json"), "--log-file", "-", *options,
         ], stderr=subprocess.PIPE, text=True)
@@ -271,6 +284,8 @@ class SharedBridges:
     def begin(self) -> None:
         """Begin a row."""
         self._seen = len(self.backend.requests)
+        for name, token in self.backend.tokens.items():
+            wire.issue(name, token)  # each test begins with none
 
     def end(self) -> None:
         """End a row: nobody may have met a fault in it."""
@@ -314,6 +329,12 @@ def shared_bridge(bridges: SharedBridges) -> RunningBridge:
     return bridges.bridge()
 
 
+@pytest.fixture
+def shared_backend(bridges: SharedBridges) -> wire.Backend:
+    """The stand-in of the shared bridges."""
+    return bridges.backend
+
+
 DAY = 86400.0  # seconds: longer than any test
 
 
@@ -324,7 +345,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "CATALOG_WAIT", DAY)
 
 
-BRIDGE = Path(__file__).resolve().parents[1] / "qoo_bridge.py"
 Popen = subprocess.Popen[str]
 Launch = Callable[..., Popen]
 Command = Callable[..., tuple[int, str, str]]
@@ -353,7 +373,8 @@ def running(folder: Path, program: tuple[str, ...], *words: object) -> Iterator[
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start `qoo_bridge.py WORDS`; all end with the test."""
     with contextlib.ExitStack() as started:
-        yield lambda *words: started.enter_context(running(tmp_path, (str(BRIDGE),), *words))
+        program = ("-c", HURRIED, str(BRIDGE))
+        yield lambda *words: started.enter_context(running(tmp_path, program, *words))
 
 
 class Closed(q.Upstream):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import bisect
+import functools
 import re
 import sys
 from pathlib import Path
@@ -103,9 +104,16 @@ def room_at(line: int) -> str:
 
 # == the watch ================================================================
 
+PROGRAM = str(FILE)
 TESTS = str(Path(__file__).resolve().parent)
 violations: list[str] = []
 HELPERS = ("importlib", "linecache", "tracemalloc")  # Python reads its own sources for these
+
+
+@functools.cache
+def is_excused(filename: str) -> bool:
+    """Tell whether what this file does is none of the program's doing, although the program called it."""
+    return filename.startswith(TESTS) or any(name in filename for name in HELPERS)  # a test's own code
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -114,10 +122,8 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
     if needed is None:
         return
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != str(FILE):
-        if any(name in frame.f_code.co_filename for name in HELPERS):
-            return
-        if frame.f_code.co_filename.startswith(TESTS):  # a test's own code, called by the file
+    while frame is not None and frame.f_code.co_filename != PROGRAM:
+        if is_excused(frame.f_code.co_filename):
             return
         frame = frame.f_back
     if frame is None or (event == "open" and str(arguments[0]).endswith((".py", ".pyc"))):

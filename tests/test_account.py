@@ -243,7 +243,7 @@ def test_403_refreshes_nothing(bridge: RunningBridge, backend: wire.Backend) -> 
 def test_dead_sign_in_is_asked_about_once(
     bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(q, "REUSED_SECONDS", 0.1)
+    monkeypatch.setattr(q, "REUSED_SECONDS", 0.03)
     tokens = dict(backend.tokens)
     backend.revoke()
     backend.revoke_refresh()

@@ -38,10 +38,12 @@ def test_bodies_are_bounded_in_sum(start: Start, monkeypatch: pytest.MonkeyPatch
     with wire.Client(bridge.address) as first:
         first.send(head(POST, HOST, JSON_TYPE, f"Content-Length: {len(body)}") + body[:60_000])
         assert taken.wait(5)
+        room = bridge.bridge.turns.budget.room()
         reply = wire.post(bridge.address, "/v1/responses", body)
         assert (reply.status, reply.header("retry-after")) == (503, "5")
         reply = wire.post(bridge.address, "/v1/responses", body + b" " * 300_000)
         assert (reply.status, reply.header("retry-after"), reply.header("connection")) == (503, "5", "close")
+        assert until(lambda: bridge.bridge.turns.budget.room() == room)  # what was refused is given back
         first.send(body[60_000:])
         assert first.read_reply().status == 200
     assert wire.post(bridge.address, "/v1/responses", body).status == 200

@@ -18,7 +18,7 @@ from help import AGENT, ANSWER, CHAT, MODEL, RESPONSES, TEXT, WAYS, Object, ask,
 import qoo_bridge as q
 
 ASKED: dict[str, Object] = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, TEXT: {"prompt": "hi"}}
-BRISK = ("--keepalive", "0.05")
+BRISK = ("--keepalive", "0.03")
 BOTH = pytest.mark.parametrize("path", [CHAT, TEXT])
 
 
@@ -477,11 +477,11 @@ LATE: dict[str, tuple[wire.Reply, int, str]] = {
 @WAYS
 @pytest.mark.parametrize("name", EARLY)
 def test_failure_before_the_first_byte_is_a_status(
-    name: str, stream: bool, path: str, bridge: RunningBridge, backend: wire.Backend
+    name: str, stream: bool, path: str, shared_bridge: RunningBridge, shared_backend: wire.Backend
 ) -> None:
     reply_of, status, text = EARLY[name]
-    script(backend, reply_of)
-    reply = ask(bridge, MODEL, path=path, stream=stream, **ASKED[path])
+    script(shared_backend, reply_of)
+    reply = ask(shared_bridge, MODEL, path=path, stream=stream, **ASKED[path])
     assert (reply.status, reply.header("content-type")) == (status, "application/json")
     assert text in reply.json["error"]["message"]
     assert set(reply.json["error"]) >= {"message", "type", "param", "code"}

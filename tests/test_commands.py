@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import Command, Launch, Run, RunningBridge, Start
+from conftest import HURRIED, Command, Launch, Run, RunningBridge, Start
 from help import KEY, LOCAL_MD, SECONDS, free_port, outcome, posix, until
 
 import qoo_bridge as q
@@ -140,7 +140,7 @@ def in_a_terminal(how: str, *words: str) -> Iterator[tuple[subprocess.Popen[byte
     """Run a bridge in a terminal of its own; give it, and what closes the terminal."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", IN_A_TERMINAL, how, q.__file__, *words]
+    command = [sys.executable, "-c", IN_A_TERMINAL, how, "-c", HURRIED, q.__file__, *words]
     closed = False
 
     def close() -> None:
@@ -171,12 +171,12 @@ def test_terminal_that_is_closed_leaves_no_orphan_on_the_port(
     with in_a_terminal(how, *words) as (process, close):
         assert until(lambda: serves(port))
         close()
-        ended = until(lambda: process.poll() is not None, 5 if how == "plain" else 0.5)
+        ended = until(lambda: process.poll() is not None, 5 if how == "plain" else 0.25)
         assert ended is (how == "plain")
         assert serves(port) is (how == "nohup")
 
 
-SOON = 0.7  # seconds for a line that comes with the first model list
+SOON = 5.0  # seconds for a line that comes with the first model list, on a busy machine
 
 
 def said(lines: list[str]) -> list[str]:

@@ -317,7 +317,7 @@ def test_doctor_that_is_stopped_waits_for_its_refresh(
                      "--auth-file", tmp_path / "auth.json", "--host", "127.0.0.1", "--port", free_port())
     backend.wait_for(1, REDEEM)
     process.send_signal(number)
-    until(lambda: process.poll() is not None, 0.4)
+    until(lambda: process.poll() is not None, 0.25)
     slow_refresh.set()
     process.communicate(timeout=SECONDS)
     assert kept(backend, tmp_path)

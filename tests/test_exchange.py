@@ -278,22 +278,22 @@ def test_max_body_is_exact(start: Start, extra: int) -> None:
                  id="within-the-trailers"),
 ])
 def test_slow_body_is_cut(start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(q, "BODY_STALL", 0.1)
+    monkeypatch.setattr(q, "BODY_STALL", 0.05)
     reply = wire.raw(start().address, sent)
     assert (reply.status, reply.header("connection"), reply.rest) == (408, "close", b"")
 
 
 def test_dripping_body_is_cut(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q, "BODY_STALL", 0.2)
+    monkeypatch.setattr(q, "BODY_STALL", 0.1)
     drip = threading.Event()
     with wire.Client(start().address) as client:
         client.send(head(POST, HOST, JSON_TYPE, "Content-Length: 9000"))
         begun = time.monotonic()
         with contextlib.suppress(OSError):
-            while time.monotonic() - begun < 3 and not client.left(0.001):
+            while time.monotonic() - begun < 5 and not client.left(0.001):
                 client.send(b" ")
-                drip.wait(0.02)
-        assert time.monotonic() - begun < 2
+                drip.wait(0.01)
+        assert time.monotonic() - begun < 4
 
 
 # -- as it comes ------------------------------------------------------------------
@@ -420,8 +420,9 @@ def test_text_with_line_separators_is_not_cut(bridge: RunningBridge, backend: wi
     "last", [LAST, wire.failed("server_error", "no"), wire.incomplete()], ids=lambda event: event["type"]
 )
 def test_terminal_event_ends_the_stream(
-    last: wire.Event, bridge: RunningBridge, backend: wire.Backend
+    last: wire.Event, bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(q, "AFTER_TERMINAL", 0.03)
     left = threading.Event()
     backend.on("/responses", wire.hang(FIRST, last, left=left))
     with asking(bridge) as client:
@@ -567,7 +568,7 @@ def test_silence_before_the_head_leaves_the_status_open(start: Start, backend: w
 
     backend.on("/responses", reply)
     with asking(start(*BRISK)) as client:
-        client.sock.settimeout(0.2)
+        client.sock.settimeout(0.1)
         with pytest.raises(socket.timeout):
             client.read_head()
         gate.set()
@@ -581,7 +582,7 @@ def drip(exchange: wire.Exchange) -> None:
     exchange.event(FIRST)
     for at in range(len(DELTA)):
         exchange.chunk(DELTA[at : at + 1])
-        threading.Event().wait(0.003)
+        threading.Event().wait(0.0015)
     exchange.events(LAST)
     exchange.finish()
 
@@ -606,9 +607,9 @@ def test_event_that_drips_is_silence_to_the_client(start: Start, backend: wire.B
 @pytest.mark.parametrize(
     "options",
     [
-        ("--keepalive", "0.03", "--idle-timeout", "0.1"),
+        ("--keepalive", "0.02", "--idle-timeout", "0.06"),
         pytest.param(
-            ("--keepalive", "2", "--idle-timeout", "0.1")),
+            ("--keepalive", "5", "--idle-timeout", "0.06")),
     ],
 )
 def test_endless_silence_is_given_up(
@@ -618,7 +619,7 @@ def test_endless_silence_is_given_up(
     backend.on("/responses", wire.hang(FIRST, left=left))
     bridge = start(*options)
     with asking(bridge, stream=stream) as client:
-        assert left.wait(0.5)
+        assert left.wait(3)  # and not --keepalive
         reply = client.read_reply()
     assert (reply.status, reply.ended) == ((200, "cut") if stream else (504, "length"))
 
@@ -872,10 +873,10 @@ def test_bare_error_event_becomes_a_status(
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_odd_event_breaks_nothing(
-    stream: bool, event: bytes, bridge: RunningBridge, backend: wire.Backend
+    stream: bool, event: bytes, shared_bridge: RunningBridge, shared_backend: wire.Backend
 ) -> None:
-    backend.on("/responses", wire.turn(FIRST, event, LAST))
-    reply = ask(bridge, stream=stream)
+    shared_backend.on("/responses", wire.turn(FIRST, event, LAST))
+    reply = ask(shared_bridge, stream=stream)
     assert reply.status == 200
     if stream:
         assert (reply.ended, reply.body) == (
@@ -950,10 +951,10 @@ def items_that_say(text: str) -> list[wire.Item]:
 @by_each_way
 @pytest.mark.parametrize("name", NAMES)
 def test_item_that_names_an_event_is_in_the_output(
-    name: str, way: str, bridge: RunningBridge, backend: wire.Backend
+    name: str, way: str, shared_bridge: RunningBridge, shared_backend: wire.Backend
 ) -> None:
     items = items_that_say(name)
-    response = final_response(bridge, backend, way, *wire.items_turn(*items))
+    response = final_response(shared_bridge, shared_backend, way, *wire.items_turn(*items))
     assert response["output"] == items
 
 
@@ -1003,12 +1004,12 @@ def ending(kind: str, **fields: Any) -> wire.Event:
 @pytest.mark.parametrize("kind", ["completed", "failed", "incomplete"])
 @by_each_way
 def test_response_has_an_output_in_any_case(
-    way: str, kind: str, output: str, bridge: RunningBridge, backend: wire.Backend
+    way: str, kind: str, output: str, shared_bridge: RunningBridge, shared_backend: wire.Backend
 ) -> None:
     if way == "whole" and kind == "failed":
         way = "stream"  # in one piece it is an error
     events = [wire.created("resp_1"), ending(kind, **OUTPUTS[output])]
-    assert final_response(bridge, backend, way, *events)["output"] == []
+    assert final_response(shared_bridge, shared_backend, way, *events)["output"] == []
 
 
 @by_each_way
@@ -1051,11 +1052,11 @@ def in_pieces(sizes: list[int], *events: wire.Event) -> list[bytes]:
 @pytest.mark.parametrize("failure", FAILURES_2)
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_chat_gets_the_text_that_came_with_the_failure(
-    path: str, failure: str, cut: str, bridge: RunningBridge, backend: wire.Backend
+    path: str, failure: str, cut: str, shared_bridge: RunningBridge, shared_backend: wire.Backend
 ) -> None:
-    backend.on("/responses", wire.turn(*in_pieces(CUTS_2[cut], *PIECES, FAILURES_2[failure])))
+    shared_backend.on("/responses", wire.turn(*in_pieces(CUTS_2[cut], *PIECES, FAILURES_2[failure])))
     body: Object = {"messages": [USER]} if path == CHAT else {"prompt": "hi"}
-    reply = ask(bridge, {**MODEL, "stream": True, **body}, path=path)
+    reply = ask(shared_bridge, {**MODEL, "stream": True, **body}, path=path)
     assert reply.status == 200
     *parts, last = chunks(reply.body)
     choices = [part["choices"][0] for part in parts]

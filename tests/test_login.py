@@ -108,7 +108,7 @@ def test_login_waits_for_codex_to_let_go_of_the_file(
         backend.approve_device()
         backend.wait_for(1, "/oauth/token")
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.3)
+            process.wait(0.15)
         assert not auth_file.exists()
         auth_file.write_text('{"written_meanwhile": 1}', encoding="utf-8")
     assert outcome(process)[0] == 0

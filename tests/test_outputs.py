@@ -64,10 +64,11 @@ EACH_BEGINNING = pytest.mark.parametrize("begun", BEGUN.values(), ids=BEGUN)
 @EACH_ERROR
 @EACH_BEGINNING
 def test_a_codex_gets_a_bare_error_as_the_failure_that_ends_its_turn(
-    bridge: RunningBridge, backend: wire.Backend, begun: list[Object], event: Object, shown: Object
+    shared_bridge: RunningBridge, shared_backend: wire.Backend, begun: list[Object], event: Object,
+    shown: Object,
 ) -> None:
-    backend.on("/responses", wire.turn(*begun, event))
-    reply = ask(bridge, STREAM, CODEX)
+    shared_backend.on("/responses", wire.turn(*begun, event))
+    reply = ask(shared_bridge, STREAM, CODEX)
     assert reply.ended == "last-chunk"
     *before, last = wire.sse(reply.body)
     assert [each["type"] for each in before] == [each["type"] for each in begun]
@@ -105,11 +106,11 @@ def test_a_codex_hears_of_an_error_at_once(bridge: RunningBridge, backend: wire.
 @EACH_BEGINNING
 @pytest.mark.parametrize("failed", [[], [wire.failed("server_error", "it broke", 3)]], ids=["bare", "both"])
 def test_other_clients_get_an_error_as_it_is(
-    bridge: RunningBridge, backend: wire.Backend, failed: list[Object], begun: list[Object], event: Object,
-    shown: Object,
+    shared_bridge: RunningBridge, shared_backend: wire.Backend, failed: list[Object], begun: list[Object],
+    event: Object, shown: Object,
 ) -> None:
-    backend.on("/responses", wire.turn(*begun, event, *failed))
-    assert wire.sse(ask(bridge, STREAM, OTHER).body) == [*begun, event, *failed]
+    shared_backend.on("/responses", wire.turn(*begun, event, *failed))
+    assert wire.sse(ask(shared_bridge, STREAM, OTHER).body) == [*begun, event, *failed]
 
 
 def test_an_error_of_a_codex_is_counted_as_one(bridge: RunningBridge, backend: wire.Backend) -> None:
@@ -182,12 +183,13 @@ def test_a_comment_for_a_keepalive_comes_at_once(bridge: RunningBridge, backend:
 @EACH_API
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_no_answer_is_changed_by_such_events(
-    bridge: RunningBridge, backend: wire.Backend, stream: bool, path: str, body: Object, event: Object
+    shared_bridge: RunningBridge, shared_backend: wire.Backend, stream: bool, path: str, body: Object,
+    event: Object,
 ) -> None:
     replies = []
     for reply in (wire.turn(FIRST, *REST), with_side_events(event)):
-        backend.on("/responses", reply)
-        answer = ask(bridge, {**MODEL, **body}, OTHER, path=path, stream=stream)
+        shared_backend.on("/responses", reply)
+        answer = ask(shared_bridge, {**MODEL, **body}, OTHER, path=path, stream=stream)
         events = wire.sse(answer.body.replace(b"data: [DONE]\n\n", b"")) if stream else [answer.json]
         replies.append([{**each, "id": "", "created": 0} for each in events])
     assert replies[0] == replies[1]

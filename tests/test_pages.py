@@ -54,13 +54,14 @@ def printed(kind: str, *words: str) -> str:
 @pytest.mark.parametrize(("kind", "keys", "has", "lacks"), CONFIGS,
                          ids=[f"{kind}-{'locked' if keys else 'open'}" for kind, keys, _, _ in CONFIGS])
 def test_client_config_is_printed_and_served(
-    start: Start, kind: str, keys: tuple[str, ...], has: list[str], lacks: list[str]
+    start: Start, command: Command, kind: str, keys: tuple[str, ...], has: list[str], lacks: list[str]
 ) -> None:
     bridge = start(*keys)
     reply = wire.get(bridge.address, f"/v1/client-config/{kind}", {"Authorization": f"Bearer {SECRET}"})
     assert (reply.status, reply.header("content-type")) == (200, "text/plain; charset=utf-8")
     text = reply.body.decode()
-    assert text == printed(kind, "--host", "127.0.0.1", "--port", str(bridge.address[1]), *keys)
+    words = (kind, "--host", "127.0.0.1", "--port", bridge.address[1], *keys)
+    assert command("client-config", *words) == (0, text, "")
     for part in has:
         assert part.replace("{url}", bridge.url).replace("{model}", "local_md") in text
     assert [part for part in [*lacks, SECRET, "{url}", "{model}", "{{"] if part in text] == []

@@ -212,10 +212,10 @@ STATUS_ROWS: list[tuple[Object, int]] = [
 @pytest.mark.parametrize(("event", "status"), STATUS_ROWS)
 @EACH_PATH
 def test_an_error_event_has_the_status_that_it_names(
-    bridge: RunningBridge, backend: wire.Backend, path: str, event: Object, status: int
+    shared_bridge: RunningBridge, shared_backend: wire.Backend, path: str, event: Object, status: int
 ) -> None:
-    backend.on("/responses", wire.turn(wire.created(), event))
-    reply = ask(bridge, {**MODEL, **ASKED[path]}, path=path)
+    shared_backend.on("/responses", wire.turn(wire.created(), event))
+    reply = ask(shared_bridge, {**MODEL, **ASKED[path]}, path=path)
     assert (reply.status, reply.json["error"]["message"]) == (status, "the reason")
     assert reply.header("x-qoo-bridge-error") == "upstream"
 
@@ -223,10 +223,10 @@ def test_an_error_event_has_the_status_that_it_names(
 @pytest.mark.parametrize("code", CURELESS)
 @EACH_PATH
 def test_what_a_repeat_cannot_cure_is_400(
-    bridge: RunningBridge, backend: wire.Backend, path: str, code: str
+    shared_bridge: RunningBridge, shared_backend: wire.Backend, path: str, code: str
 ) -> None:
-    backend.on("/responses", wire.turn(wire.created(), wire.failed(code, "the reason")))
-    reply = ask(bridge, {**MODEL, **ASKED[path]}, path=path)
+    shared_backend.on("/responses", wire.turn(wire.created(), wire.failed(code, "the reason")))
+    reply = ask(shared_bridge, {**MODEL, **ASKED[path]}, path=path)
     assert (reply.status, reply.json["error"]["code"]) == (400, code)
     assert reply.json["error"]["message"] == "the reason"
 

@@ -556,7 +556,7 @@ def test_malformed_request_is_refused_and_closed(
 def test_head_that_cannot_end_is_cut(
     start: Start, monkeypatch: pytest.MonkeyPatch, request_bytes: bytes
 ) -> None:
-    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.05)
     reply = wire.raw(start().address, request_bytes)
     assert reply.status in (400, 408)
     assert (reply.header("connection"), reply.rest) == ("close", b"")
@@ -608,13 +608,13 @@ def test_connection_is_kept_as_asked(shared_bridge: RunningBridge, version: str,
     pytest.param(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r", id="before-the-last-byte"),
 ])
 def test_slow_head_is_cut(start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.05)
     reply = wire.raw(start().address, sent)
     assert (reply.status, reply.header("connection"), reply.rest) == (408, "close", b"")
 
 
 def test_silent_connection_is_closed_without_an_answer(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q, "IDLE_CLIENT", 0.1)
+    monkeypatch.setattr(q, "IDLE_CLIENT", 0.05)
     with wire.Client(start().address) as client:
         assert client.reader.to_end() == b""
 
@@ -727,7 +727,7 @@ def test_unfinished_handshake_holds_up_nobody(
 
 
 def test_unfinished_handshake_is_cut(tls_bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.05)
     with wire.Client(tls_bridge.address) as client:
         assert client.left()
 
@@ -896,7 +896,7 @@ def test_refused_head_has_no_body(name: str, bridge: RunningBridge) -> None:
 
 
 def test_head_that_is_slow_has_no_body(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.05)
     reply = wire.raw(start().address, b"HEAD /v1/models HTTP/1.1\r\nHost: bri", method="HEAD")
     assert (reply.status, reply.rest) == (408, b"")
 

@@ -151,7 +151,7 @@ def test_bad_file_says_what_to_do_and_recovers(
     assert credentials.current_tokens().access_token == issuer.access_token
 
 
-def test_missing_file_says_what_to_do_and_recovers(tmp_path: Path, issuer: Issuer) -> None:
+def test_missing_file_says_what_to_do_and_recovers(tmp_path: Path, issuer: Issuer, clock: Clock) -> None:
     path = tmp_path / "auth.json"
     credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
     with pytest.raises(q.NotSignedIn, match="codex login"):
@@ -160,7 +160,9 @@ def test_missing_file_says_what_to_do_and_recovers(tmp_path: Path, issuer: Issue
     assert credentials.current_tokens().access_token == issuer.access_token
 
 
-def test_folder_in_place_of_the_file_is_a_clear_error(tmp_path: Path, issuer: Issuer) -> None:
+def test_folder_in_place_of_the_file_is_a_clear_error(
+    tmp_path: Path, issuer: Issuer, clock: Clock
+) -> None:
     with pytest.raises(q.NotSignedIn, match="cannot read"):
         q.Credentials(str(tmp_path), issuer.token_issuer, issuer.fetch).current_tokens()
 
@@ -481,10 +483,8 @@ def test_dead_refresh_token_is_asked_about_once(
 
 @pytest.mark.parametrize(("seconds", "works"), [(60, True), (-60, False)])
 def test_dead_refresh_token_leaves_an_access_token_its_life(
-    seconds: float, works: bool, path: Path, credentials: q.Credentials, issuer: Issuer,
-    monkeypatch: pytest.MonkeyPatch,
+    seconds: float, works: bool, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
-    monkeypatch.setattr(q, "REUSED_SECONDS", 0.1)
     expire_in(issuer, path, seconds)
     issuer.answers = [FINAL[0]]
     with contextlib.nullcontext() if works else pytest.raises(q.NotSignedIn):
@@ -643,7 +643,7 @@ def test_sign_out_during_a_refresh_stands(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
     issuer.meanwhile = path.unlink
-    with pytest.raises(q.NotSignedIn):
+    with pytest.raises(q.NotSignedIn, match="does not exist"):
         credentials.after_401(credentials.current_tokens())
     assert not path.exists()
 
@@ -699,184 +699,18 @@ def test_failed_write_leaves_the_old_file_and_no_other(
     assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
 
 
-# -- a sign-in that was received is never lost ----------------------------------
-
-
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Let no file be replaced, until the patch is undone."""
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", fail)
-        yield patched
-
-
-def test_tokens_that_could_not_be_written_are_written_later(
-    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock, full_disk: pytest.MonkeyPatch
-) -> None:
-    fresh = credentials.after_401(credentials.current_tokens())
-    full_disk.undo()
-    assert stored(path)["tokens"]["refresh_token"] != fresh.refresh_token
-    credentials.current_tokens()  # too early for a second try
-    assert stored(path)["tokens"]["refresh_token"] != fresh.refresh_token
-    clock.skew += q.SAVE_PAUSE
-    assert credentials.current_tokens() == fresh
-    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
-
-
-@pytest.mark.parametrize("change", ["reread", "touch"])
-def test_a_spent_token_never_comes_back(
-    change: str, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock,
-    full_disk: pytest.MonkeyPatch,
-) -> None:
-    fresh = credentials.after_401(credentials.current_tokens())
-    if change == "reread":
-        credentials.reread()
-    else:
-        os.utime(path, ns=(1, 1))
-    assert credentials.current_tokens() == fresh
-    full_disk.undo()
-    credentials.finish(0)  # the end of the program
-    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
-
-
-def test_a_newer_sign_in_wins_over_unsaved_tokens(
-    path: Path, credentials: q.Credentials, issuer: Issuer, full_disk: pytest.MonkeyPatch
-) -> None:
-    credentials.after_401(credentials.current_tokens())
-    full_disk.undo()
-    other = Issuer()
-    wire.write_auth(path, other)
-    assert credentials.current_tokens().access_token == other.access_token
-    credentials.finish(0)
-    assert stored(path)["tokens"]["refresh_token"] == other.refresh_token
-
-
-@pytest.mark.parametrize("torn", [b"", b"{"])
-def test_a_file_that_cannot_be_read_for_a_moment_is_no_sign_out(
-    torn: bytes, path: Path, credentials: q.Credentials, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(q, "TORN_SECONDS", 0)
-    issuer.meanwhile = lambda: path.write_bytes(torn)
-    assert credentials.after_401(credentials.current_tokens()).access_token == issuer.access_token
-    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
-
-
-def test_a_file_that_is_gone_is_a_sign_out(
-    path: Path, credentials: q.Credentials, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(q, "TORN_SECONDS", 0)
-    issuer.meanwhile = path.unlink
-    with pytest.raises(q.NotSignedIn, match="does not exist"):
-        credentials.after_401(credentials.current_tokens())
-    assert not path.exists()
-
-
-@posix
-def test_a_file_in_a_folder_that_cannot_be_written_is_written_in_place(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    number = path.stat().st_ino
-
-    def busy(*_: object) -> None:
-        raise OSError(16, "Device or resource busy")  # a file that is mounted by itself
-
-    monkeypatch.setattr(os, "replace", busy)
-    signature = q.write_private(str(path), {"new": True})
-    assert (stored(path), path.stat().st_ino) == ({"new": True}, number)
-    assert signature == q.file_signature(str(path))
-    assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
-
-
-def test_a_write_between_ours_and_its_look_is_read(
-    path: Path, credentials: q.Credentials, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    other, replace = Issuer(), q.replace_file
-
-    def overtaken(temporary: str, target: str) -> None:
-        replace(temporary, target)
-        wire.write_auth(path, other)  # another program, before this one looks at the file again
-
-    monkeypatch.setattr(q, "replace_file", overtaken)
-    credentials.after_401(credentials.current_tokens())
-    assert credentials.current_tokens().access_token == other.access_token
-
-
-def test_another_program_that_won_is_waited_for(
-    path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
-) -> None:
-    issuer.answers.append(json_answer(401, {"error": {"code": "refresh_token_reused"}}))
-    winner = Issuer()
-    clock.on_sleep = lambda: wire.write_auth(path, winner)
-    assert credentials.after_401(credentials.current_tokens()).access_token == winner.access_token
-
-
-def test_a_token_just_received_is_trusted_whatever_the_clock_says(path: Path, issuer: Issuer) -> None:
-    expire_in(issuer, path, -1000)
-    issuer.expires_in = -1000  # this host's clock is ahead of every token
-    credentials = q.Credentials(str(path), issuer.token_issuer, issuer.fetch)
-    for _ in range(3):
-        credentials.bearer()
-    assert len(issuer.asked) == 1
-
-
-def test_a_lock_that_never_works_costs_once(
-    path: Path, credentials: q.Credentials, clock: Clock, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waits: list[float] = []
-
-    def never(_: int, seconds: float) -> bool:
-        waits.append(seconds)
-        return False
-
-    monkeypatch.setattr(q, "_lock", never)
-    for _ in range(2):
-        credentials.after_401(credentials.current_tokens())
-    assert waits == [q.LOCK_SECONDS, 0]
-    assert any("without the lock" in line for line in log_lines.lines)
-
-
-def test_the_end_waits_for_a_refresh(credentials: q.Credentials, issuer: Issuer, path: Path) -> None:
-    asked, answer = threading.Event(), threading.Event()
-
-    def slow() -> None:
-        asked.set()
-        assert answer.wait(5)
-
-    issuer.meanwhile = slow
-    with ThreadPoolExecutor(2) as pool:
-        refresh = pool.submit(credentials.after_401, credentials.current_tokens())
-        assert asked.wait(5)
-        end = pool.submit(credentials.finish, 5)
-        assert not end.done()
-        answer.set()
-        end.result(5)
-        assert stored(path)["tokens"]["access_token"] == refresh.result(5).access_token
-
-
-def test_left_over_files_with_tokens_are_removed(tmp_path: Path) -> None:
-    old, new, other = (tmp_path / name for name in (f".auth-{'0' * 16}", f".auth-{'1' * 16}", ".auth-mine"))
-    for each in (old, new, other):
-        each.write_text("{}")
-    for each in (old, other):
-        os.utime(each, (1, 1))
-    q.remove_leftovers(str(tmp_path))
-    assert sorted(each.name for each in tmp_path.iterdir() if each.name.startswith(".auth")) == sorted(
-        each.name for each in (new, other))
-
-
 LATER = 61.0  # seconds in which a write that failed is tried again, at the most
 REFUSED_PATHS: dict[str, int] = {"full": errno.ENOSPC, "read-only": errno.EROFS, "folder": errno.EACCES,
-                                 "busy": errno.EBUSY, "device": errno.EXDEV, "open": errno.EACCES}
+                                 "busy": errno.EBUSY, "device": errno.EXDEV, "open": errno.EACCES,
+                                 "rename": errno.ENOSPC}
 
 
 class Disk:
     """The disk under auth.json; `problem` says what is wrong with it now, "" for nothing.
 
     full: nothing more can be written · read-only: no file can be opened for writing · folder: no file can be
-    made in it · busy, device, open: no file can take the place of auth.json (a bind mount; Windows).
+    made in it · busy, device, open, rename: no file can take the place of auth.json (a bind mount; Windows;
+    no room in the folder).
     """
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -920,7 +754,7 @@ class Disk:
 
     def replace(self, source: Any, target: Any) -> None:
         """Take the place of os.replace."""
-        if self.problem in ("busy", "device", "open", "read-only"):
+        if self.problem in ("busy", "device", "open", "rename", "read-only"):
             self._fail()
         self._replace(source, target)
 
@@ -946,7 +780,7 @@ def saved(path: Path) -> str:
 # -- a write that fails ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", ["full", "read-only"])
+@pytest.mark.parametrize("problem", ["full", "read-only", "rename"])
 @pytest.mark.parametrize("use", ["bearer", "current_tokens"])
 def test_refreshed_token_is_written_once_it_can_be(
     use: str, problem: str, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk
@@ -968,34 +802,43 @@ def test_refreshed_token_is_written_once_it_can_be(
 
 
 def test_write_that_fails_is_not_tried_by_each_request(
-    credentials: q.Credentials, disk: Disk, clock: Clock
+    path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk, clock: Clock
 ) -> None:
     disk.problem = "full"
     refreshed(credentials)
-    begun = disk.failures
+    begun, unsaved = disk.failures, saved(path)
     for _ in range(50):
         credentials.bearer()
     assert disk.failures <= begun + 1
+    disk.problem = ""
+    credentials.bearer()  # too early for another try
+    assert saved(path) == unsaved != issuer.refresh_token
+    clock.skew += q.SAVE_PAUSE
+    credentials.bearer()
+    assert saved(path) == issuer.refresh_token
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "reread": lambda path: None,
+    "none": lambda path: None,
     "touch": lambda path: os.utime(path, (time.time() + 5, time.time() + 5)),
+    "touch, long ago": lambda path: os.utime(path, ns=(1, 1)),
     "written again": lambda path: path.write_text(path.read_text("utf-8") + " ", "utf-8"),
     "another key added": lambda path: path.write_text(json.dumps({**stored(path), "added": 1}), "utf-8"),
     "another file of the same": lambda path: path.write_bytes(path.read_bytes()),
 }
 
 
+@pytest.mark.parametrize("reread", [True, False], ids=["reread", "by itself"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("problem", ["full", "read-only"])
+@pytest.mark.parametrize("problem", ["full", "read-only", "rename"])
 def test_spent_token_never_comes_back(
-    problem: str, change: str, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk
+    problem: str, change: str, reread: bool, credentials: q.Credentials, issuer: Issuer, disk: Disk
 ) -> None:
-    clock, disk.problem = disk.clock, problem
+    clock, path, disk.problem = disk.clock, Path(credentials.path), problem
     found = refreshed(credentials)
     CHANGES[change](path)
-    credentials.reread()
+    if reread:
+        credentials.reread()
     for _ in range(3):
         assert credentials.bearer() == found
         clock.skew += 1
@@ -1009,7 +852,21 @@ def test_spent_token_never_comes_back(
     assert [asked["refresh_token"] for asked in issuer.asked][1] == found.refresh_token
 
 
-@pytest.mark.parametrize("problem", ["full", "read-only"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("problem", ["full", "rename"])
+def test_end_of_the_program_writes_what_could_not_be_written(
+    problem: str, change: str, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk
+) -> None:
+    disk.problem = problem
+    found = refreshed(credentials)
+    CHANGES[change](path)
+    assert credentials.current_tokens() == found
+    disk.problem = ""
+    credentials.finish(0)
+    assert saved(path) == issuer.refresh_token
+
+
+@pytest.mark.parametrize("problem", ["full", "read-only", "rename"])
 def test_newer_sign_in_counts_more_than_one_that_could_not_be_written(
     problem: str, path: Path, credentials: q.Credentials, disk: Disk, clock: Clock
 ) -> None:
@@ -1019,6 +876,8 @@ def test_newer_sign_in_counts_more_than_one_that_could_not_be_written(
     other = Issuer()
     wire.write_auth(path, other)  # somebody has signed in anew
     assert credentials.bearer().access_token == other.access_token
+    credentials.finish(0)
+    assert saved(path) == other.refresh_token
     clock.skew += LATER
     assert credentials.bearer().access_token == other.access_token
     assert saved(path) == other.refresh_token
@@ -1071,6 +930,22 @@ def test_token_is_written_in_place_where_the_folder_cannot_be(
     left = [each.name for each in path.parent.iterdir() if "auth.lock" not in each.name]
     assert left == ["auth.json"]
     assert credentials.bearer().refresh_token == issuer.refresh_token
+
+
+@posix
+def test_signature_of_a_file_that_was_written_in_place_is_its_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = path.stat().st_ino
+
+    def busy(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")  # a file that is mounted by itself
+
+    monkeypatch.setattr(os, "replace", busy)
+    signature = q.write_private(str(path), {"new": True})
+    assert (stored(path), path.stat().st_ino) == ({"new": True}, number)
+    assert signature == q.file_signature(str(path))
+    assert [each.name for each in path.parent.iterdir()] == ["auth.json"]
 
 
 def test_shorter_sign_in_is_whole_when_it_is_written_in_place(
@@ -1196,6 +1071,15 @@ def test_file_that_is_away_as_the_reply_comes_costs_no_token(
     assert saved(path) == issuer.refresh_token
 
 
+@pytest.mark.parametrize("torn", [b"", b"{"])
+def test_a_file_that_cannot_be_read_for_a_moment_is_no_sign_out(
+    torn: bytes, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.meanwhile = lambda: path.write_bytes(torn)
+    assert credentials.after_401(credentials.current_tokens()).access_token == issuer.access_token
+    assert stored(path)["tokens"]["refresh_token"] == issuer.refresh_token
+
+
 # -- what stands in the file after a write ----------------------------------------------
 
 
@@ -1222,9 +1106,12 @@ LEFT_OVER = f".auth-{'0123456789abcdef'}"
 def test_left_over_of_a_writer_that_was_killed_is_cleaned(
     when: str, path: Path, credentials: q.Credentials, issuer: Issuer
 ) -> None:
+    running = path.parent / f".auth-{'1' * 16}"  # of a writer that is at it
     others = [path.parent / name for name in (".auth-notes", ".authors", "auth-0123456789abcdef")]
-    for each in others:
+    for each in (running, *others):
         each.write_text("mine", "utf-8")
+    for each in others:
+        os.utime(each, (time.time() - 3600, time.time() - 3600))
     left_over = path.parent / LEFT_OVER
     left_over.write_text(json.dumps(wire.auth_json(issuer)), "utf-8")
     os.utime(left_over, (time.time() - 3600, time.time() - 3600))
@@ -1233,7 +1120,7 @@ def test_left_over_of_a_writer_that_was_killed_is_cleaned(
     else:
         q.save_sign_in(str(path), issuer.rotate())
     assert not left_over.exists()
-    assert all(each.exists() for each in others)
+    assert all(each.exists() for each in (running, *others))
 
 
 @posix
@@ -1365,7 +1252,8 @@ def test_token_that_was_trusted_is_renewed_at_the_end_of_its_life(
 
 
 @posix
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL,
+                                    errno.ENOSYS])
 def test_lock_that_always_fails_costs_its_seconds_once(
     number: int, credentials: q.Credentials, issuer: Issuer, clock: Clock, log_lines: LogLines,
     monkeypatch: pytest.MonkeyPatch,
@@ -1382,6 +1270,7 @@ def test_lock_that_always_fails_costs_its_seconds_once(
     assert clock.skew - before < 0.5
     told = [line for line in log_lines.lines if "auth.lock" in line and not line.startswith("DEBUG")]
     assert len(told) == 1
+    assert "without the lock" in told[0]
 
 
 @posix
@@ -1461,6 +1350,24 @@ def test_unsaved_token_is_written_once_by_many_threads(
     with contextlib.suppress(q.NotSignedIn):
         assert credentials.bearer() == found
     assert saved(path) == issuer.refresh_token
+
+
+def test_the_end_waits_for_a_refresh(credentials: q.Credentials, issuer: Issuer, path: Path) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        asked.set()
+        assert answer.wait(5)
+
+    issuer.meanwhile = slow
+    with ThreadPoolExecutor(2) as pool:
+        refresh = pool.submit(credentials.after_401, credentials.current_tokens())
+        assert asked.wait(5)
+        end = pool.submit(credentials.finish, 5)
+        assert not end.done()
+        answer.set()
+        end.result(5)
+        assert stored(path)["tokens"]["access_token"] == refresh.result(5).access_token
 
 
 def claims(account: Any, **more: Any) -> str:

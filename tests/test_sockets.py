@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import wire
@@ -22,7 +23,7 @@ import qoo_bridge as q
 def test_reader_that_stops_is_cut_and_costs_little(
     bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(q, "WRITE_TIMEOUT", 0.2)
+    monkeypatch.setattr(q, "WRITE_TIMEOUT", 0.1)
     sent, stopped = [0], threading.Event()
 
     def flood(exchange: wire.Exchange) -> None:
@@ -47,10 +48,17 @@ def test_slow_reader_gets_everything(
 ) -> None:
     monkeypatch.setattr(q, "WRITE_TIMEOUT", 2)
     events = [{"type": "response.output_text.delta", "n": n, "delta": "x" * 65536} for n in range(96)]
+    waits, wait = threading.Event(), q.wait_writable
+
+    def noted(*words: Any) -> Any:
+        waits.set()
+        return wait(*words)
+
+    monkeypatch.setattr(q, "wait_writable", noted)
     backend.on("/responses", wire.turn(FIRST, *events, LAST))
     with asking(bridge) as client:
         client.read_head()
-        threading.Event().wait(0.3)  # by now the bridge waits for room
+        assert waits.wait(5)  # the bridge waits for room
         assert [event.get("n") for event in client.read_events()] == [None, *range(96), None]
         assert client.reply is not None
         assert client.reply.ended == "last-chunk"
@@ -58,9 +66,10 @@ def test_slow_reader_gets_everything(
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["tcp", "tls"])
-def test_reader_that_is_slow_but_steady_gets_all(tls: bool) -> None:
+def test_reader_that_is_slow_but_steady_gets_all(tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "SEND_SIZE", 65536)
     ours, theirs = socket.socketpair()
-    size, taken = 2_000_000, [0]
+    size, taken = 700_000, [0]
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
 
     def read_slowly() -> None:
@@ -74,7 +83,7 @@ def test_reader_that_is_slow_but_steady_gets_all(tls: bool) -> None:
     reader.start()
     context = ssl.create_default_context(cafile=str(wire.certificates() / "ca.pem"))
     peer = q.Connection(context.wrap_socket(ours, server_hostname="localhost") if tls else ours)
-    peer.send(bytes(size), 0.3)  # the whole takes longer than that; each part of it does not
+    peer.send(bytes(size), 0.12)  # the whole takes longer than that; each part of it does not
     reader.join(5)
     peer.close()
     assert taken[0] == size

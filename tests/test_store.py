@@ -636,12 +636,13 @@ def test_both_transports_keep_the_same_responses(
 
 # -- the bound is of memory --------------------------------------------------------
 
-SMALL_ITEMS: dict[str, Any] = {
-    "short messages": {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
-    "tiny objects": {"a": 1},
-    "empty lists": [],
-    "numbers": 1.5,
-    "words": "ab",
+HELLO = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+SMALL_ITEMS: dict[str, list[Any]] = {  # as many as exceed the bound, were they kept as Python's objects
+    "short messages": [HELLO] * 240,
+    "tiny objects": [{"a": 1}] * 200,
+    "empty lists": [[]] * 400,
+    "numbers": [1.5] * 400,
+    "words": ["ab"] * 400,
 }
 BOUND = 1_000_000  # bytes; what else a bridge keeps of a request is small beside it
 
@@ -657,12 +658,14 @@ def test_store_holds_no_more_memory_than_its_bound(
     monkeypatch.setattr(q.log, "propagate", False)  # pytest keeps each line
     backend.always("/responses", answer)
     bridge = start()
-    body = {"input": [SMALL_ITEMS[kind]] * 400}
+    body = json.dumps({**MODEL, "input": SMALL_ITEMS[kind]}).encode()
 
     def keep(count: int) -> str:
-        for _ in range(count):
-            reply = ask_from(bridge, HERE, RESPONSES, body)
-            assert reply.status == 200
+        with FromAddress(bridge.address, HERE) as client:
+            for _ in range(count):
+                client.request("POST", RESPONSES, body)
+                reply = client.read_reply()
+                assert reply.status == 200
         with backend.changed:
             backend.requests.clear()
         gc.collect()

@@ -656,7 +656,7 @@ def refused(reply: wire.RawReply, status: int, by: str) -> str:
         (wire.reply_raw(b"HTTP/1.1 200 O"), 502, "bridge", "within the head"),
         (wire.reply_raw(raw_reply(*LONG)), 502, "bridge", "headers"),
         (wire.reply_raw(raw_reply("x-a: 1\nx-evil: 1")), 502, "bridge", "malformed"),
-        (wire.hang(), 504, "bridge", "0.5 s"),
+        (wire.hang(), 504, "bridge", "0.25 s"),
         (wire.reply_raw(raw_reply(status="204 No Content"), "keep"), 502, "upstream", "204"),
         (wire.cloudflare(), 403, "upstream", "Just a moment..."),
         (wire.reply_json(200, {"id": "resp"}), 502, "upstream", "200"),
@@ -680,7 +680,7 @@ def refused(reply: wire.RawReply, status: int, by: str) -> str:
 def test_failure_is_answered_with_its_reason(
     reply: wire.Reply, status: int, by: str, says: str, start: Start, backend: wire.Backend
 ) -> None:
-    bridge = start("--idle-timeout", "0.5")
+    bridge = start("--idle-timeout", "0.25")
     before_a_byte = reply in (
         CLOSED,
         RESET,
@@ -742,8 +742,8 @@ def test_unreachable_upstream_is_502(start: Start, backend: wire.Backend) -> Non
 
 
 def test_upstream_that_does_not_shake_hands_is_504(start: Start, backend: wire.Backend, silent: int) -> None:
-    bridge = start("--upstream", f"https://localhost:{silent}/backend-api/codex", "--connect-timeout", "0.2")
-    assert "0.2 s" in refused(ask(bridge), 504, "bridge")
+    bridge = start("--upstream", f"https://localhost:{silent}/backend-api/codex", "--connect-timeout", "0.1")
+    assert "0.1 s" in refused(ask(bridge), 504, "bridge")
 
 
 def test_untrusted_upstream_is_502(
@@ -827,7 +827,7 @@ def test_our_own_timeout_is_not_sent_again(upstream: Counted, backend: wire.Back
     fetch(upstream, backend)
     with pytest.raises(q.UpstreamTimeout):
         fetch(upstream, backend, timeout=0.1)
-    assert len(backend.requests) == 2
+    assert len(backend.wait_for(2, "/x")) == len(backend.requests) == 2
 
 
 @pytest.mark.parametrize("gap", [60, -60])
@@ -972,3 +972,11 @@ def test_any_other_kind_of_proxy_is_refused_by_its_variables_name(
 ) -> None:
     monkeypatch.setenv(variable, "ftp://127.0.0.1:21")
     assert variable.lower() in problem(start()).lower()
+
+
+def test_peer_that_is_gone_at_once_leaves_no_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = socket.socket()  # not connected any more
+    monkeypatch.setattr(q, "connect_first", lambda addresses, seconds: gone)
+    with pytest.raises(OSError, match="connected"):
+        q.Upstream(1, 1)._open_socket(("127.0.0.1", 9), 1)
+    assert gone.fileno() == -1

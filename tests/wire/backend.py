@@ -162,11 +162,11 @@ class Backend(Listener, SignIn):
         query = urllib.parse.parse_qs(exchange.request.query)
         if set(query) != {"client_version"} or not VERSION.match(query["client_version"][0]):
             raise fault(400, "client_version is wanted", "missing_required_parameter", "client_version")
-        tag = [("etag", self.etag)]
-        if exchange.request.header("if-none-match") == self.etag:
-            exchange.whole(304, b"", tag)
+        tag = self.etag
+        if exchange.request.header("if-none-match") == tag:
+            exchange.whole(304, b"", [("etag", tag)])
             return
-        exchange.json(200, {"models": self.catalog}, tag)
+        exchange.json(200, {"models": self.catalog}, [("etag", tag)])
 
     def accounts(self, exchange: Exchange) -> None:
         """Answer the question where this account's requests go."""
