@@ -105,6 +105,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import zlib
 from bisect import bisect_left
@@ -2296,6 +2297,7 @@ class Upstream:
             connection.connect()
         except (OSError, http.client.HTTPException, ValueError) as exc:
             connection.close()
+            traceback.clear_frames(exc.__traceback__)  # up to 3.11 a failed tunnel's reply keeps its socket
             if isinstance(exc, (TimeoutError, socket.timeout)):  # two classes up to Python 3.9
                 raise UpstreamTimeout(f"{where} did not answer within {self._connect_timeout:g} s") from exc
             raise BadUpstream(f"cannot connect to {where}: {describe_error(exc)}") from exc

@@ -18,6 +18,7 @@ from help import (
     Object,
     ask,
     asking,
+    until,
 )
 
 OTHER = {"user-agent": "OpenAI/Python 3.54.0"}
@@ -116,6 +117,7 @@ def test_other_clients_get_an_error_as_it_is(
 def test_an_error_of_a_codex_is_counted_as_one(bridge: RunningBridge, backend: wire.Backend) -> None:
     backend.on("/responses", wire.turn(wire.created(), ERRORS["policy"][0]))
     ask(bridge, STREAM, CODEX)
+    assert until(lambda: wire.get(bridge.address, "/status").json["errors"] != [])
     (error,) = wire.get(bridge.address, "/status").json["errors"]
     assert (error["by"], error["code"]) == ("upstream", "cyber_policy")
 

@@ -443,6 +443,7 @@ def test_status_shows_each_clients_cached_share(start: Start, backend: wire.Back
                wire.turn(wire.created(), wire.failed("server_error", "x")))
     for secret in (KEY, KEY, f"{KEY}-of-bo", f"{KEY}-of-cy"):
         ask(bridge, STREAM, bearer(secret))
+    assert until(lambda: wire.get(bridge.address, "/status", bearer(KEY)).json["totals"]["requests"] == 4)
     status = wire.get(bridge.address, "/status", bearer(KEY)).json
     shares = {row["client"]: row["cached_share"] for row in status["clients"]}
     assert shares == {"ann": pytest.approx(0.75, abs=0.01), "bo": 0, "cy": None}

@@ -865,6 +865,7 @@ def test_a_dead_first_address_costs_a_moment_and_is_remembered(
     monkeypatch.setattr(q, "NEXT_ADDRESS_SECONDS", 0.05)
     backend.always("/x", OK)
     with socket.socket() as full, socket.socket() as first:
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         full.bind(("127.0.0.2", backend.address[1]))
         full.listen(0)
         first.connect(full.getsockname())  # its backlog is full: a further connection gets no answer
