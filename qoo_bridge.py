@@ -1088,7 +1088,7 @@ def parse_request(head: bytes) -> RequestHead:
         raise UnknownCoding(f"unsupported method: {method}")
     if len(target) > MAX_TARGET:
         raise TargetTooLong(f"the target is {len(target)} bytes, the limit is {MAX_TARGET}")
-    if not target.startswith("/") or target.startswith("//"):
+    if not target.startswith("/"):
         raise MalformedHttp("the request target must be a path: this is not a forward proxy")
     headers = parse_headers(lines)
     if minor == "1" and not headers.get("host"):
@@ -3453,17 +3453,31 @@ def lite_tools(request: Mapping[str, Any], context: Context) -> list[Any]:
 
     A forced tool is the only one offered. Raises InvalidRequest if that is impossible.
     """
-    choice, tools = request.get("tool_choice"), request.get("tools") or []
+    choice = request.get("tool_choice")
+    tools = [tool for tool in chosen_tools(request) if not is_hosted(tool)]
+    if isinstance(choice, dict) and is_forced(choice) and not tools:
+        wanted = dicts_in(chosen_of(choice))
+        kinds = ", ".join(str(tool.get("name") or tool.get("type")) for tool in wanted)
+        raise InvalidRequest(f"{context.slug} cannot be made to use the tool {kinds}: it has no such "
+                             "tool; choose another model, or leave tool_choice out", "tool_choice")
+    return tools
+
+
+def chosen_of(choice: Mapping[str, Any]) -> list[Any]:
+    """Return what a tool_choice names: one tool, or those of a list."""
+    if isinstance(choice.get("tools"), list):
+        return list(choice["tools"])
+    return [choice]
+
+
+def chosen_tools(request: Mapping[str, Any]) -> list[Any]:
+    """Return the tools that a request's tool_choice leaves: all, the named ones, or none."""
+    choice, tools = request.get("tool_choice"), or_empty(request.get("tools"), list)
     if choice == "none":
         return []
     if isinstance(choice, dict):
-        chosen = choice["tools"] if isinstance(choice.get("tools"), list) else [choice]
-        tools = [tool for tool in tools if any(is_chosen(tool, wanted) for wanted in chosen)]
-        if is_forced(choice) and not any(not is_hosted(tool) for tool in tools):
-            kinds = ", ".join(str(wanted.get("type")) for wanted in dicts_in(chosen))
-            raise InvalidRequest(f"{context.slug} cannot be made to use the tool {kinds}: it has no such "
-                                 "tool; choose another model, or leave tool_choice out", "tool_choice")
-    return [tool for tool in tools if not is_hosted(tool)]
+        return [tool for tool in tools if any(is_chosen(tool, wanted) for wanted in chosen_of(choice))]
+    return tools
 
 
 def is_chosen(tool: Any, wanted: Any) -> bool:
@@ -3876,7 +3890,8 @@ REPAIRS = (
 )
 ITEM_MEANING = frozenset((  # fields without which an item or a part says something else
     "type", "role", "content", "text", "refusal", "call_id", "arguments", "input", "output", "action",
-    "encrypted_content", "image_url", "file_data", "file_id", "file_url", "tools",
+    "encrypted_content", "image_url", "file_data", "file_id", "file_url", "tools", "tool_calls",
+    "tool_call_id",
 ))
 
 
@@ -4897,9 +4912,12 @@ def failed_event(event: Mapping[str, Any], created: Mapping[str, Any]) -> dict[s
 
 def restore_call_ids(events: bytes, call_ids: Mapping[str, bytes]) -> bytes:
     """Put the client's own long call ids back in the place of `short_call_id`'s."""
-    for short, long in call_ids.items():
-        events = events.replace(short.encode("ascii"), long)
-    return events
+    if not call_ids:
+        return events
+    return SHORT_CALL_ID.sub(lambda match: call_ids.get(match[0].decode("ascii"), match[0]), events)
+
+
+SHORT_CALL_ID = re.compile(rb"call_[0-9a-f]{40}")  # as `short_call_id` makes them
 
 
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
@@ -5224,13 +5242,17 @@ class ResponsesOutput:
             self.side_events[kind] = parsed
 
     def _replace_error(self, event: bytes, parsed: dict[str, Any]) -> bytes:
-        """Return an `error` as it is, for a Codex as the failure that ends its turn."""
+        """Return an `error` as it is, for a Codex as the failure that ends its turn.
+
+        As the first event it ends an SDK's answer too: nothing is sent yet, so it can still be repaired.
+        """
         self.assembler.add(parsed)
-        if not self._audience.codex:
+        codex = self._audience.codex
+        if not codex and (self.begun or self.created):
             return event
         self.assembler.final = failed_event(parsed, self.created)
         self.done = True
-        return render_event(self.assembler.final)
+        return render_event(self.assembler.final) if codex else event
 
     def _complete(self) -> bool:
         """Complete the terminal event's response; tell whether the response changed."""
@@ -7625,15 +7647,15 @@ class Turns:
     def conversation_name(self, exchange: Exchange, request: Mapping[str, Any], slug: str) -> str:
         """Return what names a request's conversation upstream (WIRE 4).
 
-        That is the client's own key or session header, unless the backend has replaced it; else the name of
-        the WebSocket that carries it, else one that this bridge makes for the conversation.
+        That is the name of the WebSocket that carries it, whose headers are sent already; else the client's
+        own key or session header, unless the backend has replaced it; else one that this bridge makes.
         """
         owner, client = exchange.client.owner, exchange.client_headers
         key = or_empty(request.get("prompt_cache_key"), str)
         own = key or client.session
         if client.codex:
             own = client.session or key
-        if exchange.conversation and not key:
+        if exchange.conversation and not client.codex:
             return exchange.conversation
         if own and (client.codex or not self.conversations.is_replaced(owner, cache_name(own))):
             return cache_name(own)
@@ -7868,7 +7890,7 @@ class InFlight:
         self.call_ids: dict[str, bytes] = {}  # short call id -> the client's own, JSON-escaped
         self.held = held  # memory for the request
         self.slot = contextlib.ExitStack()  # holds the key's slot
-        self.chain_fields: dict[str, str] = {}  # the chain's tools and instructions from here on, as JSON
+        self.chain_fields: dict[str, str] = {}  # hashes of the chain's tools and instructions from here on
 
     def begin(self) -> None:
         """Note that the answer begins: the request is not repeated any more."""
@@ -7965,8 +7987,9 @@ class Chains:
     def known(self, in_flight: InFlight, frame: Mapping[str, Any]) -> set[str]:
         """Return the fields of a lite frame that repeat its chain's. Raises InvalidRequest."""
         try:
-            given = {key: stable_id(json.dumps(frame[key], sort_keys=True))
-                     for key in ("tools", "instructions") if frame.get(key)}
+            sent = {**frame, "tools": chosen_tools(frame)}
+            given = {key: stable_id(json.dumps(sent[key], sort_keys=True))
+                     for key in ("tools", "instructions") if sent.get(key)}
         except RecursionError as exc:
             raise InvalidRequest("the request is nested too deeply") from exc
         earlier = self._fields.get(str(frame.get("previous_response_id")), {})
@@ -7985,16 +8008,17 @@ class AfterError:
         self._failed: dict[str, Any] = {}  # ours
         self._expected = False  # upstream's may come
         self._hidden = False  # upstream's is not for the client
+        self._response: Any = None  # the id of the response that it ends, if that is known
 
     def begin(self, event: Mapping[str, Any], created: Mapping[str, Any], codex: bool) -> None:
         """Note that an `error` has gone to the client."""
-        self._expected, self._hidden = True, False
+        self._expected, self._hidden, self._response = True, False, created.get("id")
         if codex and not reported_status(event):
             self._failed, self.until = failed_event(event, created), time.monotonic() + FAILURE_WAIT
 
     def hide(self) -> None:
         """Note that an `error` was repaired: the client hears nothing of it."""
-        self._expected = self._hidden = True
+        self._expected, self._hidden, self._response = True, True, None
 
     def take_ours(self) -> dict[str, Any]:
         """Return our `response.failed` to send now; {} if none is due. Upstream's then comes too late."""
@@ -8002,9 +8026,12 @@ class AfterError:
         self._hidden = self._hidden or bool(failed)
         return failed
 
-    def take_theirs(self) -> bool | None:
-        """Tell whether upstream's `response.failed` goes to the client; None if it ends another request."""
-        if not self._expected:
+    def take_theirs(self, response: Any = None) -> bool | None:
+        """Tell whether upstream's `response.failed` goes to the client; None if it ends another request.
+
+        With other requests in flight, its response's id tells which one it ends.
+        """
+        if not self._expected or (response and self._response and response != self._response):
             return None
         self._expected, self._failed, self.until = False, {}, float("inf")
         return not self._hidden
@@ -8159,13 +8186,18 @@ class WebSocketRelay:
     def _close_after_breach(self, error: FrameError, from_client: bool) -> None:
         """Close both sides after a protocol error; the code for the innocent side blames the other one."""
         log.info("invalid WebSocket frame from %s: %s", "the client" if from_client else "upstream", error)
-        if from_client and error.code == CLOSE_TOO_BIG:  # HTTP takes it: the next handshake says so
-            session = self._exchange.client_headers.session
-            self._turns.large_sessions.append((self._exchange.client.owner, session))
+        if from_client and error.code == CLOSE_TOO_BIG:
+            self._leave_to_http()
         if from_client:
             self._close(error.code, CLOSE_GOING_AWAY, str(error))
         else:
             self._close(CLOSE_BAD_GATEWAY, error.code, str(error))
+
+    def _leave_to_http(self) -> None:
+        """Answer the session's next handshake with 426: its message is too big here, and HTTP takes it."""
+        session = self._exchange.client_headers.session
+        if session:  # all clients without a name share ""
+            self._turns.large_sessions.append((self._exchange.client.owner, session))
 
     # -- client -> upstream
 
@@ -8305,6 +8337,8 @@ class WebSocketRelay:
             self._to_upstream(OP_PONG, message.payload)
         elif message.opcode == OP_CLOSE:
             code, reason = parse_close(message.payload)
+            if code == CLOSE_TOO_BIG:
+                self._leave_to_http()
             self._close(code, code, reason)
         elif message.opcode == OP_BINARY:
             self._exchange.send(encode_frame(OP_BINARY, message.payload))
@@ -8348,7 +8382,7 @@ class WebSocketRelay:
             if in_flight.attempt is not None:
                 self._turns.observe_key(self._exchange, in_flight.attempt, in_flight.created)
         elif kind == "response.failed":
-            goes_on = self._after_error.take_theirs()
+            goes_on = self._after_error.take_theirs(or_empty(parsed.get("response"), dict).get("id"))
             if goes_on is not None:  # it ends the request of the `error`, not this one
                 if goes_on:
                     self._exchange.send(encode_frame(OP_TEXT, payload))
@@ -8415,6 +8449,7 @@ class WebSocketRelay:
 
     def _resend(self, in_flight: InFlight) -> None:
         self._in_flight.append(in_flight)  # its answer now comes after those of all other requests
+        self._progress = time.monotonic()  # what the repair waited for was not upstream's silence
         self._send_create(in_flight)
 
     def _settle(self, event: Mapping[str, Any], end: str = "") -> None:

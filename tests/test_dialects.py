@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import timeit
 from typing import Any
 
 import pytest
@@ -98,6 +99,19 @@ def test_a_chats_long_call_ids_are_shortened_in_pairs(bridge: RunningBridge, bac
     one, two, other, again = [item["call_id"] for item in request.json["input"][1:]]
     assert (one, two) == (again, other)
     assert one != two
+
+
+def test_many_long_call_ids_are_given_back_in_one_pass() -> None:
+    long = [f"call_{'q' * 200}{number}" for number in range(3000)]
+    call_ids = {q.short_call_id(each): each.encode() for each in long}
+    others = ["call_" + "0" * 40, "call_1"]
+    assert q.restore_call_ids(" ".join([*call_ids, *others]).encode(), call_ids).decode().split() == [
+        *long, *others]
+    first = dict([*call_ids.items()][:3])
+    event = b'event: response.output_text.delta\ndata: {"delta":"call_1"}\n\n'
+    many = min(timeit.repeat(lambda: q.restore_call_ids(event, call_ids), number=100, repeat=5))
+    few = min(timeit.repeat(lambda: q.restore_call_ids(event, first), number=100, repeat=5))
+    assert many < 20 * few  # an event costs the same, however many ids there are
 
 
 def calling_again(exchange: wire.Exchange) -> None:

@@ -1242,8 +1242,9 @@ EACH_API = pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES
 
 
 @pytest.mark.parametrize("path", [
-    "/v1//models", "/v1///models", "/v1//models/", "/v1/models//", "/v1//v1//models",
-    "/v1//models/gpt-5.5", "/v1/models//gpt-5.5", "/v1//healthz", "/v1//client-config//codex",
+    "//v1/models", "//models", "/v1//models", "/v1///models", "/v1//models/", "/v1/models//",
+    "/v1//v1//models", "/v1//models/gpt-5.5", "/v1/models//gpt-5.5", "/v1//healthz",
+    "/v1//client-config//codex",
 ])
 def test_doubled_slashes_are_one(bridges: SharedBridges, path: str) -> None:
     assert wire.get(bridges.bridge().address, path).status == 200
@@ -1259,7 +1260,8 @@ def test_doubled_slashes_before_a_request_are_one(
         assert reply.status == 200, reply.body
 
 
-@pytest.mark.parametrize("path", ["/v1//nothing", "/v1//v1//v1/models", "/v1//chat", "/nas.lan//v1/models"])
+@pytest.mark.parametrize("path", ["/v1//nothing", "/v1//v1//v1/models", "/v1//chat", "/nas.lan//v1/models",
+                                  "//nas.lan/v1/models"])
 def test_doubled_slashes_open_no_other_path(bridges: SharedBridges, path: str) -> None:
     assert wire.get(bridges.bridge().address, path).status == 404
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import LogLines, RunningBridge
-from help import AGENT, HI, SCHEMA, TOOL, Object, models
+from help import AGENT, HI, SCHEMA, TOOL, Object, models, until
 
 import qoo_bridge as q
 
@@ -84,6 +84,8 @@ SDK_NAMES: dict[str, tuple[dict[str, str], Object, str]] = {  # headers, fields 
     "session-and-key": ({"session-id": "s-1"}, {"prompt_cache_key": "s-1"}, "s-1"),
     "long-session": ({"session-id": "s" * 65}, {}, ANY),
     "request-id": ({"x-client-request-id": "req-1"}, {}, ""),
+    "key": ({}, {"prompt_cache_key": "mine"}, ""),  # comes after the handshake, whose names are sent
+    "session-and-another-key": ({"session-id": "s-1"}, {"prompt_cache_key": "mine"}, "s-1"),
 }
 
 
@@ -128,7 +130,8 @@ LONG_TEXT: Object = {**HI, "content": [{"type": "input_text", "text": "word " * 
 
 @pytest.mark.parametrize(("fields", "frame"), [
     (SDK_FIELDS, create()), (SDK_FIELDS, create(model=LITE, tools=[TOOL])), (CODEX_FIELDS, codex_create()),
-], ids=["sdk", "sdk-lite", "codex"])
+    (SDK_FIELDS, create(prompt_cache_key="mine")),
+], ids=["sdk", "sdk-lite", "codex", "sdk-with-a-key"])
 def test_ten_turns_on_a_websocket_are_cached_from_the_second_on(
     bridge: RunningBridge, backend: wire.Backend, fields: dict[str, str], frame: Object
 ) -> None:
@@ -165,7 +168,8 @@ def test_a_long_key_in_a_frame_is_never_refused(
         for end in ("a", "b", "a"):
             completed(client, make(model=model, prompt_cache_key="k" * 64 + end))
     one, two, again = (frame["prompt_cache_key"] for frame in backend.frames)
-    assert (one == again != two, max(map(len, (one, two))) <= 64) == (True, True)
+    codex = fields is CODEX_FIELDS
+    assert (one == again, one != two, max(map(len, (one, two))) <= 64) == (True, codex, True)
 
 
 # -- the rules and the repairs of a request, on a WebSocket ------------------------------------
@@ -274,6 +278,24 @@ def test_a_plain_frame_that_is_refused_goes_lite(
     assert "tool_choice" in log_lines.ended()[0].partition("repairs=")[2].partition(" ")[0]
 
 
+@pytest.mark.parametrize("choice", [
+    CHOSEN["tool_choice"], "none",
+    {"type": "allowed_tools", "mode": "auto", "tools": [CHOSEN["tool_choice"]]},
+], ids=["forced", "none", "allowed"])
+def test_a_narrowed_choice_does_not_narrow_the_turns_behind_it(
+    bridge: RunningBridge, backend: wire.Backend, choice: Any
+) -> None:
+    tools = CHOSEN["tools"]
+    with dialled(bridge, SDK_FIELDS) as client:
+        first = completed(client, create(model=LITE, tools=tools, tool_choice=choice))[-1]["response"]["id"]
+        second = completed(client, create(model=LITE, tools=tools, previous_response_id=first))
+        third = second[-1]["response"]["id"]
+        completed(client, create(model=LITE, tools=tools, previous_response_id=third))
+    offered = [[tool for item in frame["input"] for tool in item.get("tools", [])]
+               for frame in backend.frames]
+    assert offered[-3:] == [[] if choice == "none" else [OTHER_TOOL], tools, []]
+
+
 def test_auto_goes_up_with_the_tools_of_a_lite_frame(bridge: RunningBridge, backend: wire.Backend) -> None:
     with dialled(bridge, SDK_FIELDS) as client:
         completed(client, create(model=LITE, tools=[TOOL]))
@@ -333,7 +355,8 @@ OVERLOADED: Object = {
               "message": "Our servers are currently overloaded. Please try again later."},
 }
 FLAT: Object = {"type": "error", "code": "context_length_exceeded", "message": "too long"}
-FAILED = wire.failed("server_is_overloaded", "Our servers are currently overloaded. Please try again later.")
+FAILED = wire.failed(
+    "server_is_overloaded", "Our servers are currently overloaded. Please try again later.", 3, "resp_1")
 SOON = 0.8  # seconds that a test waits for what must come
 
 
@@ -382,7 +405,7 @@ def test_a_failure_that_comes_too_late_is_not_a_second_one(
     def late(ws: wire.WebSocketExchange, _: Object) -> None:
         ws.events(wire.created("resp_1"), OVERLOADED)
         assert gate.wait(5)
-        ws.event(wire.failed("server_is_overloaded", "late", 9))
+        ws.event(wire.failed("server_is_overloaded", "late", 9, "resp_1"))
 
     backend.on_frame(late)
     with dialled(bridge, CODEX_FIELDS, SOON) as client:
@@ -410,6 +433,24 @@ def test_an_error_with_a_status_stands_alone(
             client.read_json()
         client.sock.settimeout(SOON)
         completed(client, codex_create())
+
+
+@EACH_CLIENT
+@pytest.mark.usefixtures("short_wait")
+def test_the_failure_of_the_next_turn_is_not_taken_for_that_of_an_error(
+    bridge: RunningBridge, backend: wire.Backend, log_lines: LogLines, fields: dict[str, str]
+) -> None:
+    failed = wire.failed("cyber_policy", "no", 1, "resp_2")
+    backend.on_frame(lambda ws, _: ws.events(wire.created("resp_1"), OVERLOADED),
+                     lambda ws, _: ws.event(failed))
+    with dialled(bridge, fields, SOON) as client:
+        turn(client, codex_create())
+        if fields is CODEX_FIELDS:
+            assert client.read_json()["response"]["id"] == "resp_1"  # ours
+        client.send_json(codex_create())
+        assert client.read_json()["response"]["id"] == "resp_2"
+        completed(client, codex_create())
+    assert until(lambda: len(log_lines.ended()) == 3)
 
 
 LIMIT: Object = {"type": "usage_limit_reached", "message": "The usage limit has been reached"}
@@ -568,6 +609,24 @@ def test_a_message_of_16_mib_is_closed_here_and_its_session_goes_on_over_http(
     with contextlib.closing(dial(bridge.address)) as again, contextlib.closing(dial(bridge.address)) as other:
         assert again.connect("/v1/responses", fields).status == 426
         assert other.connect("/v1/responses", {**fields, "session-id": "another"}).status == 101
+
+
+def test_a_large_message_of_a_client_without_a_session_moves_no_other_client(bridge: RunningBridge) -> None:
+    with dialled(bridge, SDK_FIELDS) as client:
+        with contextlib.suppress(ConnectionError):
+            client.send_frame(wire.Frame(wire.TEXT, sized(LIMIT_BYTES), masked=True))
+        assert client.read_close() == 1009
+    with dialled(bridge, SDK_FIELDS) as client:
+        completed(client, create())
+
+
+def test_a_message_that_the_rules_make_too_large_moves_its_session_to_http(bridge: RunningBridge) -> None:
+    fields = {**SDK_FIELDS, "session-id": SESSION}
+    with dialled(bridge, fields) as client:
+        client.send_frame(wire.Frame(wire.TEXT, sized(LIMIT_BYTES - 1), masked=True))
+        assert client.read_close() == 1009
+    with contextlib.closing(wire.WebSocketClient(bridge.address)) as again:
+        assert again.connect("/v1/responses", fields).status == 426
 
 
 def test_a_message_below_16_mib_passes(bridge: RunningBridge, backend: wire.Backend) -> None:

@@ -89,6 +89,18 @@ def test_what_an_item_is_about_is_never_dropped(
     assert (reply.status, reply.json["error"]["message"], len(sent(backend))) == (400, text, 1)
 
 
+@pytest.mark.parametrize("item", [
+    {"role": "assistant", "content": [], "tool_calls": [{"id": "call_1", "type": "function"}]},
+    {"role": "user", "content": [], "tool_call_id": "call_1"},
+], ids=["tool_calls", "tool_call_id"])
+def test_a_chats_call_inside_an_input_is_refused_not_dropped(
+    bridge: RunningBridge, backend: wire.Backend, item: Object
+) -> None:
+    reply = ask(bridge, {**MODEL, "input": [HI, item, HI]})
+    assert (reply.status, len(sent(backend))) == (400, 1), sent(backend)[-1].json["input"]
+    assert list(item)[-1] in reply.json["error"]["message"]
+
+
 def test_a_field_that_is_refused_again_is_the_clients(bridge: RunningBridge, backend: wire.Backend) -> None:
     text = "Unknown parameter: 'input[0].odd'."
     backend.on("/responses", refusal(text), refusal(text))

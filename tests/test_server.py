@@ -515,7 +515,6 @@ MALFORMED = [
     malformed(414, "query-of-10-KB", f"GET /v1/models?a={'a' * 10_000} HTTP/1.1", HOST),
     malformed(400, "absolute-form", "GET http://bridge.lan/healthz HTTP/1.1", HOST),
     malformed(400, "absolute-form-elsewhere", "POST https://chatgpt.com/v1/responses HTTP/1.1", HOST),
-    malformed(400, "double-slash", "GET //chatgpt.com/healthz HTTP/1.1", HOST),
     malformed(400, "asterisk", "OPTIONS * HTTP/1.1", HOST),
     malformed(400, "no-slash", "GET healthz HTTP/1.1", HOST),
     malformed(400, "space-in-target", "GET /healthz x HTTP/1.1", HOST),

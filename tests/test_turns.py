@@ -905,13 +905,16 @@ def test_a_chat_that_has_sent_nothing_is_repaired_too(
     assert reply.header("x-qoo-bridge-repaired")
 
 
+@pytest.mark.parametrize("before", [[], [wire.rate_limits_frame()]], ids=["first", "after-a-side-event"])
+@pytest.mark.parametrize("event", [BAD_CIPHER, CIPHER_ERROR], ids=["failed", "error"])
 def test_a_stream_that_fails_at_its_first_event_is_repaired(
-    bridge: RunningBridge, backend: wire.Backend
+    bridge: RunningBridge, backend: wire.Backend, event: Object, before: list[Object]
 ) -> None:
-    backend.on("/responses", wire.turn(BAD_CIPHER))
+    backend.on("/responses", wire.turn(*before, event))
     reply = ask(bridge, {**MODEL, **ASKED["whole"][1]}, stream=True)
     assert len(sent(backend)) == 2
-    assert [event["type"] for event in wire.sse(reply.body)][-1] == "response.completed"
+    kinds = [event["type"] for event in wire.sse(reply.body)]
+    assert ("error" in kinds, kinds[-1]) == (False, "response.completed")
 
 
 @pytest.mark.parametrize("events", [

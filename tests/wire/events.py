@@ -95,9 +95,10 @@ def completed(response_id: str | None = None, sequence_number: int = 1, **fields
     return {"type": "response.completed", "sequence_number": sequence_number, "response": response}
 
 
-def failed(code: str, message: str, sequence_number: int = 1) -> Event:
+def failed(code: str, message: str, sequence_number: int = 1, response_id: str | None = None) -> Event:
     """Return the terminal event of a turn that failed inside a 200."""
-    response = response_object(fresh("resp"), "failed", error={"code": code, "message": message})
+    error = {"code": code, "message": message}
+    response = response_object(response_id or fresh("resp"), "failed", error=error)
     return {"type": "response.failed", "sequence_number": sequence_number, "response": response}
 
 
