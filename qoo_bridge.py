@@ -3148,6 +3148,11 @@ HASHED_PIECE = 64 * 1024  # characters
 HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
 
 
+def header_text(text: str) -> str:
+    """Return a client's or upstream's text in the form of a header's value: at most 500 bytes of ASCII."""
+    return re.sub(r"[^\x20-\x7e]", "?", text[:500])
+
+
 DROPPED_ITEM = object()  # marks an item to remove
 
 
@@ -3831,9 +3836,15 @@ class Repair(NamedTuple):
     apply: Callable[[Context, re.Match[str], dict[str, Any]], tuple[Context, str]]
 
 
+# Fields without which a tool is another one. A name is learned for all clients, so one bad tool must not
+# take these from everybody's.
+TOOL_MEANING = frozenset(("type", "name", "description", "parameters", "format", "tools", "function"))
+
+
 def _drop_named(context: Context, match: re.Match[str], request: dict[str, Any]) -> tuple[Context, str]:
     name = without_indices(match[1])
-    if name in NEVER_DROPPED or name.partition(".")[0] == "input":
+    root, _, below = name.partition(".")
+    if name in NEVER_DROPPED or root == "input" or (root == "tools" and below.split(".")[0] in TOOL_MEANING):
         return context, ""
     return context._replace(dropped=context.dropped | {name}), name
 
@@ -7691,7 +7702,7 @@ class Turns:
             payload = attempt.next_payload()
             record.rules, record.repairs, record.slug = attempt.rules, attempt.repairs, attempt.context.slug
             if attempt.repairs:
-                exchange.extra_headers["x-qoo-bridge-repaired"] = ", ".join(attempt.repairs)
+                exchange.extra_headers["x-qoo-bridge-repaired"] = header_text(", ".join(attempt.repairs))
             headers, payload = self._pack(attempt, exchange, payload)
             reply = self.account.open("POST", "/responses", headers, payload, exchange.connection)
             self.observe_headers(reply)
@@ -7994,6 +8005,9 @@ class Chains:
             raise InvalidRequest("the request is nested too deeply") from exc
         earlier = self._fields.get(str(frame.get("previous_response_id")), {})
         in_flight.chain_fields = {**earlier, **given}
+        choice = frame.get("tool_choice")
+        if isinstance(choice, dict) and is_forced(choice):  # the rules look for the tool among the frame's
+            given.pop("tools", None)
         return {key for key in given if earlier.get(key) == given[key]}
 
 
@@ -8234,8 +8248,8 @@ class WebSocketRelay:
             spans = self._turns.budget.parse(raw)
             frame = spans.request
             if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
-                self._to_upstream(OP_TEXT, raw)
                 held.release()
+                self._to_upstream(OP_TEXT, raw)
                 return
             check_request(frame)
             record.model = frame["model"]

@@ -296,6 +296,15 @@ def test_a_narrowed_choice_does_not_narrow_the_turns_behind_it(
     assert offered[-3:] == [[] if choice == "none" else [OTHER_TOOL], tools, []]
 
 
+def test_a_choice_can_be_forced_in_each_turn_of_a_lite_chain(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    with dialled(bridge, SDK_FIELDS) as client:
+        first = completed(client, create(model=LITE, **CHOSEN))[-1]["response"]["id"]
+        completed(client, create(model=LITE, **CHOSEN, previous_response_id=first))
+    assert backend.frames[-1]["input"][0]["tools"] == [OTHER_TOOL]
+
+
 def test_auto_goes_up_with_the_tools_of_a_lite_frame(bridge: RunningBridge, backend: wire.Backend) -> None:
     with dialled(bridge, SDK_FIELDS) as client:
         completed(client, create(model=LITE, tools=[TOOL]))

@@ -17,6 +17,8 @@ from help import (
     sent,
 )
 
+import qoo_bridge as q
+
 # -- a refusal that names a field of an item ---------------------------------------
 
 CALL = {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}"}
@@ -99,6 +101,30 @@ def test_a_chats_call_inside_an_input_is_refused_not_dropped(
     reply = ask(bridge, {**MODEL, "input": [HI, item, HI]})
     assert (reply.status, len(sent(backend))) == (400, 1), sent(backend)[-1].json["input"]
     assert list(item)[-1] in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("field", ["name", "parameters", "type", "parameters.properties"])
+def test_one_bad_tool_takes_nothing_from_the_tools_of_others(
+    bridge: RunningBridge, backend: wire.Backend, field: str
+) -> None:
+    bad = refusal(f"Unknown parameter: 'tools[0].{field}'.")
+    tool = {"type": "function", "name": "run", "strict": False,
+            "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+    backend.on("/responses", bad)
+    assert ask(bridge, {**MODEL, "input": [HI], "tools": [tool]}).status == 400
+    assert ask(bridge, {**MODEL, "input": [HI], "tools": [tool]}).status == 200
+    assert sent(backend)[-1].json["tools"] == [tool]
+
+
+def test_a_repair_is_named_in_a_header_that_can_be_sent(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    name = "t\u4e2d"
+    backend.on("/responses", refusal(f"Unknown parameter: '{name}'."))
+    reply = ask(bridge, {**MODEL, "input": [HI], name: 1})
+    assert reply.status == 200, reply.body
+    assert reply.header("x-qoo-bridge-repaired") == "drop-parameter=t?"
+    assert q.header_text("a\r\nb: c\u4e2d" * 1000) == ("a??b: c?" * 1000)[:500]
 
 
 def test_a_field_that_is_refused_again_is_the_clients(bridge: RunningBridge, backend: wire.Backend) -> None:
