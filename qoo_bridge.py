@@ -3148,11 +3148,6 @@ HASHED_PIECE = 64 * 1024  # characters
 HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
 
 
-def header_text(text: str) -> str:
-    """Return a client's or upstream's text in the form of a header's value: at most 500 bytes of ASCII."""
-    return re.sub(r"[^\x20-\x7e]", "?", text[:500])
-
-
 DROPPED_ITEM = object()  # marks an item to remove
 
 
@@ -4825,6 +4820,11 @@ def downstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Select the upstream headers that the client gets."""
     return {name: value for name, value in headers.items() if not name.startswith(NOT_PASSED_DOWN)
             and (name in PASSED_DOWN or name.startswith(("x-", "openai-")))}
+
+
+def header_text(text: str) -> str:
+    """Return a client's or upstream's text in the form of a header's value: at most 500 bytes of ASCII."""
+    return re.sub(r"[^\x20-\x7e]", "?", text[:500])
 
 
 # == 21 events ================================================================
@@ -7158,7 +7158,7 @@ class Exchange:
         if "100-continue" in self.head.headers.get("expect", "").lower() and self.head.minor:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         decoder = ChunkedBody() if length < 0 else LengthBody(length)
-        received = bytearray()  # grows in place: a list of pieces would take their size again at its end
+        received = bytearray()
         until = time.monotonic() + BODY_STALL
         while not decoder.done:
             piece = decoder.feed(self._read_some(until))

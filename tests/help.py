@@ -38,7 +38,16 @@ CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/response
 AGENT = "codex_exec/0.169.0 (Debian 12.0.0; x86_64) unknown (codex_exec; 0.169.0)"
 CODEX = {"User-Agent": AGENT, "Originator": "codex_exec"}
 LITE = {**CODEX, q.LITE_HEADER: "true"}
+OTHER = {"user-agent": "OpenAI/Python 3.54.0"}  # a client that is no Codex
 ORIGIN = "https://page.example"
+LITE_MODEL = "gpt-6-sol"
+CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
+MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
+BODIES: dict[str, tuple[str, Object]] = {
+    "responses": (RESPONSES, {"input": "hi"}), "chat": (CHAT, {"messages": [USER]}),
+    "legacy": (TEXT, {"prompt": "hi"}),
+}
+EACH_API = pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES)
 
 
 # -- keys ---------------------------------------------------------------------
@@ -161,6 +170,13 @@ def sent(backend: wire.Backend, path: str = "/responses") -> list[wire.Request]:
     """Return what came upstream for a path."""
     with backend.changed:
         return [each for each in backend.requests if each.path == wire.full_path(path)]
+
+
+def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
+    """Hold that a request was taken at the first try, and return it as it came upstream."""
+    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
+    assert bridge.faults == []
+    return sent(backend)[-1]
 
 
 def turns(backend: wire.Backend) -> list[Object]:

@@ -13,12 +13,15 @@ from help import (
     AGENT,
     CARRIER,
     CHAT,
+    CLIENTS,
     CODEX,
     FETCH_FAILURES,
     HI,
     LITE,
     LITE_BODY,
+    LITE_MODEL,
     LOCAL_MD,
+    MODELS,
     PLAIN_BODY,
     RESPONSES,
     SDK_BODY,
@@ -26,6 +29,7 @@ from help import (
     USER,
     NoThreads,
     Object,
+    accepted,
     ask,
     models,
     sent,
@@ -874,18 +878,6 @@ def test_local_md_means_the_best_of_its_family_until_told_otherwise(
     for options in ((), ("--alias", "local_md=gpt-6")):
         assert ask(start(*options), {"model": "local_md", "input": "hi"}).status == 200
     assert [request.json["model"] for request in sent(backend)] == [LOCAL_MD, "gpt-6.1-sol"]
-
-
-LITE_MODEL = "gpt-6-sol"
-CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
-MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
-
-
-def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
-    """Hold that a request was taken at the first try, and return it as it came upstream."""
-    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
-    assert bridge.faults == []
-    return sent(backend)[-1]
 
 
 # -- efforts ----------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import wire
 from conftest import RunningBridge, Start
 from help import (
     CHAT,
-    CODEX,
+    CLIENTS,
     HI,
     MODEL,
+    MODELS,
     USER,
     Object,
+    accepted,
     ask,
     chunks,
     models,
@@ -23,19 +25,6 @@ from help import (
 )
 
 import qoo_bridge as q
-
-LITE_MODEL = "gpt-6-sol"
-CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
-MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
-
-
-def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
-    """Hold that a request was taken at the first try, and return it as it came upstream."""
-    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
-    assert bridge.faults == []
-    return sent(backend)[-1]
-
-
 
 CALL: Object = {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}"}
 OUTPUT: Object = {"type": "function_call_output", "call_id": "call_1", "output": "x"}

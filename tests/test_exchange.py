@@ -23,6 +23,7 @@ from help import (
     CANARY,
     CHAT,
     CODEX,
+    EACH_API,
     EVENTS,
     FIRST,
     HOST,
@@ -31,6 +32,7 @@ from help import (
     LITE,
     MODEL,
     ORIGIN,
+    OTHER,
     POST,
     REQUEST,
     RESPONSES,
@@ -1229,15 +1231,6 @@ def test_list_is_fetched_anew_while_the_stream_that_names_it_runs(
     assert left.wait(5)
 
 
-OTHER = {"user-agent": "OpenAI/Python 3.54.0"}
-BODIES: dict[str, tuple[str, Object]] = {
-    "responses": (RESPONSES, {"input": "hi"}), "chat": (CHAT, {"messages": [USER]}),
-    "legacy": (TEXT, {"prompt": "hi"}),
-}
-EACH_API = pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES)
-
-
-
 # -- doubled slashes -----------------------------------------------------------------
 
 
@@ -1264,7 +1257,6 @@ def test_doubled_slashes_before_a_request_are_one(
                                   "//nas.lan/v1/models"])
 def test_doubled_slashes_open_no_other_path(bridges: SharedBridges, path: str) -> None:
     assert wire.get(bridges.bridge().address, path).status == 404
-
 
 
 # -- what is the bridge's own to say ----------------------------------------------------------
@@ -1333,7 +1325,6 @@ def test_a_response_without_output_has_the_items_that_came(
     reply = ask(bridge, REQUEST, OTHER, stream=stream)
     response: Any = wire.sse(reply.body)[-1]["response"] if stream else reply.json
     assert response["output"] == [item]
-
 
 
 # -- a plain nginx before the bridge ------------------------------------------------------------

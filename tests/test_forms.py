@@ -9,32 +9,21 @@ import wire
 from conftest import RunningBridge
 from help import (
     CHAT,
-    CODEX,
+    CLIENTS,
     HI,
     LITE,
+    LITE_MODEL,
     MODEL,
+    MODELS,
     RESPONSES,
     SCHEMA,
     TOOL,
     USER,
     Object,
+    accepted,
     ask,
     models,
-    sent,
 )
-
-LITE_MODEL = "gpt-6-sol"
-CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
-MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
-
-
-def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
-    """Hold that a request was taken at the first try, and return it as it came upstream."""
-    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
-    assert bridge.faults == []
-    return sent(backend)[-1]
-
-
 
 # -- images ---------------------------------------------------------------------------
 
@@ -89,7 +78,6 @@ def test_the_detail_of_a_chats_image_goes_in_the_lite_form_alone(
     assert content == [image(detail="high") if kept else image()]
 
 
-
 # -- namespaces -------------------------------------------------------------------------
 
 
@@ -137,7 +125,6 @@ def test_namespaces_of_a_lite_body_are_merged_for_a_plain_model_too(
     assert accepted(bridge, backend, reply).json["tools"] == MERGED
 
 
-
 # -- hosted tools by their former names ----------------------------------------------------
 
 FORMER = ["web_search_preview", "web_search_preview_2025_03_11"]
@@ -164,7 +151,6 @@ def test_a_lite_model_is_offered_the_search_by_its_present_name(
     backend.takes_plain.add(LITE_MODEL)
     reply = ask(bridge, {"model": LITE_MODEL, "input": "search it", "tools": [TOOL, {"type": kind}]})
     assert accepted(bridge, backend, reply).json["tools"] == [TOOL, {"type": "web_search"}]
-
 
 
 # -- schemas without properties -------------------------------------------------------------------

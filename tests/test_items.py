@@ -6,27 +6,15 @@ import pytest
 import wire
 from conftest import RunningBridge
 from help import (
-    CODEX,
+    CLIENTS,
     HI,
     MODEL,
+    MODELS,
     REQUEST,
     Object,
+    accepted,
     ask,
-    sent,
 )
-
-LITE_MODEL = "gpt-6-sol"
-CLIENTS = pytest.mark.parametrize("headers", [{}, CODEX], ids=["sdk", "codex"])
-MODELS = pytest.mark.parametrize("model", ["gpt-5.5", LITE_MODEL], ids=["plain", "lite"])
-
-
-def accepted(bridge: RunningBridge, backend: wire.Backend, reply: wire.RawReply) -> wire.Request:
-    """Hold that a request was taken at the first try, and return it as it came upstream."""
-    assert (reply.status, backend.refusals, reply.header("x-qoo-bridge-repaired")) == (200, [], None)
-    assert bridge.faults == []
-    return sent(backend)[-1]
-
-
 
 # -- reasoning items that SDKs echo (each locks a thread for good) ----------------
 

@@ -8,27 +8,16 @@ import pytest
 import wire
 from conftest import RunningBridge
 from help import (
-    CHAT,
     CODEX,
+    EACH_API,
     MODEL,
-    RESPONSES,
+    OTHER,
     STREAM,
-    TEXT,
-    USER,
     Object,
     ask,
     asking,
     until,
 )
-
-OTHER = {"user-agent": "OpenAI/Python 3.54.0"}
-BODIES: dict[str, tuple[str, Object]] = {
-    "responses": (RESPONSES, {"input": "hi"}), "chat": (CHAT, {"messages": [USER]}),
-    "legacy": (TEXT, {"prompt": "hi"}),
-}
-EACH_API = pytest.mark.parametrize(("path", "body"), BODIES.values(), ids=BODIES)
-
-
 
 # -- a bare `error` of a stream ---------------------------------------------------------
 
@@ -121,7 +110,6 @@ def test_an_error_of_a_codex_is_counted_as_one(bridge: RunningBridge, backend: w
     assert until(lambda: wire.get(bridge.address, "/status").json["errors"] != [])
     (error,) = wire.get(bridge.address, "/status").json["errors"]
     assert (error["by"], error["code"]) == ("upstream", "cyber_policy")
-
 
 
 # -- events that no SDK knows ---------------------------------------------------------------

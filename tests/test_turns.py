@@ -25,6 +25,7 @@ from help import (
     KEY,
     LITE,
     LITE_BODY,
+    LITE_MODEL,
     LOCAL_MD,
     MODEL,
     PLAIN_BODY,
@@ -632,7 +633,6 @@ def test_a_session_of_more_than_64_characters_is_a_name_all_the_same(
 
 # -- what the lite form would lose ----------------------------------------------
 
-LITE_MODEL = "gpt-6-sol"
 OTHER_TOOL: Object = {"type": "function", "name": "walk", "strict": False, "parameters": SCHEMA}
 CUSTOM: Object = {"type": "custom", "name": "patch"}
 SEARCH: Object = {"type": "web_search"}

@@ -1900,20 +1900,28 @@ def test_a_socket_that_waits_answers_pings(
         assert client.read_turn()[-1]["type"] == "response.completed"
 
 
+IMPATIENT = ("--keepalive", "0.06", "--idle-timeout", "0.3")
+
+
+def answer_pings(client: wire.WebSocketClient) -> None:
+    """Answer six pings: with IMPATIENT in all longer than --idle-timeout."""
+    client.sock.settimeout(SECOND)
+    for _ in range(6):
+        read_until(client, PING)
+        client.send_frame(masked(b"", PONG))
+
+
 @pytest.mark.parametrize("wait", WAITS)
 def test_a_socket_that_waits_is_not_closed_for_silence(
     wait: str, backend: wire.Backend, start: Start, dial: Dial
 ) -> None:
-    bridge, gate = start(*KEYS, "--keepalive", "0.06", "--idle-timeout", "0.3"), threading.Event()
+    bridge, gate = start(*KEYS, *IMPATIENT), threading.Event()
     hold, frame = WAITS[wait]
     client = dial(bridge, ANN)
     with hold(backend, bridge, gate) as waits:
         client.send_json(frame)
         waits()
-        client.sock.settimeout(SECOND)
-        for _ in range(6):  # in all longer than --idle-timeout
-            read_until(client, PING)
-            client.send_frame(masked(b"", PONG))
+        answer_pings(client)
         gate.set()
         assert client.read_turn()[-1]["type"] == "response.completed"
 
@@ -1921,7 +1929,7 @@ def test_a_socket_that_waits_is_not_closed_for_silence(
 def test_the_wait_for_a_repair_is_no_silence_of_upstream(
     backend: wire.Backend, start: Start, dial: Dial
 ) -> None:
-    bridge, gate = start(*KEYS, "--keepalive", "0.06", "--idle-timeout", "0.3"), threading.Event()
+    bridge, gate = start(*KEYS, *IMPATIENT), threading.Event()
 
     def answer_late(ws: wire.WebSocketExchange, body: Event) -> None:
         threading.Event().wait(0.12)  # within --idle-timeout
@@ -1932,10 +1940,7 @@ def test_the_wait_for_a_repair_is_no_silence_of_upstream(
     with hold_the_repair(backend, bridge, gate) as waits:
         client.send_json(plain_create())
         waits()
-        client.sock.settimeout(SECOND)
-        for _ in range(6):  # in all longer than --idle-timeout
-            read_until(client, PING)
-            client.send_frame(masked(b"", PONG))
+        answer_pings(client)
         gate.set()
         read_to_end(client)
 
