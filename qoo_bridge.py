@@ -47,8 +47,8 @@ Five parts and their rooms; each room uses only the rooms above it:
         18  chat answers    Responses events -> Chat Completions chunks
         19  codings         gzip, deflate, zstd
         20  fields          which headers are forwarded; the client's identity
-        21  events          server-sent events; events -> one response
-        22  outputs         events -> the client's bytes
+        21  events          what an event says; events -> one response
+        22  outputs         upstream's bytes -> events -> the client's bytes
         23  frames          WebSocket frame codec
         24  access          which clients are admitted
     D the bridge            one request from accept to its log line
@@ -250,6 +250,7 @@ CLIENT_ID = "app_EMoamEEZ73f0CkXaXp7hrann"  # Codex's own OAuth client, to which
 
 
 VISIBLE_ASCII = re.compile(r"[\x21-\x7e]+")
+HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
 
 
 DEVICE_SECONDS = 15 * 60  # for a person to type the code
@@ -3144,10 +3145,6 @@ class Rule(NamedTuple):
     per_item: bool = False  # the function gets the input's items, one by one, in place of the request
 
 
-HASHED_PIECE = 64 * 1024  # characters
-HEADER_WORD = re.compile(r"[\x21-\x7e]{1,128}")  # a value that is safe in a header
-
-
 DROPPED_ITEM = object()  # marks an item to remove
 
 
@@ -3315,6 +3312,9 @@ def stable_id(text: str) -> str:
     """Return a text's hash in the form of a UUID, like Codex's session ids."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return "-".join((digest[:8], digest[8:12], digest[12:16], digest[16:20], digest[20:32]))
+
+
+HASHED_PIECE = 64 * 1024  # characters
 
 
 def conversation_hash(request: Mapping[str, Any], owner: str, slug: str) -> str:
@@ -4828,10 +4828,8 @@ def header_text(text: str) -> str:
 
 
 # == 21 events ================================================================
-# Server-sent events: bytes in, events out; events in, one response out. Lines end only at CR or LF, because
-# str.splitlines would also split a text at U+2028.
+# What a server-sent event is and says; events in, one response out. The room outputs splits a stream.
 
-BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
 KEPT_EVENTS = ("response.output_item.done", "response.content_part.done", "response.output_text.done")
 OPENING_EVENTS = ("response.created", "response.queued", "response.in_progress")  # before any answer
 NOTABLE_EVENT = re.compile(  # an event that may add to the response, or end it
@@ -4839,8 +4837,6 @@ NOTABLE_EVENT = re.compile(  # an event that may add to the response, or end it
 TERMINAL_MARK = re.compile(rb"response\.(?:completed|failed|incomplete)")
 SIDE_EVENTS = ("codex.", "responsesapi.")  # beginnings of types that only Codex knows (WIRE 6)
 LIMITS_EVENT, METADATA_EVENT = "codex.rate_limits", "codex.response.metadata"  # those that are read here
-
-
 OUTPUT_INDEX = re.compile(rb'"output_index" ?: ?([0-9]{1,9})')
 
 
@@ -5064,7 +5060,11 @@ def token_counts(response: Any) -> dict[str, int]:
 
 
 # == 22 outputs ===============================================================
-# Upstream's events in, the client's bytes out, for each kind of client and of response.
+# Upstream's bytes are split into events; the client's bytes come out, for each kind of client and response.
+# Lines end only at CR or LF, because str.splitlines would also split a text at U+2028.
+
+BLANK_LINE = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
+
 
 class Events:
     """A splitter of a byte stream into complete events; it keeps back an incomplete one."""
