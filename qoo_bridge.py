@@ -582,6 +582,11 @@ def escape_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def one_line(text: str) -> str:
+    """Return a text without the characters that would end or hide a line: U+FFFD stands for each."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
 def jwt_claims(token: Any) -> dict[str, Any]:
     """Return a JWT's payload; {} for anything else. Upstream checks the signature, not this bridge."""
     parts = or_empty(token, str).split(".")
@@ -6156,7 +6161,7 @@ def _printable(text: object) -> str:
     text = text[:TEXT_CHARS] if isinstance(text, str) else f"({type(text).__name__})"
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return one_line(text)
 
 
 "".encode("unicode_escape")  # loads the codec now: a first load without a free file descriptor fails forever
@@ -7564,7 +7569,6 @@ class Turns:
             relay = self._begin_answer(api, attempt, exchange, reply)
             if not self._repair_reported(attempt, exchange, relay):
                 break
-        headers = self.client_headers(reply, exchange)
         del attempt  # frees the request during the response, except the part that the store needs
         exchange.release_body(self.budget)
         with reply:
@@ -7574,7 +7578,7 @@ class Turns:
                 end, response = relay.output.final()
                 exchange.record.observe_final(end, response)
                 self.observe_side_events(relay.output.side_events.values())
-            self._end_answer(api, exchange, relay, headers)
+            self._end_answer(api, exchange, relay)
 
     def _begin_answer(self, api: ResponsesApi | ChatApi, attempt: Attempt, exchange: Exchange,
                       reply: Reply) -> Relay:
@@ -7600,8 +7604,7 @@ class Turns:
         relay.reply.close()
         return True
 
-    def _end_answer(self, api: ResponsesApi | ChatApi, exchange: Exchange, relay: Relay,
-                    headers: Mapping[str, str]) -> None:
+    def _end_answer(self, api: ResponsesApi | ChatApi, exchange: Exchange, relay: Relay) -> None:
         """Send the end of an answer. Raises the error of a failed one."""
         end, response = relay.output.final()
         if relay.error is not None:
@@ -7616,6 +7619,7 @@ class Turns:
         if api.streamed:
             exchange.finish_stream(relay.last or b"")
         else:
+            headers = self.client_headers(relay.reply, exchange)
             exchange.send_json(200, api.to_json(relay.output.assembler.response()), headers)
 
     def _read_attempt(self, api: ResponsesApi | ChatApi, exchange: Exchange) -> Attempt:
@@ -8121,8 +8125,8 @@ class WebSocketRelay:
             if client_ready and self._open:
                 client.hear()
                 self._read(self._client, self._from_client, self._client_message)
-            if self._open:
                 self._count_incomplete()
+            if self._open:
                 self._check_pulses(client, upstream, keepalive, idle_timeout)
             if time.monotonic() >= self._after_error.until:
                 self._send_own_failure()
@@ -8193,7 +8197,7 @@ class WebSocketRelay:
     def _count_incomplete(self) -> None:
         """Count an incomplete message of the client against the budget of all bodies, and time it as one."""
         try:
-            self._incomplete.grow(self._from_client.incomplete_bytes)
+            self._incomplete.grow(self._from_client.incomplete_bytes if self._open else 0)
         except Overloaded as exc:
             self._close(CLOSE_TRY_AGAIN, CLOSE_GOING_AWAY, exc.message)
 
@@ -8829,6 +8833,7 @@ export ANTHROPIC_AUTH_TOKEN={shell_token}{token_hint}
 export ANTHROPIC_MODEL={shell_model}
 export CLAUDE_CODE_MAX_CONTEXT_TOKENS={tokens}  # else Claude Code assumes 1,000,000 for this name
 """
+CURL_KEY = '-H "authorization: Bearer $QOO_BRIDGE_KEY" '  # curl's option for a client's key
 CURL_CONFIG = """\
 curl {shell_responses} -H 'content-type: application/json' \\
   {header}-d {shell_body}
@@ -8858,11 +8863,6 @@ def shell_word(text: str) -> str:
     return '"' + re.sub(r'(["$`\\])', r"\\\1", one_line(text)) + '"'
 
 
-def one_line(text: str) -> str:
-    """Return a text for a comment: without the characters that would end or hide the line."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
-
-
 def codex_save_command(url: str, locked: bool, model: str, profile: str) -> str:
     """Return the one command of a client: fetch the file of Codex, and save it under the profile's name."""
     query = []
@@ -8875,7 +8875,7 @@ def codex_save_command(url: str, locked: bool, model: str, profile: str) -> str:
         target = f"'{target}?{urllib.parse.urlencode(query)}'"
     key = ""
     if locked:
-        key = '-H "authorization: Bearer $QOO_BRIDGE_KEY" '
+        key = CURL_KEY
     return f"curl -fsS --create-dirs {key}{target} -o ~/.codex/{profile}.config.toml"
 
 
@@ -8945,7 +8945,7 @@ def curl_config(url: str, locked: bool, model: str) -> str:
     body = '{"model": ' + quoted(model) + ', "input": "say hello", "stream": false}'
     header = ""
     if locked:
-        header = '-H "authorization: Bearer $QOO_BRIDGE_KEY" '
+        header = CURL_KEY
     responses = f"{url}/responses"
     if re.fullmatch(r"[A-Za-z0-9:/.\[\]_-]+", responses) is None:
         responses = shell_word(responses)
