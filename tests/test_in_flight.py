@@ -126,12 +126,16 @@ def test_a_codex_on_a_websocket_goes_up_under_its_own_name(
 
 
 LONG_TEXT: Object = {**HI, "content": [{"type": "input_text", "text": "word " * 2000}]}
+# A Codex's tools are longer than its first turns, and each of its frames for a plain model repeats them.
+OPENING: Object = {"tools": [{**TOOL, "description": "word " * 2000}], "instructions": "word " * 2000}
 
 
 @pytest.mark.parametrize(("fields", "frame"), [
     (SDK_FIELDS, create()), (SDK_FIELDS, create(model=LITE, tools=[TOOL])), (CODEX_FIELDS, codex_create()),
     (SDK_FIELDS, create(prompt_cache_key="mine")),
-], ids=["sdk", "sdk-lite", "codex", "sdk-with-a-key"])
+    (SDK_FIELDS, create(**OPENING)), (SDK_FIELDS, create(model=LITE, **OPENING)),
+    (CODEX_FIELDS, codex_create(**OPENING)),
+], ids=["sdk", "sdk-lite", "codex", "sdk-with-a-key", "sdk-opening", "sdk-lite-opening", "codex-opening"])
 def test_ten_turns_on_a_websocket_are_cached_from_the_second_on(
     bridge: RunningBridge, backend: wire.Backend, fields: dict[str, str], frame: Object
 ) -> None:

@@ -951,3 +951,46 @@ def test_a_chain_is_cached_as_a_whole(backend: wire.Backend) -> None:
             shares.append(cached_share(response) > 0.8)
             previous = {"previous_response_id": response["id"]}
     assert shares == [False, True]
+
+
+LONG_TOOL = {**FUNCTION, "description": "a" * 4000}
+OPENING = {"tools": [LONG_TOOL], "instructions": "b" * 4000}
+
+
+def chain(backend: wire.Backend, *frames: wire.Event) -> list[wire.Event]:
+    """Send frames on one connection, each a turn after the one before; return the `usage` of each answer."""
+    client, _ = handshake(backend, session_id=UUID7, thread_id=UUID7, x_client_request_id=UUID7)
+    taken = []
+    with client:
+        previous: dict[str, object] = {}
+        for frame in frames:
+            client.send_json(create(prompt_cache_key=UUID7, **frame, **previous))
+            response = client.read_turn()[-1]["response"]
+            taken.append(response["usage"])
+            previous = {"previous_response_id": response["id"]}
+    return taken
+
+
+@pytest.mark.parametrize("repeated", [
+    {}, OPENING, {"tools": OPENING["tools"]}, {"instructions": OPENING["instructions"]},
+])
+def test_what_a_frame_repeats_of_its_chain_counts_once(
+    backend: wire.Backend, repeated: dict[str, object]
+) -> None:
+    first, *later = chain(backend, OPENING, *[repeated] * 9)
+    more = len(wire.dump(message())) // 4 + 1  # tokens that a turn adds
+    before = first["input_tokens"]
+    assert before > 2000
+    for usage in later:
+        assert before < usage["input_tokens"] <= before + more
+        assert usage["input_tokens_details"]["cached_tokens"] == before
+        before = usage["input_tokens"]
+
+
+@pytest.mark.parametrize("changed", [{"tools": [FUNCTION]}, {"tools": []}, {"instructions": "c" * 4000}])
+def test_a_chain_is_cold_from_what_a_frame_changes(
+    backend: wire.Backend, changed: dict[str, object]
+) -> None:
+    _, usage = chain(backend, OPENING, {**OPENING, **changed})
+    kept = 0 if "tools" in changed else len(wire.dump([OPENING["tools"]])) // 4  # tools come first
+    assert usage["input_tokens_details"]["cached_tokens"] == kept

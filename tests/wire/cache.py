@@ -25,6 +25,7 @@ EARLIEST = 1_577_836_800  # 2020-01-01, in seconds: before it no client has made
 LATEST = 86_400  # seconds that a client's clock may be ahead
 CHARACTERS = 4  # a token, about
 KEPT = 64  # charges that a test can look at
+ORDER = ("tools", "instructions", "")  # of a prompt's pieces, by their field; an item's field is ""
 
 
 def uuid7_seconds(text: object) -> float | None:
@@ -49,11 +50,12 @@ class Piece(NamedTuple):
 
     digest: bytes
     size: int
+    field: str = ""  # of the body; an item of the input has none
 
 
-def _piece(value: object) -> Piece:
+def _piece(value: object, field: str = "") -> Piece:
     text = dump(value)
-    return Piece(hashlib.sha256(text).digest(), len(text))
+    return Piece(hashlib.sha256(text).digest(), len(text), field)
 
 
 def _tokens(pieces: Sequence[Piece]) -> int:
@@ -61,12 +63,18 @@ def _tokens(pieces: Sequence[Piece]) -> int:
 
 
 def prompt_of(body: Event, before: Sequence[Piece] = ()) -> list[Piece]:
-    """Return a prompt in the pieces that can be cached; `before` are those of its chain."""
+    """Return a prompt in the pieces that can be cached; `before` are those of its chain.
+
+    Items add up along a chain. Tools and instructions do not: those of a frame take the place of the chain's,
+    so that a frame which repeats them costs no more. In a recording of the real backend of September 2026 a
+    frame with `previous_response_id` repeats both, and its `usage` counts both once.
+    """
     given: list[Item] = [
         {name: item[name] for name in sorted(item) if name not in ("id", "status")} for item in body["input"]
     ]
-    opening = [_piece([body[name]]) for name in ("tools", "instructions") if body.get(name)]
-    return [*before, *opening, *map(_piece, given)]
+    opening = [_piece([body[name]], name) for name in ORDER if body.get(name)]
+    kept = [piece for piece in before if piece.field not in body]
+    return sorted([*opening, *kept, *map(_piece, given)], key=lambda piece: ORDER.index(piece.field))
 
 
 @dataclasses.dataclass(frozen=True)
