@@ -894,6 +894,7 @@ class UpstreamRefusal(BridgeError):
         message = error.get("message")
         super().__init__(message if isinstance(message, str) else f"upstream answered {status}")
         self.status = status
+        self.is_refusal = status in (400, 404, 422)  # of the request as it is, so a repair may help
         self.error = error
         self.code = str(error.get("code") or error.get("type") or "upstream_error")
         if not retry_after and status == 429:
@@ -981,9 +982,11 @@ def failure(event: Mapping[str, Any]) -> UpstreamRefusal:
     """
     error = reported_error(event)
     code, kind = or_empty(error.get("code"), str), or_empty(error.get("type"), str)
-    status = reported_status(event) or code_status(code) or code_status(kind) or 502
+    status = reported_status(event) or code_status(code) or code_status(kind)
     message = or_empty(error.get("message"), str) or code or "upstream reported a failure"
-    return UpstreamRefusal(status, {**error, "message": message})
+    failed = UpstreamRefusal(status or 502, {**error, "message": message})
+    failed.is_refusal = failed.is_refusal or not status
+    return failed
 
 
 def reported_error(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -3260,12 +3263,17 @@ def long_call_ids(request: Mapping[str, Any]) -> dict[str, str]:
     return {short_call_id(call_id): call_id for call_id in given if len(call_id) > MAX_ID}
 
 
-def fix_item_fields(item: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Take the field that upstream refused in one item out of an item of its type; a repair."""
-    for fix in context.item_fixes:
-        if item.get("type") == fix.item_type:
-            item = drop_path(item, fix.path, fix.empties)
-    return item
+def fix_item_fields(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Take the fields that upstream refused in one item out of all items of its type; a repair."""
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        for fix in context.item_fixes:
+            if item.get("type") == fix.item_type:
+                item = drop_path(item, fix.path, fix.empties)
+        return item
+
+    if not context.item_fixes:
+        return request
+    return map_items(request, change)
 
 
 def estimate_tokens(request: Mapping[str, Any]) -> int:
@@ -3296,7 +3304,6 @@ ITEM_RULES = (  # in this order, in one pass over the input
     Rule("reasoning-items", "upstream refuses fields that SDKs echo in reasoning items", fit_reasoning_item,
          per_item=True),
     Rule("call-ids", "upstream refuses call ids of more than 64 characters", shorten_call_id, per_item=True),
-    Rule("item-fields", "upstream has refused a field of an item", fix_item_fields, per_item=True),
     Rule("item-ids", "upstream refuses malformed ids", drop_bad_id, per_item=True),
 )
 
@@ -3481,15 +3488,23 @@ def chosen_tools(request: Mapping[str, Any]) -> list[Any]:
     if choice == "none":
         return []
     if isinstance(choice, dict):
-        return [tool for tool in tools if any(is_chosen(tool, wanted) for wanted in chosen_of(choice))]
+        named = [(tool.get("type"), tool.get("name")) for tool in dicts_in(chosen_of(choice))]
+        return choose_tools(tools, named)
     return tools
 
 
-def is_chosen(tool: Any, wanted: Any) -> bool:
-    """Tell whether a tool_choice's entry means a tool."""
-    if not isinstance(tool, dict) or not isinstance(wanted, dict):
-        return False
-    return (tool.get("type"), tool.get("name")) == (wanted.get("type"), wanted.get("name"))
+def choose_tools(tools: list[Any], named: list[tuple[Any, Any]]) -> list[Any]:
+    """Return the tools of a type and name that a tool_choice has; look for what is missing in namespaces."""
+    given = [(tool.get("type"), tool.get("name")) for tool in dicts_in(tools)]
+    rest = [each for each in named if each not in given]
+    chosen = []
+    for tool in dicts_in(tools):
+        inner = choose_tools(or_empty(tool.get("tools"), list), rest)
+        if (tool.get("type"), tool.get("name")) in named:
+            chosen.append(tool)
+        elif inner:
+            chosen.append({**tool, "tools": inner})
+    return chosen
 
 
 def drop_details(items: list[Any]) -> list[Any]:
@@ -3584,22 +3599,27 @@ def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | N
 
 def merge_tools(tools: list[Any]) -> list[Any]:
     """Return the tools, each once; namespaces of one name become one with the tools of all (WIRE 4)."""
-    merged: list[Any] = []
+    groups: dict[str, list[Any]] = {}  # in order
     for tool in tools:
-        place = next((at for at, other in enumerate(merged) if is_same_tool(tool, other)), None)
-        if place is None:
-            merged.append(tool)
-        elif tool != merged[place] and isinstance(tool.get("tools"), list):
-            inner = [*or_empty(merged[place].get("tools"), list), *tool["tools"]]
-            merged[place] = {**merged[place], "tools": merge_tools(inner)}
-    return merged
+        groups.setdefault(tool_identity(tool), []).append(tool)
+    return [merge_same(group) for group in groups.values()]
 
 
-def is_same_tool(tool: Any, other: Any) -> bool:
-    """Tell whether two tools are the same: equal, or with one type and one name."""
-    if isinstance(tool, dict) and isinstance(other, dict) and tool.get("name"):
-        return (tool.get("type"), tool.get("name")) == (other.get("type"), other.get("name"))
-    return bool(tool == other)
+def merge_same(group: list[Any]) -> Any:
+    """Return one tool for those of one type and name: the first, with the inner tools of all."""
+    first, inner = group[0], []
+    for tool in dicts_in(group):
+        inner += or_empty(tool.get("tools"), list)
+    if not inner or all(tool == first for tool in group):
+        return first
+    return {**first, "tools": merge_tools(inner)}
+
+
+def tool_identity(tool: Any) -> str:
+    """Return a text that is equal for tools that are the same: of one type and name, or equal as a whole."""
+    if isinstance(tool, dict) and tool.get("name"):
+        return json.dumps(["name", tool.get("type"), tool["name"]], sort_keys=True)
+    return json.dumps(["tool", tool], sort_keys=True)
 
 
 def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -3817,6 +3837,7 @@ RULES = (  # in this order; later rules rely on earlier ones
     Rule("tool-choice", "upstream has refused the chosen tool", set_tool_choice),
     Rule("instructions", "plain models have refused requests without instructions", fill_instructions),
     Rule("form", "lite models accept only the lite form, plain models only the plain form", set_form),
+    Rule("item-fields", "upstream has refused a field of an item", fix_item_fields),  # also in the form's own
 )
 
 
@@ -3861,9 +3882,13 @@ def _fix_item(context: Context, match: re.Match[str], request: dict[str, Any]) -
     names = tuple(without_indices(match["path"]).split("."))
     if not isinstance(item, dict) or not isinstance(item.get("type"), str):
         return context, ""
-    is_name_of_call = names == ("name",) and item["type"].endswith("_call")
+    kept = ITEM_MEANING
+    if item["type"].endswith("_call"):
+        kept = ITEM_MEANING | {"name"}
+    elif is_additional_tools(item):
+        kept = TOOL_MEANING
     empties = match["unknown"] is None
-    if names[-1] in ITEM_MEANING or is_name_of_call or (not empties and drop_path(item, names) is item):
+    if names[-1] in kept or (not empties and drop_path(item, names) is item):
         return context, ""
     fix = ItemFix(item["type"], names, empties)
     if fix in context.item_fixes:
@@ -3874,7 +3899,8 @@ def _fix_item(context: Context, match: re.Match[str], request: dict[str, Any]) -
 FORM_REPAIR = "form"
 MAX_REPAIRS = 4  # for one request
 REPAIRS = (
-    Repair("item-field", "drop the field of an item that upstream names, from all items of its type",
+    Repair("item-field", "drop the field that upstream names from all items of that type; remember it for "
+           "the model",
            re.compile(r"\A(?:\W*detail)?\W*(?:(?P<unknown>(?:unsupported|unknown) parameter)|"
                       r"missing required parameter|invalid(?=[^\n]{0,200}array too long)):? *['\"`\\]*"
                       r"input\[(?P<index>\d{1,6})\]\.(?P<path>[a-z_][\w.\[\]-]{0,80})", re.IGNORECASE),
@@ -4639,9 +4665,9 @@ def return_large_blocks() -> None:
 
     glibc keeps such blocks after a while, in an arena for each thread: the memory of large bodies would stay.
     """
-    import ctypes
+    with contextlib.suppress(OSError, AttributeError, TypeError, ImportError):  # another C library, or none
+        import ctypes
 
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE_BODY)
 
 
@@ -4754,7 +4780,7 @@ PASSED_UP = frozenset((
 PASSED_FAMILIES = ("x-codex-", "x-openai-", "x-responsesapi-")
 # The bridge sets these itself, for its own sign-in; `internal` ones are between Codex and ChatGPT (WIRE 4).
 NOT_PASSED_UP = re.compile(r"x-codex-routing-hint|x-openai-(?:internal-.*|fedramp|account-routing-override)"
-                           r"|.*authorization.*")
+                           r"|.*(?:authorization|assertion).*")  # credentials, also of an agent
 NAME_HEADERS = ("session-id", "thread-id", "x-client-request-id")  # with prompt_cache_key, for the cache
 PASSED_DOWN = frozenset(("cf-ray", "content-type", "etag", "retry-after"))  # also x-*, openai-*
 # A front proxy would obey the first two; the list's ETag is of upstream's list, not of this bridge's.
@@ -4807,6 +4833,7 @@ def upstream_headers(headers: Mapping[str, str], client: ClientHeaders, identity
     if headers.get("thread_id"):
         chosen["thread-id"] = headers["thread_id"]
     chosen.update({name: value for name, value in headers.items() if value and is_passed_up(name)})
+    chosen.update({name: cache_name(chosen[name]) for name in NAME_HEADERS})  # the key is as short
     return chosen
 
 
@@ -7064,10 +7091,15 @@ class Pulse:
 
 
 class Background:
-    """A call in a thread of its own, for a thread that must not wait."""
+    """A call in a thread of its own, for a thread that must not wait.
+
+    `_lock` guards `_next` and the setting of `done`.
+    """
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.done = threading.Event()
+        self._lock = threading.Lock()
+        self._next: Callable[[], None] = lambda: None
         self._value: Any = None
         self._error: BaseException | None = None
         if not start_thread("background", self._run, call):
@@ -7078,14 +7110,23 @@ class Background:
             self._value = call()
         except BaseException as exc:  # noqa: BLE001  # raised again by `result`
             self._error = exc
-        finally:
+        with self._lock:
             self.done.set()
+        self._next()
 
     def result(self) -> Any:
         """Return what the call returned; raise what it raised."""
         if self._error is not None:
             raise self._error
         return self._value
+
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Call `then` once, as soon as the call has ended: in its thread, or now."""
+        with self._lock:
+            if not self.done.is_set():
+                self._next = then
+                return
+        then()
 
 
 class State(enum.Enum):
@@ -7514,7 +7555,8 @@ class Attempt:
         self.request = request  # in the Responses form, before the rules
         self.context = context
         self.rules: tuple[str, ...] = ()
-        self.repairs = repairs  # made so far, each with what it changed: `drop-parameter=foo`
+        self.repairs = repairs  # for the client and the log, each with what it changed: `drop-parameter=foo`
+        self.repaired = 0  # how many repairs were made; `repairs` may begin with what was known before
         self.normalized = request
         self._spans = spans  # the client's own bytes, which go up wherever no rule changes a value
 
@@ -7542,6 +7584,14 @@ STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-con
                   "x-accel-buffering": "no"}  # a plain nginx would hold the events back
 
 
+class Learned(NamedTuple):
+    """What refusals have taught about a model, for later requests."""
+
+    dropped: frozenset[str] = frozenset()  # parameters that it does not know
+    item_fixes: tuple[ItemFix, ...] = ()  # fields of items that it does not know
+    lite_only: bool = False  # it is a lite model, and refuses the plain form
+
+
 class Turns:
     """The handler of model requests: client's body to upstream, upstream's reply to the client."""
 
@@ -7555,8 +7605,7 @@ class Turns:
         self.store = Store(STORE_SIZE)
         self.conversations = Conversations()
         self.large_sessions: deque[tuple[str, str]] = deque(maxlen=256)  # owner, session: not for WebSockets
-        self._learned: dict[str, frozenset[str]] = {}  # slug -> parameters that upstream refused; only grows
-        self._lite_only: set[str] = set()  # lite models that upstream refused in the plain form
+        self._learned: OrderedDict[str, Learned] = OrderedDict()  # slug -> what its repairs have taught
         local = parse_target(config.upstream)[0].host in LOOPBACK  # compression saves nothing on this host
         self._compresses = config.compress == "on" or (config.compress == "auto" and not local)
 
@@ -7591,7 +7640,7 @@ class Turns:
             exchange.prepare_stream(200, {**self.client_headers(reply, exchange), **STREAM_HEADERS})
         relay = Relay(reply, exchange, output, self.config.keepalive, self.config.idle_timeout)
         relay.run(opening=True)
-        self.observe_key(exchange, attempt, output.created)
+        self.observe_created(exchange, attempt, output.created)
         return relay
 
     def _repair_reported(self, attempt: Attempt, exchange: Exchange, relay: Relay) -> bool:
@@ -7652,12 +7701,14 @@ class Turns:
         metadata = request.get("client_metadata") or {}
         lite_header = LITE_HEADER in headers or (isinstance(metadata, dict) and LITE_METADATA in metadata)
         slug, model, effort = self.catalog.lookup(name, client.version, needed=not lite_header)
-        plain = model is not None and model.lite and not lite_header and slug not in self._lite_only \
+        learned = self._learned.get(slug, Learned())
+        plain = model is not None and model.lite and not lite_header and not learned.lite_only \
             and bool(lite_losses(request))
         return Context(
             slug=slug, effort=effort, model=model, codex=client.codex, websocket=websocket,
             name=self.conversation_name(exchange, request, slug), lite_header=lite_header, plain=plain,
-            strict=self.config.continuity == "strict", dropped=self._learned.get(slug, frozenset()))
+            strict=self.config.continuity == "strict", dropped=learned.dropped,
+            item_fixes=learned.item_fixes)
 
     def conversation_name(self, exchange: Exchange, request: Mapping[str, Any], slug: str) -> str:
         """Return what names a request's conversation upstream (WIRE 4).
@@ -7686,8 +7737,13 @@ class Turns:
             return name
         return self.conversations.name(f"session {owner} {name}")
 
-    def observe_key(self, exchange: Exchange, attempt: Attempt, created: Mapping[str, Any]) -> None:
-        """Compare the cache key that was sent with the one that upstream says it uses."""
+    def observe_created(self, exchange: Exchange, attempt: Attempt, created: Mapping[str, Any]) -> None:
+        """Learn from an accepted request: from its repairs, and from the cache key that upstream uses.
+
+        `created` is the response of `response.created`; {} if no such event came.
+        """
+        if created and attempt.repairs:
+            self._learn(attempt)
         echoed, sent = created.get("prompt_cache_key"), attempt.normalized.get("prompt_cache_key")
         if not isinstance(echoed, str) or not echoed or echoed == sent:
             return
@@ -7782,7 +7838,7 @@ class Turns:
 
     def repair(self, attempt: Attempt, error: UpstreamRefusal) -> bool:
         """Repair a refused attempt; tell whether a known repair changed it."""
-        if error.status not in (400, 404, 422) or len(attempt.repairs) >= MAX_REPAIRS:
+        if not error.is_refusal or attempt.repaired >= MAX_REPAIRS:
             return False
         matched = match_repair(f"{error.message} {error.code}")
         if matched is None:
@@ -7794,10 +7850,9 @@ class Turns:
             context, changed = repair.apply(attempt.context, match, attempt.normalized)
         if context == attempt.context:
             return False
-        if context.dropped != attempt.context.dropped:
-            self._learn(context.slug, context.dropped)
         attempt.context = context
         attempt.repairs = (*attempt.repairs, "=".join(filter(None, (repair.name, changed))))
+        attempt.repaired += 1
         self.telemetry.count("repairs", repair=repair.name)
         return True
 
@@ -7813,8 +7868,6 @@ class Turns:
         """
         context = attempt.context
         if context.plain:
-            if len(self._lite_only) < 64:
-                self._lite_only.add(context.slug)
             return context._replace(plain=False), "+".join(lite_losses(attempt.request))
         if FORM_REPAIR in attempt.repairs:
             return context, ""
@@ -7822,11 +7875,21 @@ class Turns:
         slug, model, effort = self.catalog.resolve(attempt.request["model"], self.catalog.get())
         return context._replace(slug=slug, model=model, effort=effort), ""
 
-    def _learn(self, slug: str, dropped: frozenset[str]) -> None:
-        """Remember the parameters that upstream refused for a model, up to 64 each for up to 64 models."""
-        dropped |= self._learned.get(slug, frozenset())  # another request may have learned meanwhile
-        if (len(self._learned) < 64 or slug in self._learned) and len(dropped) <= 64:
-            self._learned[slug] = dropped
+    def _learn(self, attempt: Attempt) -> None:
+        """Remember for a model what the repairs of an accepted request have taught, up to 64 of a kind.
+
+        Not a list that was emptied: another request's may be right.
+        """
+        context, slug = attempt.context, attempt.context.slug
+        known = self._learned.get(slug, Learned())  # another request may have learned meanwhile
+        fixes = [fix for fix in context.item_fixes if not fix.empties and fix not in known.item_fixes]
+        lite_only = context.is_lite and not context.lite_header and bool(lite_losses(attempt.request))
+        learned = Learned(known.dropped | context.dropped, (*known.item_fixes, *fixes),
+                          known.lite_only or lite_only)
+        if len(learned.dropped) <= 64 and len(learned.item_fixes) <= 64:
+            self._learned[slug] = learned
+        if len(self._learned) > 64:
+            self._learned.popitem(last=False)
 
     def pass_on(self, exchange: Exchange) -> None:
         """Forward a side request with this host's sign-in, and copy its reply back piece by piece."""
@@ -7892,18 +7955,15 @@ def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
 class InFlight:
     """One response.create without a complete answer."""
 
-    def __init__(self, record: Record, attempt: Attempt, stored: StoredInput | None, held: Held) -> None:
+    def __init__(self, record: Record, held: Held) -> None:
         self.record = record
-        self.attempt: Attempt | None = attempt  # for a repair; None once its answer has begun
+        self.held = held  # memory for the request
+        self.attempt: Attempt | None = None  # for a repair; None once its answer has begun
         self.begun = False  # the first event of its answer has gone to the client
-        self.previous = ""  # the response that it continues, where upstream may not know it
-        self.stored = stored  # for the store, where the client counts on one
-        if stored:
-            self.previous = stored.previous
+        self.stored: StoredInput | None = None  # for the store, where the client counts on one
         self.assembler = ResponseAssembler()
         self.created: dict[str, Any] = {}  # the response of response.created
         self.call_ids: dict[str, bytes] = {}  # short call id -> the client's own, JSON-escaped
-        self.held = held  # memory for the request
         self.slot = contextlib.ExitStack()  # holds the key's slot
         self.chain_fields: dict[str, str] = {}  # hashes of the chain's tools and instructions from here on
 
@@ -7924,14 +7984,14 @@ class InFlight:
         if event_type(parsed) not in TERMINAL_EVENTS:
             return None
         changed = self.assembler.fill()
-        if self.previous:
-            changed = self.assembler.set_fields({"previous_response_id": self.previous}) or changed
+        if self.stored and self.stored.previous:  # upstream may not know it
+            changed = self.assembler.set_fields({"previous_response_id": self.stored.previous}) or changed
         if not changed:
             return None
         return json_bytes(self.assembler.final)
 
-    def observe_end(self, event: Mapping[str, Any]) -> None:
-        """Record how the answer ended; without an event the connection was cut, or the client left."""
+    def observe_end(self, event: Mapping[str, Any], end: str) -> None:
+        """Record how the answer ended: by an event, or with the connection, as one of ENDS says."""
         record, kind = self.record, event_type(event)
         response = or_empty(event.get("response"), dict)
         if kind == "error":
@@ -7940,6 +8000,22 @@ class InFlight:
             record.status, record.error_code = error.status, error.code
         elif kind:
             record.observe_final(kind.rpartition(".")[2], response)
+        if end == "cut":
+            record.fail(BadUpstream("upstream closed the connection mid-response"), end)
+        elif end:
+            record.end = end
+
+
+class Waiting(NamedTuple):
+    """A request that waits for a call in the background, and what goes on with it then."""
+
+    in_flight: InFlight
+    background: Background
+    resume: Callable[[InFlight, Background], None]
+
+    def abandon(self) -> None:
+        """Free what the request holds as soon as the call has ended: nobody waits for its result."""
+        self.background.when_done(self.in_flight.end)
 
 
 class Held:
@@ -8081,8 +8157,7 @@ class WebSocketRelay:
         self._end_of_rest = "cut"  # the `end` of requests in flight at the connection's end
         self._after_error = AfterError()
         self._progress = 0.0  # monotonic; when upstream last sent more than a sign of life
-        self._background: Background | None = None  # what must wait, and what is done with its result
-        self._resume: Callable[[Background], None] = lambda background: None
+        self._waiting: Waiting | None = None  # the request that the client's next frames wait for
         self._texts: deque[tuple[bytes, Held]] = deque()  # the client's frames that wait for that
         self._incomplete = Incomplete(turns.budget)
         self._set_idle: Callable[[bool], None] = lambda idle: None
@@ -8107,6 +8182,9 @@ class WebSocketRelay:
             self._incomplete.grow(0)
             for _, held in self._texts:
                 held.release()
+            if self._waiting is not None:
+                self._waiting.abandon()
+                self._log_end(self._waiting.in_flight, {}, self._end_of_rest)
             while self._in_flight:
                 self._settle({}, self._end_of_rest)
             linger(self._upstream)  # closing with unread frames would reset TCP and lose our close frame
@@ -8115,9 +8193,10 @@ class WebSocketRelay:
     def _pass_frames(self, keepalive: float, idle_timeout: float) -> None:
         client, upstream = Pulse("client_closed"), Pulse("cut")
         while self._open:
-            waits = self._background is not None
-            left = min(self._incomplete.until, self._after_error.until) - time.monotonic()
-            seconds = min(keepalive, BACKGROUND_POLL if waits else keepalive, max(0.0, left))
+            seconds = min(self._incomplete.until, self._after_error.until) - time.monotonic()
+            seconds = min(keepalive, max(0.0, seconds))
+            if self._waiting is not None:
+                seconds = min(seconds, BACKGROUND_POLL)
             client_ready, upstream_ready = self._wait(seconds)
             if upstream_ready:
                 upstream.hear()
@@ -8130,8 +8209,8 @@ class WebSocketRelay:
                 self._check_pulses(client, upstream, keepalive, idle_timeout)
             if time.monotonic() >= self._after_error.until:
                 self._send_own_failure()
-            if self._background is not None and self._background.done.is_set():
-                self._finish_background()
+            if self._waiting is not None and self._waiting.background.done.is_set():
+                self._resume(self._waiting)
 
     def _check_pulses(self, client: Pulse, upstream: Pulse, keepalive: float, idle_timeout: float) -> None:
         """End the connection if a side is dead or upstream stuck; ping a side that is silent."""
@@ -8151,15 +8230,11 @@ class WebSocketRelay:
             if upstream.is_due(now, keepalive):
                 self._to_upstream(OP_PING, b"")
 
-    def _start_background(self, call: Callable[[], Any], resume: Callable[[Background], None]) -> None:
-        """Run a call that may wait while frames go on; `resume` gets its result, in this thread."""
-        self._background, self._resume = Background(call), resume
-
-    def _finish_background(self) -> None:
-        background, self._background = self._background, None
-        if background is not None:
-            self._resume(background)
-        while self._texts and self._background is None and self._open:
+    def _resume(self, waiting: Waiting) -> None:
+        """Go on with a request that had to wait, and then with the frames behind it."""
+        self._waiting = None
+        waiting.resume(waiting.in_flight, waiting.background)
+        while self._texts and self._waiting is None and self._open:
             self._take_text(*self._texts.popleft())
 
     def raise_if_closed(self) -> None:
@@ -8238,16 +8313,16 @@ class WebSocketRelay:
                 raise TooManyRequests("too many requests wait on this connection")
             held = Held(self._turns.budget, counted_size(raw))
         except BridgeError as exc:
-            self._refuse(self._new_record(), exc)
+            self._refuse_record(self._new_record(), exc)
             return
-        if self._background is None:
+        if self._waiting is None:
             self._take_text(raw, held)
         else:
             self._texts.append((raw, held))
 
     def _take_text(self, raw: bytes, held: Held) -> None:
         """Forward a client's frame; normalize a response.create like a request."""
-        record = self._new_record()
+        in_flight = InFlight(self._new_record(), held)
         try:
             spans = self._turns.budget.parse(raw)
             frame = spans.request
@@ -8256,26 +8331,28 @@ class WebSocketRelay:
                 self._to_upstream(OP_TEXT, raw)
                 return
             check_request(frame)
-            record.model = frame["model"]
+            in_flight.record.model = frame["model"]
             if len(self._in_flight) >= self.IN_FLIGHT:
                 raise TooManyRequests("too many requests are running on this connection", retry_after=5)
             client = self._exchange.client
             if self._turns.catalog.is_at_hand(frame["model"]) and self._key_queue.has_room(client.key):
-                self._send_accepted(self._accept(spans, record, held))
+                self._accept(spans, in_flight)
+                self._send_accepted(in_flight)
             else:
-                record.waiting = True
-                self._turns.telemetry.begin(record)
-                self._start_background(lambda: self._accept(spans, record, held),
-                                       lambda waited: self._resume_create(waited, record, held))
+                in_flight.record.waiting = True
+                self._turns.telemetry.begin(in_flight.record)
+                background = Background(lambda: self._accept(spans, in_flight))
+                self._waiting = Waiting(in_flight, background, self._resume_create)
         except BridgeError as exc:
-            self._refuse(record, exc, held)
+            self._refuse(in_flight, exc)
 
-    def _resume_create(self, waited: Background, record: Record, held: Held) -> None:
+    def _resume_create(self, in_flight: InFlight, waited: Background) -> None:
         """Send a response.create that had to wait, or say why it cannot be sent."""
         try:
-            self._send_accepted(waited.result())
+            waited.result()
+            self._send_accepted(in_flight)
         except BridgeError as exc:
-            self._refuse(record, exc, held)
+            self._refuse(in_flight, exc)
 
     def _send_accepted(self, in_flight: InFlight) -> None:
         in_flight.record.waiting = False
@@ -8294,20 +8371,17 @@ class WebSocketRelay:
         record.user_agent_kind = self._exchange.user_agent_kind
         return record
 
-    def _accept(self, spans: Spans, record: Record, held: Held) -> InFlight:
+    def _accept(self, spans: Spans, in_flight: InFlight) -> None:
         """Prepare a response.create and take a place for it. Raises BridgeError, ClientLeft."""
         frame = spans.request
         context = self._turns.context(self._exchange, frame, websocket=True)
-        record.slug = context.slug
-        stored = stored_input(spans, context.codex)
-        resolved = frame
-        if stored:
-            resolved = self._resolve(frame)
-        attempt = self._turns.attempt(resolved, spans, context)
-        in_flight = InFlight(record, attempt, stored, held)
+        in_flight.record.slug = context.slug
+        in_flight.stored = stored_input(spans, context.codex)
+        if in_flight.stored:
+            frame = self._resolve(frame)
+        in_flight.attempt = self._turns.attempt(frame, spans, context)
         slot = self._key_queue.slot(self._exchange.client.key, self.raise_if_closed, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
-        return in_flight
 
     def _resolve(self, frame: dict[str, Any]) -> dict[str, Any]:
         """Expand a previous_response_id of another connection, because upstream knows it only there."""
@@ -8332,14 +8406,16 @@ class WebSocketRelay:
             self._to_upstream(OP_TEXT, payload)
         except BridgeError as exc:
             self._in_flight.remove(in_flight)
-            in_flight.end()
-            self._refuse(in_flight.record, exc)
+            self._refuse(in_flight, exc)
             self._set_idle(not self._in_flight)
 
-    def _refuse(self, record: Record, error: BridgeError, held: Held | None = None) -> None:
-        """Answer a frame with an `error` frame instead of forwarding it."""
-        if held is not None:
-            held.release()
+    def _refuse(self, in_flight: InFlight, error: BridgeError) -> None:
+        """Answer a response.create with an `error` frame instead of forwarding it."""
+        in_flight.end()
+        self._refuse_record(in_flight.record, error)
+
+    def _refuse_record(self, record: Record, error: BridgeError) -> None:
+        """Answer a frame with an `error` frame, and log it."""
         record.status = error.status
         record.fail(error)
         event = {"type": "error", "status": error.status, **error.body()}
@@ -8398,7 +8474,7 @@ class WebSocketRelay:
             self._after_error.end()
             in_flight.created = or_empty(parsed.get("response"), dict)
             if in_flight.attempt is not None:
-                self._turns.observe_key(self._exchange, in_flight.attempt, in_flight.created)
+                self._turns.observe_created(self._exchange, in_flight.attempt, in_flight.created)
         elif kind == "response.failed":
             goes_on = self._after_error.take_theirs(or_empty(parsed.get("response"), dict).get("id"))
             if goes_on is not None:  # it ends the request of the `error`, not this one
@@ -8441,15 +8517,14 @@ class WebSocketRelay:
     def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
         """Repair and resend a refused frame if its refusal has a known repair; tell whether that is tried."""
         attempt = in_flight.attempt
-        if attempt is None or self._background is not None:
+        if attempt is None or self._waiting is not None:
             return False
         refused = failure(event)
-        if not reported_status(event):
-            refused.status = 400
         if self._turns.may_wait(attempt, refused):
             self._in_flight.popleft()  # until the model list is there
-            self._start_background(lambda: self._turns.repair(attempt, refused),
-                                   lambda waited: self._resume_repair(waited, in_flight, event))
+            background = Background(lambda: self._turns.repair(attempt, refused))
+            self._waiting = Waiting(in_flight, background,
+                                    lambda _, waited: self._resume_repair(in_flight, waited, event))
             return True
         if not self._turns.repair(attempt, refused):
             return False
@@ -8457,7 +8532,7 @@ class WebSocketRelay:
         self._resend(in_flight)
         return True
 
-    def _resume_repair(self, waited: Background, in_flight: InFlight, event: dict[str, Any]) -> None:
+    def _resume_repair(self, in_flight: InFlight, waited: Background, event: dict[str, Any]) -> None:
         """Resend a frame whose repair had to wait, or pass its refusal on."""
         if waited.result():
             self._resend(in_flight)
@@ -8474,16 +8549,15 @@ class WebSocketRelay:
         """Log the oldest response.create and free its slot: it has its answer, or the connection ended."""
         in_flight = self._in_flight.popleft()
         in_flight.end()
-        in_flight.observe_end(event)
-        if end == "cut":
-            in_flight.record.fail(BadUpstream("upstream closed the connection mid-response"), end)
-        elif end:
-            in_flight.record.end = end
         response = or_empty(event.get("response"), dict)
         self._chains.keep(response.get("id"), in_flight.chain_fields)
-        self._log_request(in_flight.record)
+        self._log_end(in_flight, event, end)
         if not self._in_flight:
             self._set_idle(True)
+
+    def _log_end(self, in_flight: InFlight, event: Mapping[str, Any], end: str) -> None:
+        in_flight.observe_end(event, end)
+        self._log_request(in_flight.record)
 
     # -- both ways
 
@@ -9158,9 +9232,13 @@ class Bridge:
     def get_model(self, exchange: Exchange) -> None:
         """Answer with one model or alias in OpenAI's shape."""
         name = exchange.path[len("/models/"):]
-        for model in self.catalog.openai_list(self.catalog.require()):
-            if model["id"] == urllib.parse.unquote(name):
-                return exchange.send_json(200, model)
+        models, wanted = self.catalog.require(), urllib.parse.unquote(name)
+        listed = self.catalog.openai_list(models)
+        found = next((model for model in listed if model["id"] == wanted), None)
+        if found is None and self.catalog.resolve(wanted, models).effort:  # an effort in the name
+            found = {**listed[0], "id": wanted}
+        if found is not None:
+            return exchange.send_json(200, found)
         raise NotFound(f"no such model: {name!r} (see /v1/models)")
 
     # -- about the bridge

@@ -496,6 +496,12 @@ def test_name_of_a_model_may_be_encoded(bridge: RunningBridge, name: str) -> Non
     assert wire.get(bridge.address, f"/v1/models/{name}").status == 200
 
 
+@pytest.mark.parametrize("name", ["gpt-5.5-high", "gpt-5.5:low", "local_md:high", "best-xhigh"])
+def test_a_model_by_id_may_have_an_effort_in_its_name_as_in_a_request(start: Start, name: str) -> None:
+    reply = wire.get(start("--alias", "best=gpt-6.1-sol").address, f"/v1/models/{name}")
+    assert (reply.status, reply.json["id"], reply.json["object"]) == (200, name, "model")
+
+
 def test_codex_list_is_upstreams_and_the_aliases(start: Start, backend: wire.Backend) -> None:
     further = {"kept": [1, None]}
     backend.always("/models", wire.reply_json(200, {"models": backend.catalog, "further": further}))

@@ -162,7 +162,7 @@ GO_UP = {
 STAY = {
     "x-openai-actor-authorization": "lan", "x-openai-authorization": "Bearer lan",
     "x-openai-internal-of-tomorrow": "1", "x-openai-internal-codex-of-tomorrow": "1",
-    "x-openai-fedramp": "true", "x-openai-account-routing-override": "us",
+    "x-openai-agent-assertion": "ey.J", "x-openai-fedramp": "true", "x-openai-account-routing-override": "us",
 }
 SIDES = ["/v1/alpha/search", "/v1/images/generations", "/v1/images/edits", "/v1/memories/trace_summarize"]
 HEADERS = {**CODEX, **GO_UP, **STAY}

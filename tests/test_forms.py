@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ from help import (
     accepted,
     ask,
     models,
+    sent,
 )
+
+import qoo_bridge as q
 
 # -- images ---------------------------------------------------------------------------
 
@@ -123,6 +127,28 @@ def test_namespaces_of_a_lite_body_are_merged_for_a_plain_model_too(
     models(bridge)  # without a list the lite header counts
     reply = ask(bridge, {**MODEL, "input": [*carriers, HI]}, LITE)
     assert accepted(bridge, backend, reply).json["tools"] == MERGED
+
+
+CHOICES = {"type": "function", "name": "read"}
+
+
+@pytest.mark.parametrize("choice", [
+    CHOICES, {"type": "allowed_tools", "mode": "required", "tools": [CHOICES]},
+], ids=["forced", "allowed"])
+def test_a_forced_tool_of_a_namespace_is_the_only_one_offered(
+    bridge: RunningBridge, backend: wire.Backend, choice: Object
+) -> None:
+    body: Object = {"model": LITE_MODEL, "input": [HI], "tools": [tool("x"), namespace("files", READ, WRITE)]}
+    reply = ask(bridge, body, tool_choice=choice)
+    assert (reply.status, carried(sent(backend)[-1])) == (200, [namespace("files", READ)])
+
+
+def test_thousands_of_tools_are_merged_at_once() -> None:
+    tools = [namespace("all", tool(f"t{number}")) for number in range(3000)]
+    begun = time.process_time()
+    (merged,) = q.merge_tools(tools)
+    assert time.process_time() - begun < 0.5  # 20 s if each is compared with each
+    assert [each["name"] for each in merged["tools"]] == [f"t{number}" for number in range(3000)]
 
 
 # -- hosted tools by their former names ----------------------------------------------------

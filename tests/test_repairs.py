@@ -9,11 +9,14 @@ from help import (
     CHAT,
     CODEX,
     HI,
+    LITE_MODEL,
     MODEL,
     RESPONSES,
+    TOOL,
     USER,
     Object,
     ask,
+    models,
     sent,
 )
 
@@ -64,10 +67,60 @@ def test_two_fields_that_are_refused_go_both(bridge: RunningBridge, backend: wir
     assert [request.json["input"] for request in sent(backend)][2:] == [[HI, CALL, OUTPUT]]
 
 
-def test_an_items_field_is_dropped_for_one_request_only(bridge: RunningBridge, backend: wire.Backend) -> None:
-    for _ in range(2):
-        assert ask(bridge, {**MODEL, "input": [{**HI, "name": "ann"}]}).status == 200
-    assert ["name" in request.json["input"][0] for request in sent(backend)] == [True, False, True, False]
+def test_an_items_field_that_was_refused_is_remembered_for_the_model(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    models(bridge)
+    for model in ("gpt-5.5", "gpt-5.5", LITE_MODEL):
+        reply = ask(bridge, {"model": model, "input": [{**HI, "name": "ann"}]})
+        assert reply.status == 200, reply.body
+    assert ["name" in request.json["input"][0] for request in sent(backend)] == [
+        True, False, False, True, False]
+
+
+@pytest.mark.parametrize(("text", "body"), [
+    ("Unknown parameter: 'input[0].odd'.", {"input": [{**HI, "odd": 1}]}),
+    ("Unknown parameter: 'odd'.", {"odd": 1}),
+    ("Model not found gpt-6-sol", {"model": LITE_MODEL, "tool_choice": "required", "tools": [TOOL]}),
+], ids=["item-field", "parameter", "form"])
+def test_what_upstream_does_not_accept_teaches_nothing(
+    bridge: RunningBridge, backend: wire.Backend, text: str, body: Object
+) -> None:
+    models(bridge)
+    backend.takes_plain.add(LITE_MODEL)
+    backend.on("/responses", refusal(text), refusal("no"), wire.turn(*wire.text_turn()))
+    body = {**MODEL, "input": [HI], **body}
+    assert ask(bridge, body).status == 400
+    assert ask(bridge, body).status == 200
+    first, repaired, again = sent(backend)
+    assert (again.json, again.header(q.LITE_HEADER)) == (first.json, first.header(q.LITE_HEADER))
+    assert repaired.json != first.json
+
+
+def test_a_field_of_a_tool_in_the_lite_form_goes_too(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses", refusal("Unknown parameter: 'input[0].tools[0].odd'."))
+    reply = ask(bridge, {"model": LITE_MODEL, "input": [HI], "tools": [{**TOOL, "odd": 1}]})
+    assert reply.status == 200, reply.body
+    assert [request.json["input"][0]["tools"][0] for request in sent(backend)] == [{**TOOL, "odd": 1}, TOOL]
+
+
+@pytest.mark.parametrize("field", sorted(q.TOOL_MEANING))
+def test_what_a_tool_in_the_lite_form_is_about_is_never_dropped(
+    bridge: RunningBridge, backend: wire.Backend, field: str
+) -> None:
+    backend.on("/responses", refusal(f"Unknown parameter: 'input[0].tools[0].{field}'."))
+    assert ask(bridge, {"model": LITE_MODEL, "input": [HI], "tools": [TOOL]}).status == 400
+    assert len(sent(backend)) == 1
+
+
+def test_what_is_known_to_be_lost_counts_as_no_repair(bridge: RunningBridge, backend: wire.Backend) -> None:
+    body: Object = {"model": LITE_MODEL, "input": [HI], "tools": [TOOL], "tool_choice": "required"}
+    assert ask(bridge, body).status == 200  # teaches that only lite is taken
+    odd = {f"odd{number}": 1 for number in range(q.MAX_REPAIRS)}
+    backend.on("/responses", *[refusal(f"Unknown parameter: '{name}'.") for name in odd])
+    reply = ask(bridge, {**body, **odd})
+    assert reply.status == 200, reply.body
+    assert (reply.header("x-qoo-bridge-repaired") or "").count("=") == q.MAX_REPAIRS + 1
 
 
 def refusal(message: str, code: str = "unknown_parameter") -> wire.Reply:
@@ -152,6 +205,8 @@ def test_a_list_of_an_item_that_is_refused_is_emptied_in_all_of_its_type(
     assert ask(bridge, {**MODEL, "input": [HI, odd, odd]}).status == 200
     emptied = {"type": "of_tomorrow", "label": "x", "notes": []}
     assert sent(backend)[1].json["input"] == [HI, emptied, emptied]
+    assert ask(bridge, {**MODEL, "input": [HI, odd]}).status == 200
+    assert sent(backend)[2].json["input"] == [HI, odd]  # another request's list may be right
 
 
 

@@ -620,6 +620,15 @@ def test_a_key_of_more_than_64_characters_is_never_refused(
     assert backend.refusals == []
 
 
+def test_a_codexs_name_of_more_than_64_characters_is_one_name_in_four_places(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    long = LONG + "a"
+    headers = {**CODEX_TURN, **dict.fromkeys(q.NAME_HEADERS, long)}
+    Turn(body={**CODEX_REQUEST, "prompt_cache_key": long}, headers=headers).ask(bridge)
+    assert names(backend) == [(q.cache_name(long),) * 4]
+
+
 @pytest.mark.parametrize("header", ["session-id", "session_id", "conversation_id"])
 def test_a_session_of_more_than_64_characters_is_a_name_all_the_same(
     bridge: RunningBridge, backend: wire.Backend, header: str
@@ -864,11 +873,12 @@ CIPHER_ERROR: Object = {
     "type": "error", "error": {"code": "invalid_encrypted_content", "type": "invalid_request_error",
                                "message": "The encrypted content gAAA could not be verified."}}
 BAD_FIELD = wire.failed("unknown_parameter", "Unknown parameter: 'text.odd'.")
+ODD_CODE = wire.failed("of_tomorrow", "Unknown parameter: 'text.odd'.")  # it names no status
 NOT_FOUND = wire.failed("invalid_request_error", "Item with id 'rs_1' not found. Items are not persisted…")
 TOLD: dict[str, list[Object]] = {
     "cipher": [wire.created(), BAD_CIPHER], "cipher-alone": [BAD_CIPHER],
     "cipher-error": [wire.created(), CIPHER_ERROR], "not-found": [wire.created(), NOT_FOUND],
-    "field": [wire.created(), BAD_FIELD],
+    "field": [wire.created(), BAD_FIELD], "field-odd-code": [wire.created(), ODD_CODE],
 }
 ASKED: dict[str, tuple[str, Object]] = {
     "whole": (RESPONSES, {"input": [HI, THOUGHT, SAYS, HI], "text": {"odd": 1}}),
@@ -885,9 +895,9 @@ def test_a_failure_inside_the_200_is_repaired_as_a_refusal_would_be(
     reply = ask(bridge, {**MODEL, **ASKED["whole"][1]})
     assert reply.status == 200, reply.body
     second = sent(backend)[1].json
-    dropped = "drop-parameter" if BAD_FIELD in events else "continuity"
-    assert (THOUGHT in second["input"], "odd" in second.get("text", {})) == (BAD_FIELD in events,
-                                                                     BAD_FIELD not in events)
+    names_field = events[-1] in (BAD_FIELD, ODD_CODE)
+    dropped = "drop-parameter" if names_field else "continuity"
+    assert (THOUGHT in second["input"], "odd" in second.get("text", {})) == (names_field, not names_field)
     assert dropped in (reply.header("x-qoo-bridge-repaired") or "")
     assert f"repairs={dropped}" in log_lines.ended()[0]
     assert len(sent(backend)) == 2

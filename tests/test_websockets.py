@@ -1966,17 +1966,27 @@ def test_a_socket_that_waits_answers_upstreams_pings(
         assert until(lambda: PONG in [frame.opcode for frame in upstream.frames], SECOND)
 
 
-def test_a_client_that_leaves_while_it_waits_gives_up_its_turn(
-    backend: wire.Backend, start: Start, dial: Dial
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_client_that_leaves_while_it_waits_leaves_nothing(
+    wait: str, backend: wire.Backend, start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bridge, gate = start(*KEYS), threading.Event()
+    records, turns = RecordLog(bridge, monkeypatch), bridge.bridge.turns
+    hold, frame = WAITS[wait]
     client = dial(bridge, ANN)
-    with hold_the_place(backend, bridge, gate):
-        client.send_json(create())
+    with hold(backend, bridge, gate) as waits:
+        client.send_json(frame)
+        waits()
+        client.send_json(create())  # waits behind it
         client.send_frame(masked(b"\x03\xe8", CLOSE))
         client.sock.settimeout(SECOND)
         assert client.read_close() == 1000
-    assert backend.frames == []
+        while (record := records.next()).method != "WS":
+            pass
+        assert (record.end, record.model) == ("client_closed", frame["model"])
+    assert until(lambda: turns.budget.room() == q.MAX_BODIES, 2)
+    assert until(lambda: bridge.bridge.key_queue.has_room("ann"), 2)
+    assert until(lambda: turns.telemetry.snapshot(0)["open"] == [], 2)
 
 
 # -- pings that nobody answers --------------------------------------------------------
