@@ -499,13 +499,6 @@ def parsed_size(body: bytes) -> int:
     return size
 
 
-def counted_size(body: bytes) -> int:
-    """Return the bytes that a small JSON body has, a larger one is estimated to take when it is parsed."""
-    if len(body) <= COUNTED_BODY:
-        return len(body)
-    return parsed_size(body)
-
-
 def parse_json(body: bytes) -> Any:
     """Parse a request body as strict UTF-8 JSON. Raises InvalidRequest."""
     try:
@@ -2530,7 +2523,7 @@ def write_private(path: str, content: Mapping[str, Any]) -> Any:
         file.truncate()
         file.flush()
         os.fsync(file.fileno())
-    return file_signature(path)
+        return file_signature(file.fileno())
 
 
 def replace_file(temporary: str, path: str) -> None:
@@ -2560,12 +2553,14 @@ def remove_leftovers(folder: str) -> None:
                 remove_file(path)
 
 
-def file_signature(path: str) -> Any:
-    """Return a value that changes when the file changes; None for a missing file."""
+def file_signature(path: str | int) -> Any:
+    """Return a value that changes when the file changes; None only for a file that is not there."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as exc:
+        return exc.errno
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
@@ -2817,7 +2812,6 @@ class Credentials:
             log.log(level, "cannot save the refreshed token to %s (%s): it is only in memory; next try "
                     "in %g s", self.path, exc.strerror, SAVE_PAUSE)
             self._save_at, self._save_failed = time.monotonic() + SAVE_PAUSE, True
-            self._signature = file_signature(self.path)
 
 
 # == 11 login =================================================================
@@ -3335,7 +3329,14 @@ def conversation_hash(request: Mapping[str, Any], owner: str, slug: str) -> str:
     It is taken piece by piece: a large message is not copied.
     """
     digest = hashlib.sha256()
-    waiting: list[Any] = [owner, slug, request.get("instructions"), first_message(request.get("input"))]
+    first = first_message(request.get("input"))
+    add_to_hash(digest, [owner, slug, request.get("instructions"), first])
+    return digest.hexdigest()
+
+
+def add_to_hash(digest: Any, value: Any) -> None:
+    """Add a JSON value to a hash, piece by piece."""
+    waiting = [value]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
@@ -3348,7 +3349,6 @@ def conversation_hash(request: Mapping[str, Any], owner: str, slug: str) -> str:
             digest.update(f"{type(value).__name__} {len(text)} ".encode())
             for at in range(0, len(text), HASHED_PIECE):
                 digest.update(text[at:at + HASHED_PIECE].encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
 
 
 def first_message(items: Any) -> Any:
@@ -6642,7 +6642,7 @@ class Store:
     ENTRY_BYTES = 800  # what an entry costs beside its value, measured on 3.11
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[str, str, str], bytes] = OrderedDict()
         self._held = 0  # bytes
@@ -6654,11 +6654,11 @@ class Store:
             replaced = self._entries.pop((owner, kind, name), None)
             if replaced is not None:
                 self._held -= len(replaced) + self.ENTRY_BYTES
-            if size > self._limit:
+            if size > self.limit:
                 return  # it would evict all other entries, and then itself
             self._entries[owner, kind, name] = value
             self._held += size
-            while self._held > self._limit:
+            while self._held > self.limit:
                 _, evicted = self._entries.popitem(last=False)
                 self._held -= len(evicted) + self.ENTRY_BYTES
 
@@ -6680,7 +6680,7 @@ class Store:
         Turns are linked, not copied: else the tenth would hold the first nine once more.
         """
         output, name = response.get("output"), response.get("id")
-        if not isinstance(output, list) or not isinstance(name, str):
+        if not isinstance(output, list) or not isinstance(name, str) or not request.items:
             return
         self.put(owner, "response", name, json_bytes(response))
         self.put(owner, "turn", name, json.dumps(request.previous).encode() + b"\n" + request.items)
@@ -6688,57 +6688,24 @@ class Store:
             if isinstance(item, dict) and isinstance(item.get("id"), str):
                 self.put(owner, "item", item["id"], name.encode("utf-8", "surrogatepass"))
 
-    def resolve(self, owner: str, request: dict[str, Any], limit: int) -> dict[str, Any]:
+    def resolve(self, owner: str, request: dict[str, Any], limit: int,
+                hold: Callable[[int], None]) -> dict[str, Any]:
         """Replay the conversation that `previous_response_id` names; put items in the place of references.
 
-        Raises InvalidRequest for an unknown response id, BodyTooLarge when it makes more than `limit` bytes.
+        `hold` gets how many bytes parsing will take. Raises InvalidRequest for an unknown response id,
+        BodyTooLarge when it makes more than `limit` bytes, and what `hold` raises.
         """
-        size = 0
+        replay = Replay(self, owner, hold)
         if request.get("previous_response_id") is not None:
-            size, earlier = self._replay(owner, request["previous_response_id"])
+            earlier = replay.conversation(request["previous_response_id"], limit)
             items = input_to_list(request, Context()).get("input", [])
             request = {**without(request, "previous_response_id"), "input": [*earlier, *items]}
-        placed: dict[str, int] = {}  # by item id, its size: each is put in place once
-
-        def dereference(item: dict[str, Any]) -> Any:
-            kept = self._item(owner, item.get("id")) if is_reference(item) else None
-            if kept is None:
-                return item
-            if item["id"] in placed:
-                return DROPPED_ITEM
-            placed[item["id"]] = len(json_bytes(kept))
-            return kept
-
         items = request.get("input")
         if isinstance(items, list) and any(is_reference(item) for item in items):
-            request = map_items(request, dereference)
-        if size + sum(placed.values()) > limit:
+            request = map_items(request, replay.dereference)
+        if replay.size > limit:
             raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
         return request
-
-    def _item(self, owner: str, item_id: Any) -> dict[str, Any] | None:
-        """Return a kept item; None when it is not there, or no longer."""
-        name = self.get(owner, "item", item_id) or b""
-        response = self.get(owner, "response", name.decode("utf-8", "surrogatepass")) or b"{}"
-        items = dicts_in(json.loads(response).get("output"))
-        return next((item for item in items if item.get("id") == item_id), None)
-
-    def _replay(self, owner: str, name: Any) -> tuple[int, list[Any]]:
-        """Follow a response's links back to the first turn; return the conversation's size and its items."""
-        size = 0
-        turns: list[list[Any]] = []
-        seen: set[str] = set()
-        while name != "" or not turns:
-            turn, response = self.get(owner, "turn", name), self.get(owner, "response", name)
-            if turn is None or response is None or name in seen:
-                raise InvalidRequest("unknown previous_response_id: this bridge keeps only the last "
-                                     "conversations, in memory; send the full input", "previous_response_id")
-            seen.add(name)
-            previous, _, items = turn.partition(b"\n")
-            name = json.loads(previous)
-            size += len(items) + len(response)
-            turns.append([*json.loads(items), *json.loads(response)["output"]])
-        return size, [item for items in reversed(turns) for item in items]
 
     # -- reasoning, which a chat client cannot send back
 
@@ -6764,6 +6731,62 @@ class Store:
                     restored.append(kept)
             restored.append(item)
         return restored
+
+
+class Replay:
+    """What one request gets of the store. Each kept response is parsed once, after its memory is reserved."""
+
+    def __init__(self, store: Store, owner: str, hold: Callable[[int], None]) -> None:
+        self._store = store
+        self._owner = owner
+        self._hold = hold
+        self._outputs: dict[bytes, list[Any]] = {}  # a response's id -> its items
+        self._placed: set[str] = set()  # ids of items that stand in the place of a reference
+        self.size = 0  # bytes of JSON that the request got
+
+    def conversation(self, name: Any, limit: int) -> list[Any]:
+        """Follow a response's links back to the first turn; return the items of all turns.
+
+        Raises InvalidRequest, and BodyTooLarge before more than `limit` bytes are parsed.
+        """
+        turns: list[tuple[bytes, bytes]] = []
+        seen: set[str] = set()
+        while name != "" or not turns:
+            turn = self._store.get(self._owner, "turn", name)
+            response = self._store.get(self._owner, "response", name)
+            if turn is None or response is None or name in seen:
+                raise InvalidRequest("unknown previous_response_id: this bridge keeps only the last "
+                                     "conversations, in memory; send the full input", "previous_response_id")
+            seen.add(name)
+            previous, _, items = turn.partition(b"\n")
+            name = json.loads(previous)
+            self.size += len(items) + len(response)
+            turns.append((items, response))
+        if self.size > limit:
+            raise BodyTooLarge(f"the conversation is above the limit of {limit} bytes")
+        self._hold(sum(parsed_size(part) for turn in turns for part in turn))
+        return [item for items, response in reversed(turns)
+                for item in (*json.loads(items), *json.loads(response)["output"])]
+
+    def dereference(self, item: dict[str, Any]) -> Any:
+        """Return the kept item that an item refers to, once; other items as they are."""
+        if not is_reference(item):
+            return item
+        name = self._store.get(self._owner, "item", item.get("id"))
+        if name is None:
+            return item
+        if name not in self._outputs:
+            response = self._store.get(self._owner, "response", name.decode("utf-8", "surrogatepass"))
+            self._hold(parsed_size(response or b""))
+            self._outputs[name] = dicts_in(json.loads(response or b"{}").get("output"))
+        kept = next((each for each in self._outputs[name] if each.get("id") == item["id"]), None)
+        if kept is None:
+            return item
+        if item["id"] in self._placed:
+            return DROPPED_ITEM
+        self._placed.add(item["id"])
+        self.size += len(json_bytes(kept))
+        return kept
 
 
 class Conversations:
@@ -6813,14 +6836,15 @@ class StoredInput(NamedTuple):
     """The part of a request that the store keeps."""
 
     previous: str  # id of the response that the request continues; "" for none
-    items: bytes  # a JSON list
+    items: bytes  # a JSON list; empty where it is too large to keep
 
 
 class ChatHistory:
     """Names the calls and texts of a chat, so that its client's echo of one is recognized.
 
-    A call is named by its id. A text is named by all that was said up to it: two conversations in which the
-    assistant once said "Done." share no reasoning.
+    A call is named by its id. A text is named by all that came before it: two conversations in which the
+    assistant once said "Done." share no reasoning. Of an assistant's items only their text and call ids
+    count, because clients echo no more than these.
     """
 
     def __init__(self) -> None:
@@ -6830,14 +6854,26 @@ class ChatHistory:
         """Add the next item; return its name, "" for what no reasoning belongs to."""
         if not isinstance(item, dict):
             return ""
-        if item.get("type") in ("function_call", "custom_tool_call") and isinstance(item.get("call_id"), str):
-            return f"call {item['call_id']}"
-        text = "".join(str(part["text"]) for part in dicts_in(item.get("content")) if part.get("text"))
-        if item.get("type") != "message" or not text:
+        kind, role, call_id = str(item.get("type")), item.get("role"), or_empty(item.get("call_id"), str)
+        text = assistant_text(item)
+        if text == "" or not ECHOED_ITEM.fullmatch(kind):
             return ""
-        said = json.dumps([item.get("role"), text])
-        self._said.update(said.encode("ascii"))
-        return f"text {self._said.hexdigest()}" if item.get("role") == "assistant" else ""
+        add_to_hash(self._said, [kind, role, call_id, text or item.get("content"), item.get("output")])
+        if text:
+            return f"text {self._said.hexdigest()}"
+        if kind.endswith("_call") and call_id:
+            return f"call {call_id}"
+        return ""
+
+
+def assistant_text(item: Mapping[str, Any]) -> str | None:
+    """Return the text of an assistant's message; None for another item."""
+    if item.get("type") != "message" or item.get("role") != "assistant":
+        return None
+    return "".join(str(part["text"]) for part in dicts_in(item.get("content")) if part.get("text"))
+
+
+ECHOED_ITEM = re.compile(r"message|function_call|custom_tool_call|\w+_output")  # by a chat's client
 
 
 def is_reference(item: Any) -> bool:
@@ -6845,8 +6881,11 @@ def is_reference(item: Any) -> bool:
     return isinstance(item, dict) and item.get("type") == "item_reference"
 
 
-def stored_input(spans: Spans, codex: bool) -> StoredInput | None:
-    """Return the part of a request to store; None for Codex and for store=false, which need no store."""
+def stored_input(spans: Spans, codex: bool, limit: int) -> StoredInput | None:
+    """Return the part of a request to store; None for Codex and for store=false, which need no store.
+
+    Items of more than `limit` bytes are left out: the store would not take them.
+    """
     request = spans.request
     if codex or request.get("store") is False:
         return None
@@ -6857,7 +6896,7 @@ def stored_input(spans: Spans, codex: bool) -> StoredInput | None:
             items = json_bytes(input_to_list(request, Context()).get("input", []))
     except (ValueError, RecursionError):  # no number of JSON, or too deep: upstream will say so
         return None
-    return StoredInput(request.get("previous_response_id") or "", items)
+    return StoredInput(request.get("previous_response_id") or "", items if len(items) <= limit else b"")
 
 
 # == 29 admission =============================================================
@@ -7208,7 +7247,7 @@ class Exchange:
         until = time.monotonic() + BODY_STALL
         while not decoder.done:
             piece = decoder.feed(self._read_some(until))
-            self._hold(budget, len(piece))
+            self.hold(budget, len(piece))
             if self._held_bytes > limit:
                 raise BodyTooLarge(f"the body is above the limit of {limit} bytes")
             received += piece
@@ -7220,7 +7259,7 @@ class Exchange:
         if coding:
             with budget.expanding:
                 body = decompress(body, coding, limit)
-                self._hold(budget, len(body) - self._held_bytes)
+                self.hold(budget, len(body) - self._held_bytes)
         return body
 
     def hold_parsed(self, body: bytes, budget: Budget) -> None:
@@ -7231,18 +7270,18 @@ class Exchange:
         size = WORST_PARSED * len(body)
         if size > budget.room() / 16:
             size = parsed_size(body)
-        self._hold(budget, max(0, size - self._held_bytes))
+        self.hold(budget, max(0, size - self._held_bytes))
 
-    def _hold(self, budget: Budget, size: int) -> None:
-        """Reserve memory for a part of the body. Raises Overloaded."""
+    def hold(self, budget: Budget, size: int) -> None:
+        """Reserve memory for the body, or for what it refers to. Raises Overloaded."""
         budget.take(size)
         self._held_bytes += size
 
-    def release_body(self, budget: Budget) -> None:
-        """Release the body's memory. Call this when nothing refers to the body any more."""
-        if self._held_bytes:
-            budget.give(self._held_bytes)
-            self._held_bytes = 0
+    def release_body(self, budget: Budget, kept: int = 0) -> None:
+        """Release the body's memory but for `kept` bytes. Call this when nothing refers to more of it."""
+        if self._held_bytes > kept:
+            budget.give(self._held_bytes - kept)
+            self._held_bytes = kept
 
     def _read_some(self, until: float) -> bytes:
         """Read the next bytes of the body. Raises ClientLeft and SlowRequest."""
@@ -7448,12 +7487,14 @@ class Relay:
 class ResponsesApi:
     """A request to the Responses API: upstream's own form, except for references to the store."""
 
-    def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
+    def __init__(self, exchange: Exchange, store: Store, budget: Budget, max_bytes: int) -> None:
+        self._hold = functools.partial(exchange.hold, budget)
         self._codex = exchange.client_headers.codex
         self._owner = exchange.client.owner
         self._store = store
         self._max_bytes = max_bytes
         self._stored: StoredInput | None = None  # the input to store; None if the client needs no store
+        self.kept_bytes = 0  # of the request, until the answer's end
         self.streamed = False  # the client requested a stream
 
     def to_upstream(self, spans: Spans) -> dict[str, Any]:
@@ -7463,8 +7504,10 @@ class ResponsesApi:
         """
         body = spans.request
         self.streamed = body.get("stream") is True
-        self._stored = stored_input(spans, self._codex)
-        return self._store.resolve(self._owner, body, self._max_bytes)
+        self._stored = stored_input(spans, self._codex, self._store.limit)
+        if self._stored is not None:
+            self.kept_bytes = len(self._stored.items)
+        return self._store.resolve(self._owner, body, self._max_bytes, self._hold)
 
     def output(self, audience: Audience) -> ResponsesOutput:
         """Return the converter of upstream's events to the client's bytes."""
@@ -7490,7 +7533,9 @@ class ChatApi:
 
     PREFIX = "chatcmpl-"
 
-    def __init__(self, exchange: Exchange, store: Store, max_bytes: int) -> None:
+    kept_bytes = 0  # of the request, until the answer's end
+
+    def __init__(self, exchange: Exchange, store: Store, budget: Budget, max_bytes: int) -> None:
         self._owner = exchange.client.owner
         self._store = store
         self._history = ChatHistory()
@@ -7611,7 +7656,7 @@ class Turns:
 
     def serve(self, make_api: Callable[..., ResponsesApi | ChatApi], exchange: Exchange) -> None:
         """Answer a model request of any API, with a stream or with one JSON object."""
-        api = make_api(exchange, self.store, self.config.max_body)
+        api = make_api(exchange, self.store, self.budget, self.config.max_body)
         attempt = self._read_attempt(api, exchange)
         while True:
             reply = self.send_until_accepted(attempt, exchange)
@@ -7619,7 +7664,7 @@ class Turns:
             if not self._repair_reported(attempt, exchange, relay):
                 break
         del attempt  # frees the request during the response, except the part that the store needs
-        exchange.release_body(self.budget)
+        exchange.release_body(self.budget, api.kept_bytes)
         with reply:
             try:
                 relay.run()
@@ -7902,7 +7947,7 @@ class Turns:
         headers = {"accept": "application/json", **upstream_headers(given, client, self.identity, name)}
         if method == "POST":
             headers["content-type"] = given.get("content-type", "application/json")
-            body = self._without_alias(body)
+            body = self._without_alias(exchange, body)
         if LITE_HEADER in given:
             headers[LITE_HEADER] = given[LITE_HEADER]
         reply = self.account.open(method, path, headers, body, exchange.connection)
@@ -7921,13 +7966,20 @@ class Turns:
                 raise UpstreamTimeout(f"upstream was silent for {self.config.idle_timeout:g} s")
             exchange.finish_stream()
 
-    def _without_alias(self, body: bytes) -> bytes:
+    def _without_alias(self, exchange: Exchange, body: bytes) -> bytes:
         """Replace an alias in a side request's body with the model; leave the rest unchanged."""
-        request = json_or_none(body)
+        if not body[:64].lstrip().startswith(b"{"):
+            return body  # a form with images
+        exchange.hold_parsed(body, self.budget)
+        try:
+            spans = self.budget.parse(body)
+        except InvalidRequest:
+            return body
+        request = spans.request
         if not isinstance(request, dict) or not self.catalog.is_alias(request.get("model")):
             return body
-        slug, _, _ = self.catalog.resolve(request["model"], self.catalog.get(wait=CATALOG_WAIT))
-        return encode({**request, "model": slug})
+        slug = self.catalog.resolve(request["model"], self.catalog.get(wait=CATALOG_WAIT)).slug
+        return encode({**request, "model": slug}, spans)
 
     def count_tokens(self, exchange: Exchange) -> None:
         """Answer with an estimate of a request's input tokens; nothing is sent upstream."""
@@ -7971,7 +8023,7 @@ class InFlight:
         """Note that the answer begins: the request is not repeated any more."""
         self.begun, self.attempt = True, None
         self.record.mark_first_byte()
-        self.held.release()
+        self.held.release(len(self.stored.items) if self.stored else 0)
 
     def end(self) -> None:
         """Free what the request holds."""
@@ -8027,10 +8079,16 @@ class Held:
         self._budget = budget
         self._size = size
 
-    def release(self) -> None:
-        """Release the memory; a second time does nothing."""
-        self._budget.give(self._size)
-        self._size = 0
+    def grow(self, size: int) -> None:
+        """Reserve more. Raises Overloaded."""
+        self._budget.take(size)
+        self._size += size
+
+    def release(self, kept: int = 0) -> None:
+        """Release the memory but for `kept` bytes; a second time does nothing."""
+        kept = min(kept, self._size)
+        self._budget.give(self._size - kept)
+        self._size = kept
 
 
 class Incomplete:
@@ -8311,7 +8369,7 @@ class WebSocketRelay:
         try:
             if len(self._texts) >= self.IN_FLIGHT:
                 raise TooManyRequests("too many requests wait on this connection")
-            held = Held(self._turns.budget, counted_size(raw))
+            held = Held(self._turns.budget, parsed_size(raw))
         except BridgeError as exc:
             self._refuse_record(self._new_record(), exc)
             return
@@ -8376,19 +8434,19 @@ class WebSocketRelay:
         frame = spans.request
         context = self._turns.context(self._exchange, frame, websocket=True)
         in_flight.record.slug = context.slug
-        in_flight.stored = stored_input(spans, context.codex)
+        in_flight.stored = stored_input(spans, context.codex, self._turns.store.limit)
         if in_flight.stored:
-            frame = self._resolve(frame)
+            frame = self._resolve(frame, in_flight.held)
         in_flight.attempt = self._turns.attempt(frame, spans, context)
         slot = self._key_queue.slot(self._exchange.client.key, self.raise_if_closed, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
 
-    def _resolve(self, frame: dict[str, Any]) -> dict[str, Any]:
+    def _resolve(self, frame: dict[str, Any], held: Held) -> dict[str, Any]:
         """Expand a previous_response_id of another connection, because upstream knows it only there."""
         if str(frame.get("previous_response_id")) in self._chains:
             return frame
         owner, limit = self._exchange.client.owner, self._turns.config.max_body
-        return self._turns.store.resolve(owner, frame, limit)
+        return self._turns.store.resolve(owner, frame, limit, held.grow)
 
     def _send_create(self, in_flight: InFlight) -> None:
         """Normalize a response.create and send it; send the client's own bytes if no rule changes it."""
@@ -9329,7 +9387,8 @@ class Bridge:
     def tidy(self) -> None:
         """Do what is due every few seconds: close dead connections, write what could not be written."""
         self.upstream.prune()
-        self.account.finish(0)
+        with contextlib.suppress(NotSignedIn):
+            self.account.sign_in()
 
     def warm_up(self, stop: threading.Event) -> None:
         """Wait for a sign-in; then open a connection and fetch routing and model list, before any request."""
@@ -10265,13 +10324,15 @@ def doctor(config: Config, words: argparse.Namespace) -> int:
     log.propagate = False
     rows, examined = [], Doctor(config)
     signals = stop_signals(examined.bridge.account.is_refreshing)
-    for check, finding in examined.examine((*CHECKS, LIVE) if words.live else CHECKS):
-        if signals:
-            raise KeyboardInterrupt
-        rows.append({"name": check.name, **finding._asdict()})
-        if not words.json:
-            print_finding(check.name, finding)
-    examined.bridge.account.finish(REFRESH_SECONDS)
+    try:
+        for check, finding in examined.examine((*CHECKS, LIVE) if words.live else CHECKS):
+            if signals:
+                raise KeyboardInterrupt
+            rows.append({"name": check.name, **finding._asdict()})
+            if not words.json:
+                print_finding(check.name, finding)
+    finally:
+        examined.bridge.account.finish(REFRESH_SECONDS)
     healthy = all(row["state"] != "failed" for row in rows)
     if words.json:
         print(json.dumps({"version": __version__, "ok": healthy, "checks": rows}, indent=2))

@@ -15,7 +15,23 @@ from pathlib import Path
 import pytest
 import wire
 from conftest import LogLines, Process, Run, RunningBridge, Start
-from help import API_KEY, BEARER, BODY, HOST, JSON_TYPE, POST, REQUEST, STREAM, begin_turn, head, posix, until
+from help import (
+    API_KEY,
+    BEARER,
+    BODY,
+    HI,
+    HOST,
+    JSON_TYPE,
+    POST,
+    REQUEST,
+    STREAM,
+    Object,
+    begin_turn,
+    head,
+    posix,
+    sent,
+    until,
+)
 
 import qoo_bridge as q
 
@@ -80,6 +96,116 @@ def test_body_counts_until_upstream_has_taken_it(
         first.request("POST", "/v1/responses", body)
         backend.wait_for(1, "/responses")
         assert wire.post(bridge.address, "/v1/responses", body).status == 503
+
+
+def small_items(count: int) -> Object:
+    """Return a request of many small items: parsing makes 40 times its bytes of it."""
+    return {**REQUEST, "input": [{**HI, "content": [{"type": "input_text", "text": "hi"}]}] * count}
+
+
+def held(bridge: RunningBridge) -> int:
+    """Return how many bytes all requests hold."""
+    return q.MAX_BODIES - bridge.bridge.turns.budget.room()
+
+
+def after(gate: threading.Event) -> Callable[[wire.WebSocketExchange, Object], None]:
+    """Have upstream answer a frame once the gate is open."""
+    def answer(ws: wire.WebSocketExchange, body: Object) -> None:
+        gate.wait(5)
+        wire.answer_frame(ws, body)
+
+    return answer
+
+
+@pytest.mark.parametrize("by", ["previous_response_id", "item_reference"])
+@pytest.mark.parametrize("transport", ["http", "websocket"])
+def test_what_is_replayed_counts_as_a_body(
+    start: Start, backend: wire.Backend, transport: str, by: str
+) -> None:
+    bridge = start()
+    long = wire.message_item("x" * 500_000)
+    backend.on("/responses", wire.turn(*wire.items_turn(long)))
+    given: Object = {**REQUEST, "store": True, "input": [HI]}
+    first = wire.post(bridge.address, "/v1/responses", given).json
+    follows: Object = {**given, "previous_response_id": first["id"]}
+    if by == "item_reference":
+        follows = {**given, "input": [{"type": "item_reference", "id": first["output"][0]["id"]}, HI]}
+    assert until(lambda: held(bridge) == 0)
+    gate = threading.Event()
+    backend.on("/responses", wire.gated(gate, [], wire.text_turn()))
+    backend.on_frame(after(gate))
+    with contextlib.ExitStack() as stack:
+        stack.callback(gate.set)
+        if transport == "http":
+            client = stack.enter_context(wire.Client(bridge.address))
+            client.request("POST", "/v1/responses", follows)
+        else:
+            socket_ = stack.enter_context(contextlib.closing(wire.WebSocketClient(bridge.address)))
+            socket_.connect("/v1/responses")
+            socket_.send_json({"type": "response.create", **follows})
+        assert until(lambda: held(bridge) > 5 * 500_000)
+        gate.set()
+        assert until(lambda: held(bridge) < 10_000)
+
+
+@pytest.mark.parametrize("path", ["/v1/responses/compact", "/v1/memories/trace_summarize"])
+def test_a_side_requests_body_counts_with_what_parsing_makes_of_it(
+    start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr(q, "MAX_BODIES", 4 << 20)
+    bridge = start()
+    body = json.dumps(small_items(5_000)).encode()  # 0.5 MB
+    assert wire.post(bridge.address, path, body).status == 503
+    assert sent(backend, path[len("/v1"):]) == []
+    assert held(bridge) == 0
+
+
+def test_the_input_that_is_kept_for_the_store_counts_until_the_end(
+    start: Start, backend: wire.Backend
+) -> None:
+    bridge, gate = start(), threading.Event()
+    events = wire.text_turn()
+    backend.on("/responses", wire.gated(gate, events[:4], events[4:]))
+    text = "x" * 300_000
+    with wire.Client(bridge.address) as client:
+        client.request("POST", "/v1/responses", {**STREAM, "input": [{**HI, "content": text}]})
+        client.read_head()
+        assert client.read_event()
+        assert until(lambda: len(text) < held(bridge) < len(text) + 1_000)
+        gate.set()
+        client.read_events()
+    assert until(lambda: held(bridge) == 0)
+
+
+def test_an_input_that_the_store_cannot_take_is_not_kept(
+    start: Start, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "STORE_SIZE", 10_000)
+    bridge, gate = start(), threading.Event()
+    events = wire.text_turn()
+    backend.on("/responses", wire.gated(gate, events[:4], events[4:]))
+    with wire.Client(bridge.address) as client:
+        client.request("POST", "/v1/responses", {**STREAM, "input": [{**HI, "content": "x" * 300_000}]})
+        client.read_head()
+        assert client.read_event()
+        assert until(lambda: held(bridge) == 0)
+        gate.set()
+        client.read_events()
+
+
+def test_small_frames_count_with_what_parsing_makes_of_them(start: Start, backend: wire.Backend) -> None:
+    bridge, gate = start(), threading.Event()
+    frame = {"type": "response.create", **small_items(150)}
+    size = len(json.dumps(frame))
+    assert size < q.COUNTED_BODY
+    backend.on_frame(after(gate))
+    with contextlib.closing(wire.WebSocketClient(bridge.address)) as client:
+        client.connect("/v1/responses")
+        client.send_json(frame)
+        assert until(lambda: held(bridge) > 10 * size)
+        gate.set()
+        client.read_turn()
+    assert until(lambda: held(bridge) == 0)
 
 
 # -- the key file -------------------------------------------------------------

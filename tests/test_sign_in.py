@@ -717,6 +717,7 @@ class Disk:
         self.clock = Clock()  # of the code under test, where the fixture is used
         self.problem = ""
         self.failures = 0
+        self.before_replace: Callable[[], None] = lambda: None
         self._folder = str(folder)
         self._open, self._fsync, self._replace = os.open, os.fsync, os.replace
         monkeypatch.setattr(os, "open", self.open)
@@ -754,6 +755,7 @@ class Disk:
 
     def replace(self, source: Any, target: Any) -> None:
         """Take the place of os.replace."""
+        self.before_replace()
         if self.problem in ("busy", "device", "open", "rename", "read-only"):
             self._fail()
         self._replace(source, target)
@@ -881,6 +883,84 @@ def test_newer_sign_in_counts_more_than_one_that_could_not_be_written(
     clock.skew += LATER
     assert credentials.bearer().access_token == other.access_token
     assert saved(path) == other.refresh_token
+
+
+def fail_stat(monkeypatch: pytest.MonkeyPatch, path: Path, number: int) -> None:
+    """Let nobody look at the file."""
+    real = os.stat
+
+    def stat(target: Any, *words: Any, **options: Any) -> os.stat_result:
+        if str(target) == str(path):
+            raise OSError(number, os.strerror(number))
+        return real(target, *words, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+STAT_ERRORS = pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+
+
+@STAT_ERRORS
+def test_file_that_cannot_be_looked_at_is_no_sign_out(
+    number: int, path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
+) -> None:
+    held = credentials.current_tokens()
+    with pytest.MonkeyPatch.context() as patch:
+        issuer.meanwhile = lambda: fail_stat(patch, path, number)
+        found = credentials.after_401(held)
+        assert found.refresh_token == issuer.refresh_token != held.refresh_token
+    clock.skew += LATER
+    assert credentials.bearer() == found
+    assert saved(path) == issuer.refresh_token
+
+
+@STAT_ERRORS
+def test_file_that_cannot_be_looked_at_is_written_at_the_end(
+    number: int, path: Path, credentials: q.Credentials, issuer: Issuer, disk: Disk
+) -> None:
+    disk.problem = "full"
+    found = refreshed(credentials)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_stat(patch, path, number)
+        assert credentials.bearer() == found
+    disk.problem = ""
+    credentials.finish(0)
+    assert saved(path) == issuer.refresh_token
+
+
+def test_newer_sign_in_beside_a_failing_write_is_read(
+    path: Path, credentials: q.Credentials, disk: Disk, clock: Clock
+) -> None:
+    other, held = Issuer(), credentials.current_tokens()
+
+    def fail() -> None:
+        if disk.problem:
+            disk.problem = ""
+            wire.write_auth(path, other)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk.problem, disk.before_replace = "slow", fail
+    credentials.after_401(held)
+    assert credentials.bearer().access_token == other.access_token
+    clock.skew += LATER
+    assert (credentials.bearer().access_token, saved(path)) == (other.access_token, other.refresh_token)
+
+
+def test_newer_sign_in_behind_a_write_in_place_is_read(
+    path: Path, credentials: q.Credentials, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, held, real = Issuer(), credentials.current_tokens(), q.file_signature
+
+    def late(target: Any) -> Any:
+        if disk.problem and saved(path) != held.refresh_token:
+            disk.problem = ""
+            wire.write_auth(path, other)  # just as the bridge looks at what it has written
+        return real(target)
+
+    disk.problem = "busy"
+    monkeypatch.setattr(q, "file_signature", late)
+    credentials.after_401(held)
+    assert credentials.bearer().access_token == other.access_token
 
 
 def test_sign_out_counts_more_than_a_token_that_could_not_be_written(

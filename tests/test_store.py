@@ -469,6 +469,41 @@ def test_same_words_on_two_machines_are_two_conversations(
     assert went_up(backend, SECRET) is (source == HERE)
 
 
+def shows(picture: str) -> Object:
+    """Return a user's message with a picture."""
+    url = {"url": f"data:image/png;base64,{picture}"}
+    return {"role": "user", "content": [{"type": "text", "text": "What is this?"},
+                                        {"type": "image_url", "image_url": url}]}
+
+
+def ran(call_id: str, output: str) -> list[Object]:
+    """Return a call and its output."""
+    call = {"id": call_id, "type": "function", "function": {"name": "sh", "arguments": "{}"}}
+    return [{"role": "user", "content": "run it"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call_id, "content": output}]
+
+
+DIFFERENT: dict[str, tuple[list[Object], list[Object]]] = {
+    "in a picture": ([shows("QUFB")], [shows("QkJC")]),
+    "in an output": (ran("call_1", "a letter"), ran("call_1", "a file")),
+    "in a call": (ran("call_1", "a"), ran("call_2", "a")),
+}
+
+
+@pytest.mark.parametrize(("first", "other"), DIFFERENT.values(), ids=DIFFERENT)
+def test_conversations_that_differ_share_no_reasoning(
+    bridge: RunningBridge, backend: wire.Backend, first: list[Object], other: list[Object]
+) -> None:
+    think_then(backend, wire.message_item(SAID))
+    ask_from(bridge, HERE, CHAT, {"messages": first})
+    echo = [{"role": "assistant", "content": SAID}, {"role": "user", "content": "thanks"}]
+    assert ask_from(bridge, HERE, CHAT, {"messages": [*other, *echo]}).status == 200
+    assert not went_up(backend, SECRET)
+    assert ask_from(bridge, HERE, CHAT, {"messages": [*first, *echo]}).status == 200
+    assert went_up(backend, SECRET)
+
+
 @pytest.mark.parametrize("system", ["", "be brief"])
 @pytest.mark.parametrize("first", ["hi", [{"type": "text", "text": "hi"}]], ids=["text", "parts"])
 def test_conversation_that_goes_on_has_its_own_reasoning(
