@@ -109,7 +109,7 @@ import traceback
 import urllib.parse
 import zlib
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -1951,20 +1951,22 @@ def connect_first(addresses: list[Any], seconds: float) -> socket.socket:
     try:
         while trying or waiting:
             if waiting:
-                trying.append(begin_connect(waiting.pop(0)))
+                try:
+                    trying.append(begin_connect(waiting.pop(0)))
+                except OSError as exc:
+                    error = exc
+                    continue
             left = until - time.monotonic()
             if left <= 0:
                 raise TimeoutError("timed out")
             for sock in wait_writable(trying, min(left, NEXT_ADDRESS_SECONDS) if waiting else left):
                 trying.remove(sock)
-                try:
-                    sock.getpeername()
+                failure = connect_error(sock)
+                if failure is None:
                     sock.settimeout(seconds)
                     return sock
-                except OSError:
-                    failure = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNREFUSED
-                    error = OSError(failure, os.strerror(failure))
-                    sock.close()
+                error = failure
+                sock.close()
         raise error
     finally:
         for sock in trying:
@@ -1972,12 +1974,28 @@ def connect_first(addresses: list[Any], seconds: float) -> socket.socket:
 
 
 def begin_connect(entry: Any) -> socket.socket:
-    """Begin to connect to one of getaddrinfo's entries; a failure shows as readiness."""
+    """Begin to connect to one of getaddrinfo's entries; a later failure shows as readiness.
+
+    Raises OSError: this host has no such addresses, or no route to this one.
+    """
     family, socket_type, protocol, _, address = entry
     sock = socket.socket(family, socket_type, protocol)
     sock.setblocking(False)
-    sock.connect_ex(address)
+    number = sock.connect_ex(address)
+    if number not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+        sock.close()
+        raise OSError(number, os.strerror(number))
     return sock
+
+
+def connect_error(sock: socket.socket) -> OSError | None:
+    """Return why a try to connect has failed; None if it has not."""
+    try:
+        sock.getpeername()
+    except OSError:
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNREFUSED
+        return OSError(number, os.strerror(number))
+    return None
 
 
 def wait_writable(socks: list[socket.socket], seconds: float) -> list[socket.socket]:
@@ -4960,6 +4978,7 @@ SHORT_CALL_ID = re.compile(rb"call_[0-9a-f]{40}")  # as `short_call_id` makes th
 
 
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
+COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)+")  # a read with nothing else
 KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
 
 
@@ -4982,17 +5001,24 @@ class ResponseAssembler:
 
     def keep(self, event: bytes) -> None:
         """Keep an event that looks like one with an item or a text; it is parsed only if it is needed."""
-        self._size += len(event)
-        if self._size > MAX_EVENT:
-            self.overflowed = True
-            self._pending.clear()
-        else:
+        if self._has_room(len(event)):
             self._pending.append(event)
 
-    def add(self, parsed: Mapping[str, Any]) -> None:
-        """Add one event."""
+    def _has_room(self, size: int) -> bool:
+        """Tell whether the events are small enough to be kept; forget all of them if not."""
+        self._size += size
+        if self._size > MAX_EVENT:
+            self.overflowed = True
+            for kept in (self._pending, self._items, self._texts):
+                kept.clear()
+        return not self.overflowed
+
+    def add(self, parsed: Mapping[str, Any], size: int = 0) -> None:
+        """Add one event, of `size` bytes if it does not come from `keep`."""
         kind = event_type(parsed)
         index = parsed.get("output_index")
+        if kind in KEPT_EVENTS and not self._has_room(size):
+            return
         if kind == "response.output_item.done" and parsed.get("item") is not None:
             place = (0, index) if type(index) is int else (1, len(self._items))
             self._items[place] = parsed.get("item")
@@ -5330,7 +5356,7 @@ class ChatOutput(ResponsesOutput):
             parsed = event_json(event)
             if parsed is None:
                 continue
-            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._chunks(parsed)]
+            pieces += [b"data: %b\n\n" % json_bytes(chunk) for chunk in self._chunks(parsed, len(event))]
             if self._stream.failed:
                 self.failure = self.assembler.failure()
                 break
@@ -5340,15 +5366,15 @@ class ChatOutput(ResponsesOutput):
                 break
         return b"".join(pieces)
 
-    def _chunks(self, parsed: dict[str, Any]) -> list[Object]:
-        """Return an event's chunks; none for a side event."""
+    def _chunks(self, parsed: dict[str, Any], size: int) -> list[Object]:
+        """Return the chunks of an event of `size` bytes; none for a side event."""
         kind = event_type(parsed)
         if is_side_event(kind):
             self._keep_side(kind, parsed)
             return []
         if kind == "response.created":
             self.created = or_empty(parsed.get("response"), dict)
-        self.assembler.add(parsed)
+        self.assembler.add(parsed, size)
         chunks = self._stream.feed(parsed)
         self.begun = self.begun or bool(chunks)
         return chunks
@@ -6529,7 +6555,7 @@ class Log(logging.Handler):
         super().__init__()
         self._path = path  # "" for the console only
         self._file = -1
-        self._regular = False  # it can be rotated; a device or a pipe cannot
+        self._regular = False  # it can be rotated; a device, a pipe or a link (/dev/stdout) cannot
         self._size = 0  # bytes written since the last look
         self._look_at = 0.0  # monotonic
         self.problem = ""
@@ -6544,7 +6570,7 @@ class Log(logging.Handler):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
         try:
             self._file = os.open(self._path, flags, 0o600)
-            self._regular = stat.S_ISREG(os.fstat(self._file).st_mode)
+            self._regular = stat.S_ISREG(os.fstat(self._file).st_mode) and not os.path.islink(self._path)
             if self._regular:
                 os.chmod(self._path, 0o600)  # for a file that already existed
         except OSError as exc:
@@ -6563,16 +6589,22 @@ class Log(logging.Handler):
         text = f"{self._second[1]},{int(entry.msecs):03d} {entry.levelname} {text}\n"
         line = text.encode("utf-8", "backslashreplace")
         self._write_file(line)
-        if not self._has_thread or self._console.qsize() < self.CONSOLE_LINES:
+        if self._console.qsize() < self.CONSOLE_LINES:
             self._console.put(line)
+        if not self._has_thread:  # the system gave none; it may give one now
+            self._has_thread = start_thread("console", self._write_console)
 
     def _write_file(self, line: bytes) -> None:
-        if self._file >= 0:
-            with contextlib.suppress(OSError):
-                self._size += os.write(self._file, line)
         if self._regular and (self._size > LOG_SIZE // 10 or time.monotonic() > self._look_at):
             self._look_at, self._size = time.monotonic() + self.LOOK_SECONDS, 0
             self._follow()
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                self._size += os.write(self._file, line)
+
+    def look_again(self) -> None:
+        """Look before the next line whether another program has moved or removed the file."""
+        self._look_at = 0.0
 
     def _follow(self) -> None:
         """Open the file anew if another program has moved or removed it; rotate it if it is too large."""
@@ -6627,6 +6659,15 @@ def set_up_log(config: Config) -> None:
 def discard_output() -> None:
     """Redirect standard output to the null device, because its reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def has_terminal() -> bool:
+    """Tell whether this program has a terminal that is still open, wherever its output goes."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 # == 28 store =================================================================
@@ -7413,6 +7454,17 @@ class Exchange:
             raise ClientLeft("client_stalled" if isinstance(exc, TimeoutError) else "client_closed") from exc
 
 
+def is_sign_of_life(payload: bytes) -> bool:
+    """Tell whether upstream's bytes only say that it is there: a keepalive event, or comments alone."""
+    return KEEPALIVE_MARK in payload or COMMENTS.fullmatch(payload) is not None
+
+
+def warn_of_overflow(assembler: ResponseAssembler, record: Record) -> None:
+    """Log that a response's items were too large to be kept."""
+    if assembler.overflowed:
+        log.warning("request %s: the items exceed %d bytes: `output` is not filled", record.id, MAX_EVENT)
+
+
 class Relay:
     """Copies a reply to the client piece by piece, and keeps back its last piece, with the terminal event.
 
@@ -7455,7 +7507,7 @@ class Relay:
             payload = reply.read(seconds, exchange.connection)
             now = time.monotonic()
             if payload:
-                if KEEPALIVE_MARK not in payload:
+                if not is_sign_of_life(payload):
                     self._last_read = now
                 ready = output.feed(payload)
                 exchange.record.events = output.count  # for /status
@@ -7707,9 +7759,7 @@ class Turns:
             raise relay.error
         if f"response.{end}" in STORED_EVENTS:
             api.keep(response)
-        if relay.output.assembler.overflowed:
-            log.warning("request %s: the items exceed %d bytes: `output` is not filled",
-                        exchange.record.id, MAX_EVENT)
+        warn_of_overflow(relay.output.assembler, exchange.record)
         if api.streamed:
             exchange.finish_stream(relay.last or b"")
         else:
@@ -8030,11 +8080,12 @@ class InFlight:
         self.slot.close()
         self.held.release()
 
-    def complete(self, parsed: Mapping[str, Any]) -> bytes | None:
-        """Add an event; return a completed terminal event's bytes, None for an event that stays as it is."""
-        self.assembler.add(parsed)
+    def complete(self, parsed: Mapping[str, Any], size: int) -> bytes | None:
+        """Add an event of `size` bytes; return a terminal event's bytes if it is completed, else None."""
+        self.assembler.add(parsed, size)
         if event_type(parsed) not in TERMINAL_EVENTS:
             return None
+        warn_of_overflow(self.assembler, self.record)
         changed = self.assembler.fill()
         if self.stored and self.stored.previous:  # upstream may not know it
             changed = self.assembler.set_fields({"previous_response_id": self.stored.previous}) or changed
@@ -8161,16 +8212,19 @@ class AfterError:
         self._expected = False  # upstream's may come
         self._hidden = False  # upstream's is not for the client
         self._response: Any = None  # the id of the response that it ends, if that is known
+        self._begun = 0.0  # monotonic
 
     def begin(self, event: Mapping[str, Any], created: Mapping[str, Any], codex: bool) -> None:
         """Note that an `error` has gone to the client."""
         self._expected, self._hidden, self._response = True, False, created.get("id")
+        self._begun = time.monotonic()
         if codex and not reported_status(event):
             self._failed, self.until = failed_event(event, created), time.monotonic() + FAILURE_WAIT
 
     def hide(self) -> None:
         """Note that an `error` was repaired: the client hears nothing of it."""
         self._expected, self._hidden, self._response = True, True, None
+        self._begun = time.monotonic()
 
     def take_ours(self) -> dict[str, Any]:
         """Return our `response.failed` to send now; {} if none is due. Upstream's then comes too late."""
@@ -8178,12 +8232,14 @@ class AfterError:
         self._hidden = self._hidden or bool(failed)
         return failed
 
-    def take_theirs(self, response: Any = None) -> bool | None:
+    def take_theirs(self, response: Any = None, in_flight: bool = False) -> bool | None:
         """Tell whether upstream's `response.failed` goes to the client; None if it ends another request.
 
-        With other requests in flight, its response's id tells which one it ends.
+        With another one in flight, its response's id tells which one it ends; if that is unknown, the time.
         """
-        if not self._expected or (response and self._response and response != self._response):
+        known = self._response and response
+        late = in_flight and not known and time.monotonic() > self._begun + FAILURE_WAIT
+        if not self._expected or late or (known and response != self._response):
             return None
         self._expected, self._failed, self.until = False, {}, float("inf")
         return not self._hidden
@@ -8534,7 +8590,8 @@ class WebSocketRelay:
             if in_flight.attempt is not None:
                 self._turns.observe_created(self._exchange, in_flight.attempt, in_flight.created)
         elif kind == "response.failed":
-            goes_on = self._after_error.take_theirs(or_empty(parsed.get("response"), dict).get("id"))
+            response = or_empty(parsed.get("response"), dict)
+            goes_on = self._after_error.take_theirs(response.get("id"), in_flight=True)
             if goes_on is not None:  # it ends the request of the `error`, not this one
                 if goes_on:
                     self._exchange.send(encode_frame(OP_TEXT, payload))
@@ -8554,7 +8611,7 @@ class WebSocketRelay:
     def _notable_event(self, in_flight: InFlight, parsed: dict[str, Any], payload: bytes) -> None:
         """Pass on an event that adds to the response or ends it; its end is stored and logged."""
         kind = event_type(parsed)
-        completed = in_flight.complete(parsed)
+        completed = in_flight.complete(parsed, len(payload))
         if kind in STORED_EVENTS and in_flight.stored is not None:
             response = or_empty((in_flight.assembler.final or {}).get("response"), dict)
             self._turns.store.keep_response(self._exchange.client.owner, response, in_flight.stored)
@@ -9496,15 +9553,16 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _handshake(self, context: ssl.SSLContext) -> bool:
         """Do the TLS handshake in the connection's own thread; tell whether the handshake succeeded."""
-        self.request.settimeout(HEAD_TIMEOUT)
-        with contextlib.suppress(OSError):
+        started = time.monotonic()
+        try:
+            self.request.settimeout(HEAD_TIMEOUT)
             begun = self.request.recv(16, socket.MSG_PEEK)
             if re.match(rb"[A-Z]{3,8} ", begun):
                 log.warning("%s sent plain http: this bridge serves https", self.client_address[0])
                 self._refuse(Connection(self.request), MalformedHttp(
-                    "this bridge serves https only: use https://"), begun, time.monotonic())
+                    "this bridge serves https only: use https://"), begun, started)
                 return False
-        try:
+            self.request.settimeout(max(0.1, started + HEAD_TIMEOUT - time.monotonic()))
             self.request = context.wrap_socket(self.request, server_side=True)
         except (OSError, ValueError) as exc:
             log.debug("TLS handshake with %s failed: %s", self.client_address[0], describe_error(exc))
@@ -9516,7 +9574,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.server.set_idle(self, True)
         if not connection.wait(IDLE_CLIENT):
             return None
-        self.server.set_idle(self, False)
         started, head = time.monotonic(), b""
         error: MalformedHttp
         try:
@@ -9526,6 +9583,7 @@ class Handler(socketserver.BaseRequestHandler):
             if received is None:
                 return None  # the client has ended the connection
             head = received
+            self.server.set_idle(self, False)
             client = Client(str(self.client_address[0]))
             return Exchange(connection, parse_request(head), client, Record(client.address, started))
         except TimeoutError:
@@ -9552,15 +9610,16 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, connection: Connection, error: MalformedHttp, head: bytes, started: float) -> None:
         """Answer invalid HTTP, and end the connection. A response to HEAD has no body."""
-        record = Record(str(self.client_address[0]), started)
-        match = REQUEST_LINE.match(head.decode("latin-1"))
+        record, method = Record(str(self.client_address[0]), started), ""
+        match = REQUEST_LINE.match(head.decode("latin-1").lstrip("\r\n"))
         if match:
-            record.method, record.path = match[1], match[2].partition("?")[0]
+            method, record.path = match[1], match[2].partition("?")[0]
+            record.method = method
         response, body = error_response(error, {"x-qoo-bridge-id": record.id, "connection": "close"})
         record.status = error.status
         record.fail(error)
         with contextlib.suppress(OSError):
-            connection.send(response if head.startswith(b"HEAD ") else response + body, WRITE_TIMEOUT)
+            connection.send(response if method == "HEAD" else response + body, WRITE_TIMEOUT)
         self.server.log_request(record)
         linger(connection)
 
@@ -9597,7 +9656,7 @@ def raise_file_limit(connections: int) -> None:
 class Server(http.server.ThreadingHTTPServer):
     """The listening server, with one thread per connection, up to --max-connections.
 
-    `_lock` guards the connections. An idle connection is between two requests.
+    `_lock` guards the connections. An idle connection is between two requests, or in a request's head.
     """
 
     request_queue_size = 1024  # connections that wait to be accepted
@@ -9635,7 +9694,8 @@ class Server(http.server.ThreadingHTTPServer):
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Refuse a client outside --allow or a connection beyond the limit, before a thread starts.
 
-        One machine has at most half of the connections, so that others find room; loopback may have all.
+        An idle connection gives way, also one whose head is not complete. One machine leaves an eighth of
+        the connections to others; loopback, where a front may serve all clients, may have all.
         """
         address = str(client_address[0])
         if not network_allows(address, self.bridge.policy.networks):
@@ -9649,13 +9709,14 @@ class Server(http.server.ThreadingHTTPServer):
                 self._addresses[request] = address
                 return True
         if greedy:
-            error = Overloaded("this machine has half of all connections in use", retry_after=2)
+            error = Overloaded("this machine has its share of all connections in use", retry_after=2)
             return self._turn_away(request, error)
         return self._turn_away(request, Overloaded("all connections are in use", retry_after=2))
 
     def _has_share(self, address: str) -> bool:
-        """Tell whether a machine has half of all connections. The caller holds `_lock`."""
-        return list(self._addresses.values()).count(address) >= max(1, self._limit // 2)
+        """Tell whether a machine has its share of all connections. The caller holds `_lock`."""
+        share = self._limit - max(1, self._limit // 8)
+        return list(self._addresses.values()).count(address) >= max(1, share)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own; where the system gives none, answer 503."""
@@ -9676,12 +9737,13 @@ class Server(http.server.ThreadingHTTPServer):
         return False
 
     def _close_idle(self, address: str = "") -> bool:
-        """Close the connection that has been idle longest, and tell whether there is one.
+        """Close a machine's connection that has been idle longest, and tell whether there is one.
 
-        With an address it is one of that machine. The caller holds `_lock`.
+        By default it is the machine that has most of them. The caller holds `_lock`.
         """
+        most = Counter(str(handler.client_address[0]) for handler in self._waiting).most_common(1)
         for handler, request in self._waiting.items():
-            if address in ("", str(handler.client_address[0])):
+            if str(handler.client_address[0]) == (address or most[0][0]):
                 del self._waiting[handler]
                 # The connection no longer counts, though its thread still runs.
                 del self._open[handler.accepted], self._addresses[handler.accepted]
@@ -9690,7 +9752,7 @@ class Server(http.server.ThreadingHTTPServer):
         return False
 
     def set_idle(self, handler: Handler, idle: bool) -> None:
-        """Record whether a connection is between two requests."""
+        """Record whether a connection is idle."""
         with self._lock:
             if not idle:
                 self._waiting.pop(handler, None)
@@ -9854,6 +9916,9 @@ def catch_signals(server: Server) -> list[int]:
         if had_terminal and not has_terminal():
             signals.append(number)  # the terminal was closed: nobody could stop this program any more
         server.bridge.reread()
+        for handler in log.handlers:
+            if isinstance(handler, Log):
+                handler.look_again()
 
     if hang_ups:
         signal.signal(hang_ups, hang_up)
@@ -9876,14 +9941,6 @@ def stop_signals(waits: Callable[[], bool]) -> list[int]:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     return signals
-
-
-def has_terminal() -> bool:
-    """Tell whether this program has a terminal that is still open."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.tcgetpgrp(sys.stderr.fileno())
-        return True
-    return False
 
 
 class Command(NamedTuple):

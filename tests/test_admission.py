@@ -428,17 +428,33 @@ def test_one_machine_leaves_room_for_others(start: Start, monkeypatch: pytest.Mo
             return stack.enter_context(contextlib.closing(there))
 
         idle: list[socket.socket] = []
-        while len(idle) < 4:  # one after the other: the first is to be idle longest
+        while len(idle) < 7:  # one after the other: the first is to be idle longest
             idle.append(connect())
             assert until(lambda: len(server._waiting) == len(idle))
         greedy = connect()  # takes the place of the first idle one
         assert idle[0].recv(100) == b""
         for each in (*idle[1:], greedy):
-            each.sendall(b"GET /v1/models HTTP/1.1\r\n")  # a head that never ends
-        assert until(lambda: len(server._open) == 4 and not server._waiting)
+            each.sendall(b"POST /v1/responses HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n")
+        assert until(lambda: len(server._open) == 7 and not server._waiting)  # bodies that never end
         assert [connect().recv(100)[:12] for _ in range(3)] == [b"HTTP/1.1 503"] * 3
         assert wire.get(bridge.address, "/healthz").status == 200
     assert until(lambda: not bridge.server._addresses)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address of this host")
+def test_heads_that_never_end_keep_no_client_out(start: Start) -> None:
+    bridge = start("--max-connections", "8")
+    with contextlib.ExitStack() as stack:
+        for number in range(12):
+            source = ("127.0.0.2" if number % 3 else "127.0.0.3", 0)
+            slow = stack.enter_context(socket.create_connection(bridge.address, 5, source))
+            slow.sendall(b"GET /v1/models HTTP/1.1\r\n")
+        assert until(lambda: len(bridge.server._open) == 8)
+        honest = [stack.enter_context(wire.Client(bridge.address)) for _ in range(3)]
+        for client in honest:
+            client.request("GET", "/healthz")
+            assert client.read_reply().status == 200
+            assert len(bridge.server._open) == 8
 
 
 def test_a_long_host_is_not_remembered(bridge: RunningBridge) -> None:

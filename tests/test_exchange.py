@@ -626,6 +626,31 @@ def test_endless_silence_is_given_up(
     assert (reply.status, reply.ended) == ((200, "cut") if stream else (504, "length"))
 
 
+SIGNS_OF_LIFE = {
+    "keepalive": b'event: keepalive\ndata: {"type":"keepalive","sequence_number":1}\n\n',
+    "comment": b": ping\n\n", "comments": b": a\n: b\r\n\r\n:\n\n", "empty line": b"\n",
+}
+
+
+@pytest.mark.parametrize("sign", SIGNS_OF_LIFE)
+def test_signs_of_life_do_not_hold_a_parked_turn_for_ever(
+    sign: str, start: Start, backend: wire.Backend
+) -> None:
+    def parked(exchange: wire.Exchange) -> None:
+        exchange.head()
+        exchange.event(FIRST)
+        with contextlib.suppress(wire.PeerLeft, OSError):
+            while not exchange.left(0.02):
+                exchange.event(SIGNS_OF_LIFE[sign])
+
+    backend.on("/responses", parked)
+    with asking(start("--idle-timeout", "0.2")) as client:
+        client.read_head()
+        begun = time.monotonic()
+        client.reader.to_end()
+        assert time.monotonic() - begun < 2
+
+
 # -- a client that leaves -------------------------------------------------------------
 
 MOMENTS: dict[str, list[Any]] = {
@@ -1080,7 +1105,7 @@ def test_stream_gets_the_text_that_came_with_the_failure(
 # -- items above the bound ------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["stream", "whole"])
+@pytest.mark.parametrize("way", ["stream", "whole", "websocket"])
 @pytest.mark.parametrize("size", [100, 1500], ids=["below", "above"])
 def test_output_is_whole_or_not_filled(
     size: int, way: str, start: Start, backend: wire.Backend, log_lines: LogLines,

@@ -432,6 +432,24 @@ def test_a_failure_that_comes_too_late_is_not_a_second_one(
         assert "response.failed" not in kinds(events)
 
 
+@EACH_CLIENT
+@pytest.mark.usefixtures("short_wait")
+def test_a_turn_that_fails_at_once_long_after_an_error_is_settled(
+    bridge: RunningBridge, backend: wire.Backend, fields: dict[str, str]
+) -> None:
+    backend.on_frame(lambda ws, _: ws.event(OVERLOADED),
+                     lambda ws, _: ws.event(wire.failed("server_error", "no", 1, "resp_2")))
+    with dialled(bridge, fields, SOON) as client:
+        turn(client, codex_create())
+        if fields is CODEX_FIELDS:
+            client.read_json()  # ours
+        threading.Event().wait(2 * q.FAILURE_WAIT)
+        client.send_json(codex_create())
+        assert client.read_json()["response"]["id"] == "resp_2"
+        assert until(lambda: bridge.bridge.telemetry.snapshot(0)["open"] == [])
+        assert [row["end"] for row in bridge.bridge.telemetry.snapshot(0)["recent"]] == ["failed", "error"]
+
+
 @pytest.mark.parametrize("status", [{"status": 503}, {"status_code": 429, "headers": {}}])
 @pytest.mark.usefixtures("short_wait")
 def test_an_error_with_a_status_stands_alone(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from help import (
     POST,
     REQUEST,
     SECONDS,
+    NoThreads,
     ask,
     head,
     posix,
@@ -330,6 +333,55 @@ def test_two_bridges_in_one_folder_share_a_log(
     kept = "".join(each.read_text("utf-8") for each in path.parent.glob("bridge.log*"))
     newest = [f"line {number} " for number in range(25, 40)]
     assert [text for text in newest if text not in kept] == []  # nobody has rotated the other's new file away
+
+
+@posix
+def test_log_that_logrotate_has_moved_is_opened_anew_at_its_signal(
+    bridge: RunningBridge, logging_to: Callable[[], Path]
+) -> None:
+    path = logging_to()
+    q.log.info("before")
+    path.rename(path.with_name("bridge.log.old"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)}
+    try:
+        q.catch_signals(bridge.server)
+        os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    q.log.info("after")
+    assert "after" in path.read_text("utf-8")
+
+
+@posix
+def test_log_behind_a_link_is_not_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q.Log, "LOOK_SECONDS", -1)
+    monkeypatch.setattr(q, "LOG_SIZE", 500)
+    target, link = tmp_path / "target", tmp_path / "stdout"  # as /dev/stdout is a link to what `>file` opened
+    target.write_text("")
+    target.chmod(0o644)
+    link.symlink_to(target)
+    with contextlib.closing(q.Log(str(link))) as log:
+        for _ in range(20):
+            log.handle(logging.LogRecord("qoo_bridge", logging.INFO, "", 0, "x" * 100, None, None))
+    assert (link.is_symlink(), target.stat().st_mode & 0o777) == (True, 0o644)
+    assert target.read_text().count("\n") == 20
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["stdout", "target"]
+
+
+def test_console_without_a_thread_is_tried_again_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    threads = NoThreads(monkeypatch, "console")
+    with contextlib.closing(q.Log("")) as log:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written))
+        line = logging.LogRecord("qoo_bridge", logging.INFO, "", 0, "a line", None, None)
+        for _ in range(q.Log.CONSOLE_LINES + 50):
+            log.handle(line)
+        assert (threads.failed > 1, written.getvalue()) == (True, b"")
+        threads.names = ()
+        log.handle(line)
+        log.flush()
+        assert written.getvalue().count(b"\n") == q.Log.CONSOLE_LINES
 
 
 @posix

@@ -894,6 +894,18 @@ def test_refused_head_has_no_body(name: str, bridge: RunningBridge) -> None:
         assert client.reader.to_end() == b""  # it would be the next answer's beginning
 
 
+@pytest.mark.parametrize("empty", [b"\r\n", b"\r\n\r\n"])
+def test_refused_head_behind_an_empty_line_has_no_body(
+    bridge: RunningBridge, log_lines: LogLines, empty: bytes
+) -> None:
+    with wire.Client(bridge.address) as client:
+        client.send(empty + head("HEAD /v1/models HTTP/1.1", HOST, "no colon"))
+        assert client.read_head("HEAD").status == 400
+        client.half_close()
+        assert client.reader.to_end() == b""
+    assert " HEAD " in log_lines.ended("/v1/models")[0]
+
+
 def test_head_that_is_slow_has_no_body(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "HEAD_TIMEOUT", 0.05)
     reply = wire.raw(start().address, b"HEAD /v1/models HTTP/1.1\r\nHost: bri", method="HEAD")

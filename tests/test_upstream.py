@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -892,6 +892,41 @@ def test_a_dead_first_address_costs_a_moment_and_is_remembered(
         assert begun == ["127.0.0.1"]
         for each in fillers:
             each.close()
+
+
+UNKNOWN_FAMILY = 999  # as IPv6 is where the kernel has none
+
+
+@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EHOSTUNREACH])
+@pytest.mark.parametrize("last", [False, True], ids=["the next works", "none works"])
+def test_an_address_that_cannot_be_tried_costs_nothing(
+    upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch, number: int, last: bool
+) -> None:
+    backend.always("/x", OK)
+    host, port = backend.address
+    bad = (UNKNOWN_FAMILY if number == errno.EAFNOSUPPORT else socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    entries = [(*bad, ("192.0.2.1", port))] * 2
+    if not last:
+        entries.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: list(entries))
+    monkeypatch.setattr(socket.socket, "connect_ex", no_route(number))
+    started = time.monotonic()
+    if last:
+        with pytest.raises(q.BadUpstream, match=os.strerror(number).lower()):
+            fetch(upstream, backend)
+    else:
+        fetch(upstream, backend)
+    assert time.monotonic() - started < q.NEXT_ADDRESS_SECONDS
+
+
+def no_route(number: int) -> Callable[[socket.socket, Any], int]:
+    """Return a connect_ex that knows no way to 192.0.2.1."""
+    real = socket.socket.connect_ex
+
+    def connect_ex(sock: socket.socket, address: Any) -> int:
+        return number if address[0] == "192.0.2.1" else real(sock, address)
+
+    return connect_ex
 
 
 def test_no_address_that_answers_is_one_error(upstream: Counted) -> None:
