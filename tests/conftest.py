@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import itertools
 import logging
 import os
+import py_compile
 import random
 import re
 import subprocess
@@ -26,8 +29,10 @@ import wire
 
 import qoo_bridge as q
 
+gc.disable()  # until the tests are collected: it took half of that time, and found nothing
 sys.addaudithook(kernel.watch)  # for the whole run: a hook cannot be taken away
 PARSER = q.build_parser()
+LOCAL = ("--host", "127.0.0.1", "--port", "0", "--log-file", "-")
 POLL = 0.001  # seconds; each test waits so long for its bridge to end
 
 
@@ -45,6 +50,7 @@ def pytest_collection_finish() -> None:
     """Keep the tests themselves out of each garbage collection: they stay to the end."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # collections took a twentieth of the time on 3.9
+    gc.enable()
 
 
 class LeakSearch(logging.Handler):
@@ -72,16 +78,21 @@ def trust(request: pytest.FixtureRequest) -> Iterator[None]:
     assert violations + leaks == []
 
 
+@functools.cache
+def parsed(*options: str) -> dict[str, Any]:
+    """Return the values that options give."""
+    values = vars(PARSER.parse_args(options))
+    return {name: value for name, value in values.items() if value is not None}
+
+
 class RunningBridge:
     """A bridge that serves in this process; its faults are collected."""
 
     def __init__(self, backend: wire.Backend, auth_file: Path, *options: str) -> None:
         self.auth_file = auth_file
         self.faults: list[BaseException] = []
-        words = PARSER.parse_args([
-            "--host", "127.0.0.1", "--port", "0", "--upstream", backend.upstream, "--issuer", backend.issuer,
-            "--auth-file", str(auth_file), "--log-file", "-", *options])
-        self.config = q.load_config(vars(words), {})
+        own = {"upstream": [backend.upstream], "issuer": [backend.issuer], "auth_file": [str(auth_file)]}
+        self.config = q.load_config({**parsed(*LOCAL), **own, **parsed(*options)}, {})
         self.server = q.Server(self.config)
         self.server.bridge.on_fault = self.faults.append
         self.address = ("127.0.0.1", self.server.server_port)
@@ -101,7 +112,7 @@ class RunningBridge:
 
 
 BRIDGE = Path(__file__).resolve().parents[1] / "qoo_bridge.py"
-# Runs the program as `python qoo_bridge.py WORDS` does, but lets it look around more often: a serving loop
+# Runs a program as `python PROGRAM WORDS` does, but lets it look around more often: a serving loop
 # notices its end, and a main thread a signal, within this time. No deadline of the program is another.
 HURRIED = """\
 import runpy, socketserver, sys, time
@@ -116,11 +127,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Process:
     """A bridge in a process of its own, and what it says."""
 
-    def __init__(self, backend: wire.Backend, folder: Path, *options: str) -> None:
+    def __init__(self, backend: wire.Backend, folder: Path, program: Path, *options: str) -> None:
         self.lines: list[str] = []
         begun = time.monotonic()
         self.process = subprocess.Popen([
-            sys.executable, "-W", "error", "-c", HURRIED, q.__file__, "--host", "127.0.0.1", "--port", "0",
+            sys.executable, "-W", "error", "-c", HURRIED, str(program), "--host", "127.0.0.1", "--port", "0",
             "--upstream", backend.upstream, "--issuer", backend.issuer,
             "--auth-file", str(folder / "auth.json"), "--log-file", "-", *options,
         ], stderr=subprocess.PIPE, text=True)
@@ -167,6 +178,25 @@ class Process:
         wire.search("".join(self.lines).encode(), "the log of a process")
 
 
+@pytest.fixture(scope="session")
+def bytecode(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program as bytecode, to run and to import: what it takes to compile it is paid once."""
+    made = tmp_path_factory.mktemp("bytecode") / "qoo_bridge.pyc"
+    py_compile.compile(str(BRIDGE), str(made), doraise=True)
+    return made
+
+
+FOLDERS = itertools.count()
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the test's own. To make one, pytest's fixture looks through all others, or links it."""
+    made = tmp_path_factory.getbasetemp() / f"{next(FOLDERS)}-{request.function.__name__}"
+    made.mkdir(0o700)
+    return made
+
+
 Start = Callable[..., RunningBridge]
 Run = Callable[..., Process]
 
@@ -201,14 +231,14 @@ def start(backend: wire.Backend, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def run(backend: wire.Backend, tmp_path: Path) -> Iterator[Run]:
+def run(backend: wire.Backend, tmp_path: Path, bytecode: Path) -> Iterator[Run]:
     """Run signed-in bridges in processes of their own."""
     with contextlib.ExitStack() as running:
 
-        def run_one(*options: str) -> Process:
+        def run_one(*options: str, program: Path = bytecode) -> Process:
             if not (tmp_path / "auth.json").exists():
                 wire.write_auth(tmp_path / "auth.json", backend)
-            process = Process(backend, tmp_path, *options)
+            process = Process(backend, tmp_path, program, *options)
             running.callback(process.close)
             return process
 
@@ -370,10 +400,10 @@ def running(folder: Path, program: tuple[str, ...], *words: object) -> Iterator[
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
+def launch(tmp_path: Path, bytecode: Path) -> Iterator[Launch]:
     """Start `qoo_bridge.py WORDS`; all end with the test."""
     with contextlib.ExitStack() as started:
-        program = ("-c", HURRIED, str(BRIDGE))
+        program = ("-c", HURRIED, str(bytecode))
         yield lambda *words: started.enter_context(running(tmp_path, program, *words))
 
 

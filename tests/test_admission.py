@@ -573,16 +573,14 @@ def send_body(address: wire.Address, body: bytes, websocket: bool, statuses: lis
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak")
 @pytest.mark.parametrize("storm", STORMS)
 def test_peak_of_the_process_is_within_its_bounds(
-    storm: str, run: Run, backend: wire.Backend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storm: str, run: Run, backend: wire.Backend, tmp_path: Path, bytecode: Path
 ) -> None:
     make, websocket = STORMS[storm]
     program = tmp_path / "bridge_with_small_bounds.py"
-    code = str(Path(q.__file__).parent)
-    program.write_text(SMALL_BOUNDS.format(code=code, bodies=BODIES, store=STORE), "utf-8")
-    monkeypatch.setattr(q, "__file__", str(program))
+    program.write_text(SMALL_BOUNDS.format(code=str(bytecode.parent), bodies=BODIES, store=STORE), "utf-8")
     backend.always("/responses", wire.turn(*wire.text_turn()))
     backend.on_frame(*[lambda ws, _: ws.events(*wire.text_turn())] * 8)
-    running: Process = run()
+    running: Process = run(program=program)
     wire.post(running.address, "/v1/responses", STREAM)
     before = peak(running.process.pid)
     body, statuses = make(3 << 20), list[int]()

@@ -18,7 +18,7 @@ from help import AGENT, ANSWER, CHAT, MODEL, RESPONSES, TEXT, WAYS, Object, ask,
 import qoo_bridge as q
 
 ASKED: dict[str, Object] = {CHAT: {"messages": [{"role": "user", "content": "hi"}]}, TEXT: {"prompt": "hi"}}
-BRISK = ("--keepalive", "0.03")
+BRISK = ("--keepalive", "0.02")
 BOTH = pytest.mark.parametrize("path", [CHAT, TEXT])
 
 

@@ -136,11 +136,13 @@ def serves(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def in_a_terminal(how: str, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
+def in_a_terminal(
+    how: str, program: Path, *words: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], None]]]:
     """Run a bridge in a terminal of its own; give it, and what closes the terminal."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", IN_A_TERMINAL, how, "-c", HURRIED, q.__file__, *words]
+    command = [sys.executable, "-c", IN_A_TERMINAL, how, "-c", HURRIED, str(program), *words]
     closed = False
 
     def close() -> None:
@@ -162,13 +164,13 @@ def in_a_terminal(how: str, *words: str) -> Iterator[tuple[subprocess.Popen[byte
 @posix
 @pytest.mark.parametrize("how", ["plain", "2>file", "nohup"])
 def test_terminal_that_is_closed_leaves_no_orphan_on_the_port(
-    how: str, backend: wire.Backend, tmp_path: Path
+    how: str, backend: wire.Backend, tmp_path: Path, bytecode: Path
 ) -> None:
     wire.write_auth(tmp_path / "auth.json", backend)
     port = free_port()
     words = ("--host", "127.0.0.1", "--port", str(port), "--upstream", backend.upstream,
              "--issuer", backend.issuer, "--auth-file", str(tmp_path / "auth.json"), "--log-file", "-")
-    with in_a_terminal(how, *words) as (process, close):
+    with in_a_terminal(how, bytecode, *words) as (process, close):
         assert until(lambda: serves(port))
         close()
         ended = until(lambda: process.poll() is not None, 0.25 if how == "nohup" else 5)

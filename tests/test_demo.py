@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import wire
-from conftest import BRIDGE, Launch, Popen, running
+from conftest import Launch, Popen, running
 from help import SECONDS, outcome
 
 
@@ -46,9 +46,9 @@ sys.exit(qoo_bridge.main())
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[wire.Address]:
+def demo(tmp_path_factory: pytest.TempPathFactory, bytecode: Path) -> Iterator[wire.Address]:
     """Start one demo that does not pause between two words; return its address."""
-    folder, program = tmp_path_factory.mktemp("demo"), ("-B", "-c", HURRIED, str(BRIDGE.parent))
+    folder, program = tmp_path_factory.mktemp("demo"), ("-B", "-c", HURRIED, str(bytecode.parent))
     with running(folder, program, "demo", "--host", "127.0.0.1", "--port", "0") as process:
         yield "127.0.0.1", own_port(process)
 

@@ -56,7 +56,7 @@ import qoo_bridge as q
 
 WHOLE = b"".join(map(wire.sse_bytes, EVENTS))
 DELTA = wire.sse_bytes({"type": "response.output_text.delta", "delta": "x"})
-BRISK = ("--keepalive", "0.03")
+BRISK = ("--keepalive", "0.02")
 
 
 # -- reading a body -----------------------------------------------------------
@@ -280,7 +280,7 @@ def test_max_body_is_exact(start: Start, extra: int) -> None:
                  id="within-the-trailers"),
 ])
 def test_slow_body_is_cut(start: Start, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(q, "BODY_STALL", 0.05)
+    monkeypatch.setattr(q, "BODY_STALL", 0.02)
     reply = wire.raw(start().address, sent)
     assert (reply.status, reply.header("connection"), reply.rest) == (408, "close", b"")
 

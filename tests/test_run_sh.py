@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import py_compile
 import re
 import shutil
 import socket
@@ -24,14 +25,21 @@ ENVIRONMENT = {**NEUTRAL, "PYTHON": sys.executable}
 HOSTILE = "raise SystemExit('hostile')\n"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the bridge's folder, without its tests."""
-    made = tmp_path / "qoo-bridge"
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bridge's folder as a first start leaves it, with the bytecode and without the tests."""
+    made = tmp_path_factory.mktemp("started") / "qoo-bridge"
     made.mkdir()
     for name in ("run.sh", "qoo_bridge.py"):
         shutil.copy(ROOT / name, made)
+    py_compile.compile(str(made / "qoo_bridge.py"), doraise=True)
     return made
+
+
+@pytest.fixture
+def folder(started: Path, tmp_path: Path) -> Path:
+    """A copy of that folder; the dates are kept, which tell that the bytecode is of this file."""
+    return Path(shutil.copytree(started, tmp_path / "qoo-bridge"))
 
 
 def run_sh(folder: Path, *words: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +56,7 @@ def function(name: str) -> str:
 # -- the bridge
 
 def test_second_start_has_the_bytecode(folder: Path) -> None:
+    shutil.rmtree(folder / "__pycache__")
     assert run_sh(folder, "--version", cwd=folder.parent).returncode == 0
     (kept,) = (folder / "__pycache__").glob("qoo_bridge.*.pyc")
     made = kept.stat().st_mtime_ns
@@ -101,8 +110,9 @@ def test_taken_port_4000_keeps_litellm_from_starting(
 ) -> None:
     programs, started = tmp_path / "bin", tmp_path / "started"
     programs.mkdir()
-    (programs / "litellm").write_text(f"#!/bin/sh\n: >{started}\n", "utf-8")
-    (programs / "litellm").chmod(0o755)
+    for name, does in (("litellm", f": >{started}"), ("sleep", f"exec {shutil.which('sleep')} 0.02")):
+        (programs / name).write_text(f"#!/bin/sh\n{does}\n", "utf-8")
+        (programs / name).chmod(0o755)
     wire.write_auth(tmp_path / "auth.json", backend)
     words = [str(folder / "run.sh"), "--host", "127.0.0.1", "--port", str(free_port()), "--log-file", "-",
              "--upstream", backend.upstream, "--issuer", backend.issuer,

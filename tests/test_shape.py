@@ -6,7 +6,6 @@ Read from the source, with `ast` and `symtable`: nothing here runs the bridge bu
 from __future__ import annotations
 
 import ast
-import copy
 import functools
 import re
 import shutil
@@ -105,13 +104,19 @@ class Unannotated(ast.NodeTransformer):
         return ast.copy_location(ast.Assign([node.target], value), node)
 
 
+@functools.cache
+def plain() -> list[ast.stmt]:
+    """Return the top-level statements without their annotations."""
+    statements: list[ast.stmt] = Unannotated().visit(ast.parse(kernel.SOURCE)).body
+    return statements
+
+
 def used_names(node: ast.stmt) -> set[str]:
-    """Return the names that a top-level statement takes from the module or from Python when it runs.
+    """Return the names that a statement of `plain` takes from the module or from Python when it runs.
 
     Python's own symbol table tells them from local ones of the same name.
     """
-    plain = ast.fix_missing_locations(Unannotated().visit(copy.deepcopy(node)))
-    return set(global_names(symtable.symtable(ast.unparse(plain), "room", "exec")))
+    return set(global_names(symtable.symtable(ast.unparse(node), "room", "exec")))
 
 
 def global_names(scope: symtable.SymbolTable) -> Iterator[str]:
@@ -137,7 +142,8 @@ def annotation_names(node: ast.stmt) -> set[str]:
 @functools.cache
 def used_in(room: Room) -> set[tuple[str, int]]:
     """Return the names that a room's statements take, each with the line of its statement."""
-    return {(name, node.lineno) for node in TREE.body if room_of(node) == room for name in used_names(node)}
+    own = [node for node in plain() if kernel.room_at(node.lineno) == room.name]
+    return {(name, node.lineno) for node in own for name in used_names(node)}
 
 
 def below(room: Room, names: set[str]) -> set[str]:

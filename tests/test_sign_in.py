@@ -545,9 +545,15 @@ def test_file_that_changed_saves_the_refresh(path: Path, credentials: q.Credenti
 
 
 HOLDER = """
-import fcntl, os, sys
+import os, sys
 handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
-fcntl.flock(handle, fcntl.LOCK_EX)
+try:
+    import fcntl
+except ImportError:
+    import msvcrt
+    msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
+else:
+    fcntl.flock(handle, fcntl.LOCK_EX)
 print("held", flush=True)
 sys.stdin.readline()
 """
@@ -570,7 +576,6 @@ def lock_held_elsewhere(path: Path) -> Iterator[Callable[[], None]]:
             release()
 
 
-@posix
 def test_refresh_waits_for_a_codex_that_refreshes(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
@@ -589,7 +594,6 @@ def test_refresh_waits_for_a_codex_that_refreshes(
     assert issuer.asked == []
 
 
-@posix
 def test_lock_that_stays_taken_does_not_stop_the_refresh(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock
 ) -> None:
@@ -599,12 +603,10 @@ def test_lock_that_stays_taken_does_not_stop_the_refresh(
     assert clock.skew == pytest.approx(q.LOCK_SECONDS, abs=0.1)
 
 
-@posix
 def test_lock_is_held_while_the_server_is_asked(
     path: Path, credentials: q.Credentials, issuer: Issuer
 ) -> None:
-    import fcntl
-
+    fcntl = pytest.importorskip("fcntl")
     free: list[bool] = []
 
     def try_lock() -> None:
@@ -1331,7 +1333,6 @@ def test_token_that_was_trusted_is_renewed_at_the_end_of_its_life(
 # -- the lock -------------------------------------------------------------------------
 
 
-@posix
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL,
                                     errno.ENOSYS])
 def test_lock_that_always_fails_costs_its_seconds_once(
@@ -1341,7 +1342,7 @@ def test_lock_that_always_fails_costs_its_seconds_once(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", refuse)
     refreshed(credentials)
     assert clock.skew <= q.LOCK_SECONDS + 0.2
     before = clock.skew
@@ -1353,7 +1354,6 @@ def test_lock_that_always_fails_costs_its_seconds_once(
     assert "without the lock" in told[0]
 
 
-@posix
 def test_lock_that_was_not_had_is_logged(
     path: Path, credentials: q.Credentials, issuer: Issuer, clock: Clock, log_lines: LogLines
 ) -> None:

@@ -2188,7 +2188,7 @@ def test_a_message_that_stalls_ends_the_connection(
     drips: bool, stall: str, start: Start, dial: Dial, next_upstream: NextUpstream,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(q, "BODY_STALL", 0.08)
+    monkeypatch.setattr(q, "BODY_STALL", 0.05)
     client = dial(start())
     upstream, ended = next_upstream(), False
     raw = STALLS[stall]
