@@ -606,6 +606,7 @@ def unix_time(text: Any) -> float:
 
 WINDOW = 256 * 1024  # bytes of a body that are decoded at once
 MARGIN = 64 * 1024  # characters; an item that begins so near to a window's end begins a new window
+FREED_ITEMS = 500  # at once
 MAX_PLACES = 100_000  # fields and items of a body, about; a body with more is parsed at once, without places
 ITEM_LISTS = ("input", "messages", "tools")  # read and written item by item
 VALUE_ENDS = frozenset(" \t\n\r,:]}")  # characters that can follow a value
@@ -814,7 +815,26 @@ def write_request(request: dict[str, Any], spans: Spans) -> bytes:
         return spans.raw
     if len(request) == len(spans.request) and all(map(spans.is_unchanged, request, request.values())):
         return spans.raw
-    return b"".join(_field_pieces(request, spans, top=True))
+    return join_pieces(_field_pieces(request, spans, top=True), len(spans.raw))
+
+
+def join_pieces(pieces: Iterable[bytes | memoryview], likely: int) -> bytes:
+    """Join pieces of about so many bytes; a large body in steps, so that other threads run between them."""
+    if likely < LARGE_BODY:
+        return b"".join(pieces)
+    joined = bytearray()
+    for piece in pieces:
+        for at in range(0, len(piece), WINDOW):
+            joined += piece[at:at + WINDOW]
+    return joined  # type: ignore[return-value]  # it is used as bytes; a copy would stop all threads
+
+
+def free_items(spans: Spans, *requests: dict[str, Any]) -> None:
+    """Free the items of a body in steps, so that other threads run between them: empty all lists."""
+    lists = [request.get(name) for request in (*requests, spans.request) for name in ITEM_LISTS]
+    for items in (spans.items, *lists):
+        while isinstance(items, list) and items:
+            del items[-FREED_ITEMS:]
 
 
 def _field_pieces(fields: dict[str, Any], spans: Spans, top: bool) -> Iterator[bytes | memoryview]:
@@ -838,7 +858,11 @@ def _field_pieces(fields: dict[str, Any], spans: Spans, top: bool) -> Iterator[b
 def _item_pieces(items: list[Any], spans: Spans, likely: int, top: bool) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a list whose first item has the index `likely`, if it was read."""
     before, body = b"[", memoryview(spans.raw)
-    for index, group in _groups(items, spans, likely):
+    tail, tail_index = _unchanged_tail(items, spans, likely)
+    groups = list(_groups(items[:tail], spans, likely))
+    if tail < len(items):
+        groups.append((tail_index, items[tail:]))
+    for index, group in groups:
         yield before
         before = b","
         if index >= 0:
@@ -848,6 +872,18 @@ def _item_pieces(items: list[Any], spans: Spans, likely: int, top: bool) -> Iter
         else:
             yield json_bytes(group)[1:-1]
     yield b"]" if items else b"[]"
+
+
+def _unchanged_tail(items: list[Any], spans: Spans, likely: int) -> tuple[int, int]:
+    """Return where the items begin that are all as they were read, often behind new ones, and their index."""
+    for at, item in enumerate(items):
+        index = spans.index(item, likely)
+        if index >= 0:
+            read = spans.items[index:index + len(items) - at]
+            if len(read) == len(items) - at and all(map(operator.is_, items[at:], read)):
+                return at, index
+            break
+    return len(items), -1
 
 
 def _groups(items: list[Any], spans: Spans, likely: int) -> Iterator[tuple[int, list[Any]]]:
@@ -3275,19 +3311,6 @@ def long_call_ids(request: Mapping[str, Any]) -> dict[str, str]:
     return {short_call_id(call_id): call_id for call_id in given if len(call_id) > MAX_ID}
 
 
-def fix_item_fields(request: dict[str, Any], context: Context) -> dict[str, Any]:
-    """Take the fields that upstream refused in one item out of all items of its type; a repair."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
-        for fix in context.item_fixes:
-            if item.get("type") == fix.item_type:
-                item = drop_path(item, fix.path, fix.empties)
-        return item
-
-    if not context.item_fixes:
-        return request
-    return map_items(request, change)
-
-
 def estimate_tokens(request: Mapping[str, Any]) -> int:
     """Estimate a request's input tokens: a quarter of its text's UTF-8 bytes, and a fixed number an image.
 
@@ -3322,14 +3345,36 @@ ITEM_RULES = (  # in this order, in one pass over the input
 
 def apply_item_rules(request: dict[str, Any], context: Context, fired: dict[str, None]) -> dict[str, Any]:
     """Apply all rules for items in one pass over the input; add the names of those that change one."""
-    def change(item: dict[str, Any]) -> dict[str, Any]:
+    items = request.get("input")
+    if not isinstance(items, list):
+        return request
+    changed = {}
+    for item in unusual_items(items):
+        fitted = item
         for rule in ITEM_RULES:
-            changed = rule.apply(item, context)
-            if changed is not item:
+            before, fitted = fitted, rule.apply(fitted, context)
+            if fitted is not before:
                 fired[rule.name] = None
-                item = changed
-        return item
-    return map_items(request, change)
+        if fitted is not item:
+            changed[id(item)] = fitted
+    if not changed:
+        return request
+    return {**request, "input": [changed.get(id(item), item) for item in items]}
+
+
+def unusual_items(items: list[Any]) -> list[dict[str, Any]]:
+    """Return the items but for those that no rule changes: most are such, and calling the rules takes longer.
+
+    They have one of USUAL_TYPES, no id, another role than `system`, and a call id that is short or missing.
+    """
+    return [item for item in items if type(item) is dict and not (
+        type(kind := item.get("type")) is str and kind in USUAL_TYPES
+        and "id" not in item and item.get("role") != "system"
+        and type(call_id := item.get("call_id", "")) is str and len(call_id) <= MAX_ID)]
+
+
+USUAL_TYPES = frozenset((
+    "message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output"))
 
 
 def stable_id(text: str) -> str:
@@ -3527,13 +3572,16 @@ def choose_tools(tools: list[Any], named: list[tuple[Any, Any]]) -> list[Any]:
 
 def drop_details(items: list[Any]) -> list[Any]:
     """Return the items without the `detail` of their images, which the lite form does not know."""
-    def change(item: Any) -> Any:
-        for field in ("content", "output"):
-            parts = or_empty(or_empty(item, dict).get(field), list)
-            if any(map(has_detail, parts)):
-                item = {**item, field: [drop_path(part, ("detail",)) for part in parts]}
-        return item
-    return [change(item) for item in items]
+    return [drop_detail(drop_detail(item, "content"), "output") if type(item) is dict else item
+            for item in items]
+
+
+def drop_detail(item: dict[str, Any], field: str) -> dict[str, Any]:
+    """Return an item without the `detail` of the images in one of its fields."""
+    parts = item.get(field)
+    if isinstance(parts, list) and any(map(has_detail, parts)):
+        return {**item, field: [drop_path(part, ("detail",)) for part in parts]}
+    return item
 
 
 def has_detail(part: Any) -> bool:
@@ -3603,8 +3651,9 @@ def lite_items(request: Mapping[str, Any], tools: list[Any]) -> list[Any]:
 
 def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
     """Merge all tools into one `additional_tools` item; return that item, and the other items."""
-    carriers = [item for item in items if is_additional_tools(item)]
-    others = [item for item in items if not is_additional_tools(item)]
+    carriers, others = [item for item in items if is_additional_tools(item)], items
+    if carriers:
+        others = [item for item in items if not is_additional_tools(item)]
     if not tools and len(carriers) < 2 and carriers == items[:len(carriers)]:
         return next(iter(carriers), None), others
     gathered = merge_tools([tool for given in (*(carrier.get("tools") for carrier in carriers), tools)
@@ -3833,6 +3882,19 @@ def fill_instructions(request: dict[str, Any], context: Context) -> dict[str, An
     if context.force_instructions or not context.codex:
         return {**request, "instructions": ""}
     return request
+
+
+def fix_item_fields(request: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Take the fields that upstream refused in one item out of all items of its type; a repair."""
+    def change(item: dict[str, Any]) -> dict[str, Any]:
+        for fix in context.item_fixes:
+            if item.get("type") == fix.item_type:
+                item = drop_path(item, fix.path, fix.empties)
+        return item
+
+    if not context.item_fixes:
+        return request
+    return map_items(request, change)
 
 
 RULES = (  # in this order; later rules rely on earlier ones
@@ -4710,7 +4772,8 @@ def zstd_compress(body: bytes) -> bytes | None:
 
     bound = library.ZSTD_compressBound(ctypes.c_size_t(len(body)))
     target = ctypes.create_string_buffer(bound)
-    size = library.ZSTD_compress(target, ctypes.c_size_t(bound), body, ctypes.c_size_t(len(body)), ZSTD_LEVEL)
+    size = library.ZSTD_compress(target, ctypes.c_size_t(bound), bytes(body), ctypes.c_size_t(len(body)),
+                                 ZSTD_LEVEL)
     if size <= bound:
         return ctypes.string_at(target, size)  # libzstd reports an error as a size near 2^64
     return None
@@ -4917,12 +4980,15 @@ def render_event(parsed: Mapping[str, Any]) -> bytes:
     return b"%bdata: %b\n\n" % (name, json_bytes(parsed))
 
 
+SIGN_BYTES = 1024  # a read with more holds more than signs of life
 KEEPALIVE_MARK = b'"keepalive"'  # in upstream's own signs of life, which are no progress (WIRE 5)
 
 
 CREATED_MARK = b"response.created"
 OPENING_MARK = re.compile(rb'"type" ?: ?"response\.(?:created|queued|in_progress)"')
-RARE_EVENT = re.compile(rb'"type" ?: ?"(?:error"|keepalive"|codex\.|responsesapi\.)')
+RARE_EVENT = re.compile(rb'"type"\s*:\s*"(?:error"|keepalive"|codex\.|responsesapi\.)')
+SPECIAL_EVENT = re.compile(  # any event that is not passed on as it is; one search costs less than two
+    rb'"type"\s*:\s*"(?:%b|error"|keepalive"|codex\.|responsesapi\.)' % NOTABLE_EVENT.pattern)
 
 
 def is_side_event(kind: str) -> bool:
@@ -5247,7 +5313,7 @@ class ResponsesOutput:
         events = self._events.feed(payload)
         if self._audience.call_ids:
             events = restore_call_ids(events, self._audience.call_ids)
-        if not self.begun or NOTABLE_EVENT.search(events) or RARE_EVENT.search(events):
+        if not self.begun or SPECIAL_EVENT.search(events):
             return self._feed_notable(events)
         self.count += events.count(b"\ndata:") + events.startswith(b"data:")
         return events
@@ -7272,7 +7338,7 @@ class Exchange:
     # -- the request's body
 
     def read_body(self, limit: int, budget: Budget) -> bytes:
-        """Read and decompress the body, of at most `limit` bytes.
+        """Read and decompress the body, of at most `limit` bytes. It is not copied: it may be a bytearray.
 
         Raises BodyTooLarge, SlowRequest, Overloaded, ClientLeft, and what `decompress` raises.
         """
@@ -7295,21 +7361,21 @@ class Exchange:
             until = min(until + len(piece) / BODY_RATE, time.monotonic() + BODY_STALL)
         self._unread = False
         self.connection.buffer = decoder.rest
-        body, coding = bytes(received), self.head.headers.get("content-encoding")
-        del received
-        if coding:
-            with budget.expanding:
-                body = decompress(body, coding, limit)
-                self.hold(budget, len(body) - self._held_bytes)
+        coding = self.head.headers.get("content-encoding")
+        if not coding:
+            return received  # type: ignore[return-value]  # used as bytes; a copy would stop all threads
+        with budget.expanding:
+            body = decompress(bytes(received), coding, limit)
+            self.hold(budget, len(body) - self._held_bytes)
         return body
 
     def hold_parsed(self, body: bytes, budget: Budget) -> None:
         """Reserve memory for what parsing makes of the body. Raises Overloaded.
 
-        The worst case is reserved where that is little of the room left: an estimate takes longer.
+        The worst case is reserved where half of the budget has much room for it: an estimate takes longer.
         """
         size = WORST_PARSED * len(body)
-        if size > budget.room() / 16:
+        if 3 * size > budget.room() - MAX_BODIES / 2:
             size = parsed_size(body)
         self.hold(budget, max(0, size - self._held_bytes))
 
@@ -7456,6 +7522,8 @@ class Exchange:
 
 def is_sign_of_life(payload: bytes) -> bool:
     """Tell whether upstream's bytes only say that it is there: a keepalive event, or comments alone."""
+    if len(payload) > SIGN_BYTES:
+        return False
     return KEEPALIVE_MARK in payload or COMMENTS.fullmatch(payload) is not None
 
 
@@ -7666,6 +7734,11 @@ class Attempt:
         self.normalized, self.rules = normalize(request, self.context)
         return encode(self.normalized, self._spans)
 
+    def free(self) -> None:
+        """Free a large request in steps. The attempt is of no use afterwards."""
+        if len(self._spans.raw) >= LARGE_BODY:
+            free_items(self._spans, self.request, self.normalized)
+
     def call_ids(self) -> dict[str, bytes]:
         """Return the client's long call ids, JSON-escaped, by the short ones that upstream got."""
         if "call-ids" not in self.rules:
@@ -7715,6 +7788,7 @@ class Turns:
             relay = self._begin_answer(api, attempt, exchange, reply)
             if not self._repair_reported(attempt, exchange, relay):
                 break
+        attempt.free()
         del attempt  # frees the request during the response, except the part that the store needs
         exchange.release_body(self.budget, api.kept_bytes)
         with reply:
@@ -8071,6 +8145,8 @@ class InFlight:
 
     def begin(self) -> None:
         """Note that the answer begins: the request is not repeated any more."""
+        if self.attempt is not None:
+            self.attempt.free()
         self.begun, self.attempt = True, None
         self.record.mark_first_byte()
         self.held.release(len(self.stored.items) if self.stored else 0)
@@ -8559,7 +8635,7 @@ class WebSocketRelay:
             in_flight.record.events += 1
             if KEEPALIVE_MARK not in payload:
                 self._progress = time.monotonic()
-        if not NOTABLE_FRAME.search(payload) and not RARE_EVENT.search(payload):
+        if not SPECIAL_FRAME.search(payload):
             self._pass(in_flight, payload)
             return
         parsed = or_empty(json_or_none(payload), dict)
@@ -8695,7 +8771,7 @@ class WebSocketRelay:
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
 
 
-NOTABLE_FRAME = re.compile(NOTABLE_EVENT.pattern + rb'|response\.created"')
+SPECIAL_FRAME = re.compile(SPECIAL_EVENT.pattern + rb'|response\.created"')
 
 
 # == 35 pages =================================================================
@@ -9557,6 +9633,8 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             self.request.settimeout(HEAD_TIMEOUT)
             begun = self.request.recv(16, socket.MSG_PEEK)
+            if not begun:
+                return False  # the client is gone: wrap_socket() of 3.12 and older would leave a socket open
             if re.match(rb"[A-Z]{3,8} ", begun):
                 log.warning("%s sent plain http: this bridge serves https", self.client_address[0])
                 self._refuse(Connection(self.request), MalformedHttp(
@@ -9816,7 +9894,7 @@ class Server(http.server.ThreadingHTTPServer):
 # == 39 commands ==============================================================
 # serve, client-config, new-key, login, litellm-config.
 
-SWITCH_SECONDS = 0.001  # that a thread may compute while others wait: an event goes first, a body can wait
+SWITCH_SECONDS = 0.0002  # that a thread may compute while others wait: an event goes first, a body can wait
 EVERY_ADDRESS = ("0.0.0.0", "::", "")  # values of --host that listen on all of this host's addresses
 NAME_SECONDS = 0.3  # for the system to find this host's own name
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 import wire
 from conftest import RunningBridge
@@ -15,6 +18,8 @@ from help import (
     accepted,
     ask,
 )
+
+import qoo_bridge as q
 
 # -- reasoning items that SDKs echo (each locks a thread for good) ----------------
 
@@ -62,6 +67,31 @@ def test_a_reasoning_item_without_a_summary_gets_an_empty_one(
     item = {name: value for name, value in THOUGHT.items() if name != "summary"}
     request = accepted(bridge, backend, ask(bridge, {**MODEL, "input": [HI, item]}, headers))
     assert request.json["input"] == [HI, {**item, "summary": []}]
+
+
+FIELDS: dict[str, list[object]] = {
+    "type": [*sorted(q.USUAL_TYPES), "reasoning", "item_reference", "", None, [], {}, 1],
+    "id": ["rs_1", "msg_1", "x" * 65, None, 5],
+    "role": ["user", "system", "assistant", None, ["system"]],
+    "call_id": ["call_1", "c" * 64, "c" * 65, None, 7, ["c" * 65]],
+    "content": ["hi", None, [], READABLE], "status": ["completed", None], "summary": [None, []],
+}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_rule_would_change_an_item_that_is_passed_over(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(seed)
+    items: list[Any] = [
+        {name: chance.choice(values) for name, values in FIELDS.items() if chance.random() < 0.5}
+        for _ in range(500)]
+    request: Object = {"input": [*items, None, "text", 5, [], {}]}
+    fired: dict[str, None] = {}
+    fitted = q.apply_item_rules(request, q.Context(), fired)
+    assert 0 < len(q.unusual_items(items)) < len(items)
+    monkeypatch.setattr(q, "USUAL_TYPES", frozenset())  # now no item is passed over
+    asked: dict[str, None] = {}
+    assert q.apply_item_rules(request, q.Context(), asked) == fitted
+    assert set(asked) == set(fired)
 
 
 def test_a_message_keeps_its_status(bridge: RunningBridge, backend: wire.Backend) -> None:

@@ -428,13 +428,15 @@ def sleepers() -> Iterator[list[float]]:
             time.sleep(0.001)
             late.append(time.monotonic() - before - 0.001)
 
-    threads = [threading.Thread(target=sleep) for _ in range(3)]
+    threads, interval = [threading.Thread(target=sleep) for _ in range(3)], sys.getswitchinterval()
+    sys.setswitchinterval(q.SWITCH_SECONDS)  # as `serve` does
     for thread in threads:
         thread.start()
     yield late
     ended.set()
     for thread in threads:
         thread.join()
+    sys.setswitchinterval(interval)
 
 
 def test_other_threads_run_between_items(sleepers: list[float]) -> None:
@@ -443,3 +445,24 @@ def test_other_threads_run_between_items(sleepers: list[float]) -> None:
     spans = q.read_request(raw)
     assert len(spans.items) == 6001
     assert len(sleepers) - before >= 3  # with json.loads: at most one each, and often none
+
+
+def test_other_threads_run_while_a_large_body_is_joined_and_freed(sleepers: list[float]) -> None:
+    item = b'{"type":"message","content":[%b]}' % b",".join([b'{"b":1}'] * 200)
+    raw = b'{"model":"a","input":[%b]}' % b",".join([item] * 3_000)  # 5 MB
+    spans = q.read_request(raw)
+    changed = {**spans.request, "input": [{"new": 1}, *spans.request["input"]]}
+    before = len(sleepers)
+    joined = q.write_request(changed, spans)
+    q.free_items(spans, changed)
+    woken = len(sleepers) - before
+    assert joined == b'{"model":"a","input":[{"new":1},' + raw[len(b'{"model":"a","input":['):]
+    assert (changed["input"], spans.request["input"], spans.items) == ([], [], [])
+    assert woken >= 6  # in one step each: at most once, and often not
+
+
+@pytest.mark.parametrize("size", [10, q.LARGE_BODY])
+def test_pieces_are_joined_alike_in_one_step_and_in_many(size: int) -> None:
+    long, exact = memoryview(b"x" * (2 * q.WINDOW + 1)), memoryview(b"y" * q.WINDOW)
+    pieces: list[bytes | memoryview] = [b"{", long, b"", exact, b"}"]
+    assert q.join_pieces(iter(pieces), size) == b"".join(pieces)

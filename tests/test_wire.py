@@ -9,8 +9,10 @@ import contextlib
 import http.client
 import json
 import pathlib
+import socket
 import ssl
 import stat
+import struct
 import threading
 import urllib.parse
 from collections.abc import Iterator
@@ -994,3 +996,14 @@ def test_a_chain_is_cold_from_what_a_frame_changes(
     _, usage = chain(backend, OPENING, {**OPENING, **changed})
     kept = 0 if "tools" in changed else len(wire.dump([OPENING["tools"]])) // 4  # tools come first
     assert usage["input_tokens_details"]["cached_tokens"] == kept
+
+
+def test_a_peer_that_resets_before_the_handshake_leaves_no_socket_open() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        peer = socket.create_connection(listening.getsockname())
+        accepted, _ = listening.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()  # a reset
+        secure = wire.server_context().wrap_socket(accepted, server_side=True, do_handshake_on_connect=False)
+        with contextlib.closing(secure), pytest.raises(OSError):
+            secure.do_handshake()

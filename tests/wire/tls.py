@@ -11,6 +11,7 @@ import functools
 import pathlib
 import ssl
 import tempfile
+from typing import Any
 
 CA_PEM = """\
 -----BEGIN CERTIFICATE-----
@@ -61,10 +62,22 @@ def certificates() -> pathlib.Path:
     return folder
 
 
+class ServerSocket(ssl.SSLSocket):
+    """A socket whose peer may be gone before the handshake: up to 3.12 wrap_socket() leaves one open then."""
+
+    def getpeername(self) -> Any:
+        """Return the peer's address, "" for one that is gone: the handshake finds that out, and closes."""
+        try:
+            return super().getpeername()
+        except OSError:
+            return ""
+
+
 @functools.cache
 def server_context() -> ssl.SSLContext:
     """Return the TLS context of every stand-in: to read a key costs more than to open a port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates() / "leaf.pem", certificates() / "leaf.key")
     context.set_alpn_protocols(["http/1.1"])
+    context.sslsocket_class = ServerSocket
     return context
