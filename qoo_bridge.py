@@ -4232,6 +4232,26 @@ def _items(body: _Node) -> list[Object]:
     return history.items
 
 
+def _mixed_items(body: _Node) -> list[Object]:
+    """Return the items of an `input` in which messages may have the form of a chat."""
+    history = _History()
+    for item in body.nodes("input"):
+        if is_of_a_chat(item.fields):
+            history.add(item)
+        else:
+            history.items.append(item.fields)
+    return history.items
+
+
+def is_of_a_chat(item: Object) -> bool:
+    """Tell whether an item is a message in a form that only chats have."""
+    if item.get("type") is not None or "role" not in item:
+        return False
+    if item["role"] in ("tool", "function") or "tool_calls" in item or "function_call" in item:
+        return True
+    return any(part.get("type") in ("text", "image_url", "file") for part in dicts_in(item.get("content")))
+
+
 def _function_tool(function: _Node) -> Object:
     return {
         "type": "function",
@@ -4392,6 +4412,8 @@ def _responses_body(node: _Node) -> Object:
     if node.fields.get("messages") is not None:
         raise InvalidRequest("the body has both messages and input: send one of them", "messages")
     request = input_to_list(without(node.fields, *CHAT_ONLY), Context())
+    if isinstance(node.fields["input"], list):
+        request["input"] = _mixed_items(node)
     return {**request, "stream": bool(node.get("stream", bool)), "reasoning": _reasoning(node),
             **_tool_fields(node)}
 
@@ -7987,7 +8009,8 @@ class Turns:
     def read_refusal(self, reply: Reply, exchange: Exchange) -> UpstreamRefusal:
         """Return the error for a reply that is not a stream. Raises what `Reply.read_body` raises."""
         with reply:
-            body = reply.read_body(MAX_ERROR_BODY, ERROR_BODY_SECONDS, exchange.connection)
+            seconds = min(ERROR_BODY_SECONDS, self.config.idle_timeout)
+            body = reply.read_body(MAX_ERROR_BODY, seconds, exchange.connection)
         headers = reply.headers
         coding = headers.get("content-encoding", "identity")
         if coding != "identity":

@@ -310,6 +310,25 @@ def test_wants_usage(options: Object | None, wanted: bool) -> None:
     assert q.wants_usage({"stream_options": options}) is wanted
 
 
+def test_messages_of_a_chat_inside_an_input_are_translated() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "run", "arguments": "{}"}}
+    given: list[Object] = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [
+            {"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "u"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "ran"},
+        {"type": "function_call_output", "call_id": "call_0", "output": "kept as it is"},
+    ]
+    assert q.chat_request({"model": "m", "input": given})["input"] == [
+        given[0], {"type": "message", "role": "user", "content": [
+            {"type": "input_text", "text": "hi"}, {"type": "input_image", "image_url": "u"}]},
+        {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "ran"}, given[4]]
+    with pytest.raises(q.InvalidRequest, match=r"input\[0\]\.tool_call_id"):
+        q.chat_request({"model": "m", "input": [{"role": "tool", "content": "x"}]})
+
+
 REFUSED: list[tuple[Object, str]] = [
     ({"n": 2}, "n"),
     ({"n": "1"}, "n"),

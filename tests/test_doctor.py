@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import Command, Launch, Start
-from help import KEY, SECONDS, free_port, outcome, posix, until
+from help import HOSTILE, KEY, SECONDS, free_port, outcome, posix, until
 
 import qoo_bridge as q
 
@@ -180,6 +180,20 @@ def test_doctor_on_a_host_that_is_not_there(backend: wire.Backend, doctor: Docto
     status, rows = doctor("--upstream", f"https://127.0.0.1:{free_port()}/backend-api/codex")
     assert (status, states(rows, "failed")) == (1, {"TLS"})
     assert "cannot connect to 127.0.0.1: connection refused" in rows["TLS"]["text"]
+
+
+@pytest.mark.parametrize("path", ["/models", "/backend-api/wham/usage", "/backend-api/wham/accounts/check"])
+def test_doctor_shows_no_text_of_upstream_that_acts_on_a_terminal(
+    backend: wire.Backend, command: Command, tmp_path: Path, path: str
+) -> None:
+    wire.write_auth(tmp_path / "auth.json", backend)
+    backend.always(path, wire.refuse(400, HOSTILE))
+    words = [word for word in doctor_words(backend, tmp_path) if word != "--json"]
+    status, out, err = command(*words)
+    assert (status, err) == (1, "")
+    assert all(line.isprintable() for line in out.split("\n"))
+    assert not any(line.startswith("✓ forged") for line in out.split("\n"))
+    assert "forged" in out  # what upstream said is shown all the same
 
 
 @pytest.mark.parametrize("host", ["a..b", "no-such-host.invalid"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -323,3 +324,14 @@ def test_usage_counts(usage: Any, counts: dict[str, int]) -> None:
 @pytest.mark.parametrize("response", [None, 5, "x", [], {}, True])
 def test_usage_counts_of_an_odd_response(response: Any) -> None:
     assert q.token_counts(response) == {}
+
+
+def test_an_event_in_small_reads_with_crlf_is_looked_at_once() -> None:
+    events, piece = q.Events(), b"x" * 1400
+    assert events.feed(b"data: a\r\n\r\n")
+    begun = time.process_time()
+    assert events.feed(b"data: ") == b""
+    for _ in range(6_000):  # 8 MB; 5 s where each read looks at all before it
+        assert events.feed(piece) == b""
+    assert len(events.feed(b"\r\n\r\n")) == 6 + 6_000 * 1400 + 4
+    assert time.process_time() - begun < 1

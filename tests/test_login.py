@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import Command, Launch, Popen
-from help import outcome
+from help import HOSTILE, outcome
 
 import qoo_bridge as q
 
@@ -157,6 +157,25 @@ def test_login_takes_no_nonsense(
     assert err.startswith("not signed in: ")
     assert "\x1b" not in out + err
     assert not (tmp_path / "codex" / "auth.json").exists()
+
+
+@pytest.mark.parametrize("path", [USERCODE, POLL, TOKEN])
+def test_login_shows_no_text_of_the_server_that_acts_on_a_terminal(
+    backend: wire.Backend, login: Login, path: str
+) -> None:
+    backend.on(path, wire.refuse(400, HOSTILE))
+    status, out, err = login()
+    assert status == 1
+    assert all(line.isprintable() for line in (out + err).split("\n"))
+    assert [line for line in err.splitlines() if "forged" in line] == err.splitlines()  # one line
+
+
+@pytest.mark.parametrize("code", ["\x1b[2J", HOSTILE, "WIRE\u202e1", ""])
+def test_login_shows_no_code_that_acts_on_a_terminal(backend: wire.Backend, login: Login, code: str) -> None:
+    backend.on(USERCODE, wire.reply_json(200, {"device_auth_id": "deviceauth_1", "user_code": code}))
+    status, out, err = login()
+    assert (status, out) == (1, "")
+    assert all(line.isprintable() for line in err.split("\n"))
 
 
 def test_login_outlasts_a_server_that_stumbles(backend: wire.Backend, login: Login) -> None:

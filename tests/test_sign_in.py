@@ -1060,6 +1060,53 @@ def test_file_that_is_open_elsewhere_on_windows_is_replaced_a_moment_later(
     assert clock.skew <= 2
 
 
+def test_a_bridge_at_rest_writes_what_could_not_be_written(
+    backend: wire.Backend, bridge: RunningBridge, log_lines: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "SAVE_PAUSE", 0.0)
+    disk = Disk(bridge.auth_file.parent, monkeypatch)
+    disk.problem = "full"
+    backend.revoke()
+    respond(bridge, input="hi")
+    for _ in range(5):
+        bridge.bridge.tidy()  # what the server does every few seconds
+    assert saved(bridge.auth_file) != backend.refresh_token
+    errors = [line for line in log_lines.lines if "No space left" in line and line.startswith("ERROR")]
+    assert len(errors) == 1
+    disk.problem = ""
+    bridge.bridge.tidy()
+    assert saved(bridge.auth_file) == backend.refresh_token
+
+
+def test_a_bridge_at_rest_closes_lines_that_upstream_has_closed(
+    backend: wire.Backend, bridge: RunningBridge
+) -> None:
+    respond(bridge, input="hi")
+    assert until(lambda: bridge.bridge.upstream.kept() > 0)
+    backend.cut_connections()
+    backend.wait_for_idle()
+
+    def tidied() -> bool:
+        bridge.bridge.tidy()
+        return bridge.bridge.upstream.kept() == 0
+
+    assert until(tidied)
+
+
+def test_leftovers_of_a_killed_program_are_removed_at_the_start(
+    backend: wire.Backend, start: Start, tmp_path: Path
+) -> None:
+    bridge = start()
+    folder = bridge.auth_file.parent
+    old, young = folder / f".auth-{'0' * 16}", folder / f".auth-{'1' * 16}"
+    for path in (old, young):
+        path.write_text("{}")
+    os.utime(old, (time.time() - 100, time.time() - 100))
+    bridge.bridge.warm_up(threading.Event())
+    assert until(lambda: not old.exists())
+    assert young.exists()  # another program may be writing it
+
+
 def test_no_turn_is_lost_with_a_full_disk_and_a_hang_up(
     backend: wire.Backend, bridge: RunningBridge, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from help import REQUEST, ask, free_port, until
+from help import REQUEST, NoThreads, ask, free_port, until
 
 import qoo_bridge as q
 
@@ -180,6 +180,18 @@ def settle(name: str) -> None:
     for thread in threading.enumerate():
         if thread.name == name:
             thread.join(5)
+
+
+def test_a_thread_that_cannot_start_does_not_stop_opening_ahead_for_good(
+    upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = NoThreads(monkeypatch, "open-ahead", "_open_ahead")
+    target, _ = q.parse_target(f"{backend.upstream}/x")
+    upstream.open_ahead(target)
+    assert (threads.failed, backend.connections) == (1, 0)
+    threads.names = ()
+    upstream.open_ahead(target)
+    assert until(lambda: upstream.kept() == 1)
 
 
 def test_failing_to_open_ahead_is_silent(upstream: Counted) -> None:

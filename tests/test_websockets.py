@@ -22,7 +22,7 @@ import pytest
 import test_websockets
 import wire
 from conftest import RunningBridge, Start
-from help import AGENT, SCHEMA, until
+from help import AGENT, SCHEMA, NoThreads, until
 from wire import CLOSE, CONTINUATION, PING, PONG, TEXT, Frame
 
 import qoo_bridge as q
@@ -1898,6 +1898,18 @@ def test_a_socket_that_waits_answers_pings(
         assert read_until(client, PONG).payload == b"are you there"
         gate.set()
         assert client.read_turn()[-1]["type"] == "response.completed"
+
+
+def test_a_wait_without_a_thread_of_its_own_is_made_all_the_same(
+    backend: wire.Backend, start: Start, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = start()
+    client = dial(bridge, CODEX_FIELDS)
+    threads = NoThreads(monkeypatch, "background", "Background")
+    client.send_json({**plain_create(), "model": "local_md"})  # waits for the model list
+    assert client.read_turn()[-1]["type"] == "response.completed"
+    assert threads.failed == 1
+    assert backend.frames[0]["model"] == "gpt-5.6-sol"
 
 
 IMPATIENT = ("--keepalive", "0.06", "--idle-timeout", "0.3")
