@@ -3551,19 +3551,22 @@ def chosen_tools(request: Mapping[str, Any]) -> list[Any]:
     if choice == "none":
         return []
     if isinstance(choice, dict):
-        named = [(tool.get("type"), tool.get("name")) for tool in dicts_in(chosen_of(choice))]
-        return choose_tools(tools, named)
+        return choose_tools(tools, {tool_name(tool) for tool in dicts_in(chosen_of(choice))})
     return tools
 
 
-def choose_tools(tools: list[Any], named: list[tuple[Any, Any]]) -> list[Any]:
-    """Return the tools of a type and name that a tool_choice has; look for what is missing in namespaces."""
-    given = [(tool.get("type"), tool.get("name")) for tool in dicts_in(tools)]
-    rest = [each for each in named if each not in given]
+def tool_name(tool: Mapping[str, Any]) -> str:
+    """Return a text for a tool's type and name, which a client may have given any values."""
+    return json.dumps([tool.get("type"), tool.get("name")], sort_keys=True)
+
+
+def choose_tools(tools: list[Any], named: set[str]) -> list[Any]:
+    """Return the tools of a name that a tool_choice has; look for what is missing in namespaces."""
+    rest = named.difference(map(tool_name, dicts_in(tools)))
     chosen = []
     for tool in dicts_in(tools):
-        inner = choose_tools(or_empty(tool.get("tools"), list), rest)
-        if (tool.get("type"), tool.get("name")) in named:
+        inner = choose_tools(or_empty(tool.get("tools"), list), rest) if rest else []
+        if tool_name(tool) in named:
             chosen.append(tool)
         elif inner:
             chosen.append({**tool, "tools": inner})
@@ -3685,8 +3688,8 @@ def merge_same(group: list[Any]) -> Any:
 def tool_identity(tool: Any) -> str:
     """Return a text that is equal for tools that are the same: of one type and name, or equal as a whole."""
     if isinstance(tool, dict) and tool.get("name"):
-        return json.dumps(["name", tool.get("type"), tool["name"]], sort_keys=True)
-    return json.dumps(["tool", tool], sort_keys=True)
+        return tool_name(tool)
+    return json.dumps({"tool": tool}, sort_keys=True)
 
 
 def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -5066,7 +5069,7 @@ SHORT_CALL_ID = re.compile(rb"call_[0-9a-f]{40}")  # as `short_call_id` makes th
 
 
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
-COMMENTS = re.compile(rb"(?::[^\r\n]*[\r\n]+|[\r\n]+)+")  # a read with nothing else
+COMMENTS = re.compile(rb"(?:(?::[^\r\n]*)?[\r\n])+")  # a read with nothing else; matched in one pass
 KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
 
 
@@ -6753,7 +6756,7 @@ def has_terminal() -> bool:
     """Tell whether this program has a terminal that is still open, wherever its output goes."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except OSError:
+    except (OSError, AttributeError):  # the latter on Windows
         return False
     return True
 

@@ -651,6 +651,13 @@ def test_signs_of_life_do_not_hold_a_parked_turn_for_ever(
         assert time.monotonic() - begun < 2
 
 
+def test_a_read_is_told_from_a_sign_of_life_at_once() -> None:
+    begun = time.process_time()
+    for hostile in (b"\n" * 1000 + b"x", b":" * 1023 + b"x", b":\n" * 500 + b"x", b"\r\n: a" * 200):
+        assert not q.is_sign_of_life(hostile[-1024:])
+    assert time.process_time() - begun < 0.1
+
+
 # -- a client that leaves -------------------------------------------------------------
 
 MOMENTS: dict[str, list[Any]] = {

@@ -143,12 +143,22 @@ def test_a_forced_tool_of_a_namespace_is_the_only_one_offered(
     assert (reply.status, carried(sent(backend)[-1])) == (200, [namespace("files", READ)])
 
 
-def test_thousands_of_tools_are_merged_at_once() -> None:
+def test_thousands_of_tools_are_merged_and_chosen_at_once() -> None:
     tools = [namespace("all", tool(f"t{number}")) for number in range(3000)]
     begun = time.process_time()
     (merged,) = q.merge_tools(tools)
+    names = [f"t{number}" for number in range(3000)]
+    assert [each["name"] for each in merged["tools"]] == names
+    choice = {"type": "allowed_tools", "tools": [{"type": "function", "name": name} for name in names]}
+    assert q.chosen_tools({"tools": merged["tools"], "tool_choice": choice}) == merged["tools"]
     assert time.process_time() - begun < 0.5  # 20 s if each is compared with each
-    assert [each["name"] for each in merged["tools"]] == [f"t{number}" for number in range(3000)]
+
+
+@pytest.mark.parametrize("odd", [None, 5, [], {}, {"a": [1]}, "\ud800"])
+def test_a_tools_name_may_be_anything(odd: Any) -> None:
+    tools = [{"type": odd, "name": odd}, {"type": "function", "name": odd}, odd, {"tools": odd}]
+    assert q.merge_tools([*tools, *tools]) == tools
+    assert q.chosen_tools({"tools": tools, "tool_choice": {"type": "function", "name": odd}}) == [tools[1]]
 
 
 # -- hosted tools by their former names ----------------------------------------------------

@@ -427,3 +427,8 @@ def test_no_text_can_forge_a_line_or_act_on_a_terminal(hostile: str, logging_to:
     assert all(line.isprintable() for line in text.split("\n"))
     begun = [line for line in text.split("\n") if line and not line.startswith("  | ")]
     assert len(begun) == 2
+
+
+def test_a_system_without_terminals_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "O_NOCTTY", raising=False)  # as on Windows
+    assert q.has_terminal() is False
