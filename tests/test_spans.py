@@ -449,7 +449,7 @@ def test_other_threads_run_between_items(sleepers: list[float]) -> None:
 
 def test_other_threads_run_while_a_large_body_is_joined_and_freed(sleepers: list[float]) -> None:
     item = b'{"type":"message","content":[%b]}' % b",".join([b'{"b":1}'] * 200)
-    raw = b'{"model":"a","input":[%b]}' % b",".join([item] * 3_000)  # 5 MB
+    raw = b'{"model":"a","input":[%b]}' % b",".join([item] * 1_200)  # 2 MB
     spans = q.read_request(raw)
     changed = {**spans.request, "input": [{"new": 1}, *spans.request["input"]]}
     before = len(sleepers)
@@ -458,7 +458,7 @@ def test_other_threads_run_while_a_large_body_is_joined_and_freed(sleepers: list
     woken = len(sleepers) - before
     assert joined == b'{"model":"a","input":[{"new":1},' + raw[len(b'{"model":"a","input":['):]
     assert (changed["input"], spans.request["input"], spans.items) == ([], [], [])
-    assert woken >= 6  # in one step each: at most once, and often not
+    assert woken >= 4  # in one step each: at most once, and often not
 
 
 @pytest.mark.parametrize("size", [10, q.LARGE_BODY])

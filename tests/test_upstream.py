@@ -912,7 +912,7 @@ UNKNOWN_FAMILY = 999  # as IPv6 is where the kernel has none
 @pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.ENETUNREACH, errno.EHOSTUNREACH])
 @pytest.mark.parametrize("last", [False, True], ids=["the next works", "none works"])
 def test_an_address_that_cannot_be_tried_costs_nothing(
-    upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch, number: int, last: bool
+    upstream: Counted, backend: wire.Backend, number: int, last: bool
 ) -> None:
     backend.always("/x", OK)
     host, port = backend.address
@@ -920,14 +920,15 @@ def test_an_address_that_cannot_be_tried_costs_nothing(
     entries = [(*bad, ("192.0.2.1", port))] * 2
     if not last:
         entries.append((socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: list(entries))
-    monkeypatch.setattr(socket.socket, "connect_ex", no_route(number))
     started = time.monotonic()
-    if last:
-        with pytest.raises(q.BadUpstream, match=os.strerror(number).lower()):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda *_, **__: list(entries))
+        patch.setattr(socket.socket, "connect_ex", no_route(number))
+        if last:
+            with pytest.raises(q.BadUpstream, match=os.strerror(number).lower()):
+                fetch(upstream, backend)
+        else:
             fetch(upstream, backend)
-    else:
-        fetch(upstream, backend)
     assert time.monotonic() - started < q.NEXT_ADDRESS_SECONDS
 
 
