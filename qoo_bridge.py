@@ -541,24 +541,28 @@ def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in names}
 
 
-def drop_path(value: Any, path: tuple[str, ...], empties: bool = False) -> Any:
+ANY_TYPE = object()
+
+
+def drop_path(value: Any, path: tuple[str, ...], empties: bool = False, part_type: Any = ANY_TYPE) -> Any:
     """Return a copy of nested objects without the field at `path`; the same object if nothing changes.
 
-    A list on the way means each of its entries. With `empties` the field becomes an empty list.
+    A list on the way means each of its entries. With `empties` the field becomes an empty list. With a
+    `part_type`, only objects of that `type` lose it.
     """
     if isinstance(value, list):
-        entries = [drop_path(entry, path, empties) for entry in value]
+        entries = [drop_path(entry, path, empties, part_type) for entry in value]
         return entries if any(map(operator.is_not, entries, value)) else value
     if not isinstance(value, dict):
         return value
-    if len(path) == 1 and empties:
-        return value if value.get(path[0]) == [] else {**value, path[0]: []}
-    if len(path) == 1:
-        return without(value, path[0])
-    inner = drop_path(value.get(path[0]), path[1:], empties)
-    if inner is value.get(path[0]):
+    if len(path) > 1:
+        inner = drop_path(value.get(path[0]), path[1:], empties, part_type)
+        return value if inner is value.get(path[0]) else {**value, path[0]: inner}
+    if part_type is not ANY_TYPE and value.get("type") != part_type:
         return value
-    return {**value, path[0]: inner}
+    if not empties:
+        return without(value, path[0])
+    return value if value.get(path[0]) == [] else {**value, path[0]: []}
 
 
 def visible_ascii(value: Any) -> str:
@@ -3164,6 +3168,7 @@ class ItemFix(NamedTuple):
 
     item_type: str
     path: tuple[str, ...]  # names of nested fields; a list on the way means each of its entries
+    part_type: Any  # the `type` of the object that has the field: an image may have what a text may not
     empties: bool  # upstream wants an empty list there
 
 
@@ -3892,7 +3897,7 @@ def fix_item_fields(request: dict[str, Any], context: Context) -> dict[str, Any]
     def change(item: dict[str, Any]) -> dict[str, Any]:
         for fix in context.item_fixes:
             if item.get("type") == fix.item_type:
-                item = drop_path(item, fix.path, fix.empties)
+                item = drop_path(item, fix.path, fix.empties, fix.part_type)
         return item
 
     if not context.item_fixes:
@@ -3973,10 +3978,21 @@ def _fix_item(context: Context, match: re.Match[str], request: dict[str, Any]) -
     empties = match["unknown"] is None
     if names[-1] in kept or (not empties and drop_path(item, names) is item):
         return context, ""
-    fix = ItemFix(item["type"], names, empties)
+    fix = ItemFix(item["type"], names, holder_type(item, match["path"]), empties)
     if fix in context.item_fixes:
         return context, ""
     return context._replace(item_fixes=(*context.item_fixes, fix)), f"input.{item['type']}.{'.'.join(names)}"
+
+
+def holder_type(item: dict[str, Any], path: str) -> Any:
+    """Return the `type` of the object that has the field at a path like `content[0].detail`."""
+    holder: Any = item
+    for name in re.findall(r"[^.\[\]]+", path)[:-1]:
+        if isinstance(holder, list) and name.isdigit() and int(name) < len(holder):
+            holder = holder[int(name)]
+        else:
+            holder = or_empty(holder, dict).get(name)
+    return or_empty(holder, dict).get("type")
 
 
 FORM_REPAIR = "form"
@@ -4011,7 +4027,7 @@ REPAIRS = (
 ITEM_MEANING = frozenset((  # fields without which an item or a part says something else
     "type", "role", "content", "text", "refusal", "call_id", "arguments", "input", "output", "action",
     "encrypted_content", "image_url", "file_data", "file_id", "file_url", "tools", "tool_calls",
-    "tool_call_id",
+    "tool_call_id", "function_call",
 ))
 
 
@@ -4190,6 +4206,15 @@ class _History:
         else:
             raise message.unsupported("role")
 
+    def keep(self, item: Object) -> None:
+        """Add an item that has the Responses API's own form."""
+        self.items.append(item)
+        kind, call_id = item.get("type"), or_empty(item.get("call_id"), str)
+        if kind == "custom_tool_call":
+            self._custom_ids.add(call_id)
+        elif kind == "function_call":
+            self._function_ids[or_empty(item.get("name"), str)] = call_id
+
     def _answer(self, message: _Node) -> None:
         content = []
         if message.fields.get("content") is not None:
@@ -4242,17 +4267,21 @@ def _mixed_items(body: _Node) -> list[Object]:
         if is_of_a_chat(item.fields):
             history.add(item)
         else:
-            history.items.append(item.fields)
+            history.keep(item.fields)
     return history.items
+
+
+CHAT_FIELDS = frozenset(("tool_calls", "tool_call_id", "function_call", "refusal", "audio", "annotations"))
+CHAT_PARTS = ("text", "image_url", "file", *THOUGHT_PARTS)
 
 
 def is_of_a_chat(item: Object) -> bool:
     """Tell whether an item is a message in a form that only chats have."""
-    if item.get("type") is not None or "role" not in item:
+    if item.get("type") not in (None, "message") or "role" not in item:
         return False
-    if item["role"] in ("tool", "function") or "tool_calls" in item or "function_call" in item:
+    if item["role"] in ("tool", "function") or not CHAT_FIELDS.isdisjoint(item):
         return True
-    return any(part.get("type") in ("text", "image_url", "file") for part in dicts_in(item.get("content")))
+    return any(part.get("type") in CHAT_PARTS for part in dicts_in(item.get("content")))
 
 
 def _function_tool(function: _Node) -> Object:
@@ -4388,19 +4417,24 @@ def chat_request(body: Object) -> Object:
     node = _Node(body)
     if body.get("input") is not None:
         return _responses_body(node)
-    text = node.given(str, "verbosity")
-    if node.get("response_format", dict) is not None:
-        text["format"] = _text_format(node.node("response_format"))
     return {
         "model": node.need("model", str),
         "input": _items(node),
         "stream": bool(node.get("stream", bool)),
         "reasoning": _reasoning(node),
-        **({"text": text} if text else {}),
+        **_text(node, {}),
         **node.given(str, "prompt_cache_key", "service_tier"),
         **node.given(bool, "parallel_tool_calls"),
         **_tool_fields(node),
     }
+
+
+def _text(body: _Node, own: Object) -> Object:
+    """Return the field `text`, from a chat's fields and a Responses body's own one; {} for none."""
+    text = {**own, **body.given(str, "verbosity")}
+    if body.get("response_format", dict) is not None:
+        text["format"] = _text_format(body.node("response_format"))
+    return {"text": text} if text else {}
 
 
 # Fields of a chat that mean nothing in a Responses body, or are translated.
@@ -4418,7 +4452,7 @@ def _responses_body(node: _Node) -> Object:
     if isinstance(node.fields["input"], list):
         request["input"] = _mixed_items(node)
     return {**request, "stream": bool(node.get("stream", bool)), "reasoning": _reasoning(node),
-            **_tool_fields(node)}
+            **_text(node, or_empty(request.get("text"), dict)), **_tool_fields(node)}
 
 
 def completion_request(body: Object) -> Object:
@@ -5014,6 +5048,7 @@ OPENING_MARK = re.compile(rb'"type" ?: ?"response\.(?:created|queued|in_progress
 RARE_EVENT = re.compile(rb'"type"\s*:\s*"(?:error"|keepalive"|codex\.|responsesapi\.)')
 SPECIAL_EVENT = re.compile(  # any event that is not passed on as it is; one search costs less than two
     rb'"type"\s*:\s*"(?:%b|error"|keepalive"|codex\.|responsesapi\.)' % NOTABLE_EVENT.pattern)
+SPECIAL_FRAME = re.compile(SPECIAL_EVENT.pattern + rb'|response\.created"')  # on a WebSocket
 
 
 def is_side_event(kind: str) -> bool:
@@ -6632,6 +6667,9 @@ def next_id() -> str:
 # == 27 log ===================================================================
 # Standard error and bridge.log.
 
+DEVICES = ("/dev/", "/proc/")  # beginnings of paths that are never rotated, whatever is behind them
+
+
 class Log(logging.Handler):
     """A log handler for bridge.log (mode 0600, rotated at LOG_SIZE, one old file kept) and the console.
 
@@ -6644,9 +6682,11 @@ class Log(logging.Handler):
 
     def __init__(self, path: str) -> None:
         super().__init__()
+        if path and not path.startswith(DEVICES):
+            path = os.path.realpath(path)  # a link is none of the log's: what it leads to is rotated
         self._path = path  # "" for the console only
         self._file = -1
-        self._regular = False  # it can be rotated; a device, a pipe or a link (/dev/stdout) cannot
+        self._regular = False  # it can be rotated; a device or a pipe cannot, nor what /dev/stdout is
         self._size = 0  # bytes written since the last look
         self._look_at = 0.0  # monotonic
         self.problem = ""
@@ -6661,7 +6701,8 @@ class Log(logging.Handler):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0)
         try:
             self._file = os.open(self._path, flags, 0o600)
-            self._regular = stat.S_ISREG(os.fstat(self._file).st_mode) and not os.path.islink(self._path)
+            is_file = stat.S_ISREG(os.fstat(self._file).st_mode)
+            self._regular = is_file and not self._path.startswith(DEVICES)
             if self._regular:
                 os.chmod(self._path, 0o600)  # for a file that already existed
         except OSError as exc:
@@ -6756,7 +6797,9 @@ def has_terminal() -> bool:
     """Tell whether this program has a terminal that is still open, wherever its output goes."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
-    except (OSError, AttributeError):  # the latter on Windows
+    except OSError as exc:
+        return exc.errno not in (errno.ENXIO, errno.EIO, errno.ENODEV, errno.ENOENT)  # else it cannot be told
+    except AttributeError:  # Windows
         return False
     return True
 
@@ -7389,8 +7432,10 @@ class Exchange:
         coding = self.head.headers.get("content-encoding")
         if not coding:
             return received  # type: ignore[return-value]  # used as bytes; a copy would stop all threads
+        body = bytes(received)
+        received.clear()
         with budget.expanding:
-            body = decompress(bytes(received), coding, limit)
+            body = decompress(body, coding, limit)
             self.hold(budget, len(body) - self._held_bytes)
         return body
 
@@ -7932,12 +7977,12 @@ class Turns:
         return self.conversations.name(f"session {owner} {name}")
 
     def observe_created(self, exchange: Exchange, attempt: Attempt, created: Mapping[str, Any]) -> None:
-        """Learn from an accepted request: from its repairs, and from the cache key that upstream uses.
+        """Learn from an accepted request: whether its model wants lite, and which cache key upstream uses.
 
         `created` is the response of `response.created`; {} if no such event came.
         """
-        if created and attempt.repairs:
-            self._learn(attempt)
+        if created and attempt.repairs and attempt.context.is_lite and lite_losses(attempt.request):
+            self._learn(attempt.context, lite_only=not attempt.context.lite_header)
         echoed, sent = created.get("prompt_cache_key"), attempt.normalized.get("prompt_cache_key")
         if not isinstance(echoed, str) or not echoed or echoed == sent:
             return
@@ -8045,6 +8090,7 @@ class Turns:
             context, changed = repair.apply(attempt.context, match, attempt.normalized)
         if context == attempt.context:
             return False
+        self._learn(context)
         attempt.context = context
         attempt.repairs = (*attempt.repairs, "=".join(filter(None, (repair.name, changed))))
         attempt.repaired += 1
@@ -8070,18 +8116,18 @@ class Turns:
         slug, model, effort = self.catalog.resolve(attempt.request["model"], self.catalog.get())
         return context._replace(slug=slug, model=model, effort=effort), ""
 
-    def _learn(self, attempt: Attempt) -> None:
-        """Remember for a model what the repairs of an accepted request have taught, up to 64 of a kind.
+    def _learn(self, context: Context, lite_only: bool = False) -> None:
+        """Remember for a model what a repair has taught: up to 64 parameters, and 16 fields of items.
 
         Not a list that was emptied: another request's may be right.
         """
-        context, slug = attempt.context, attempt.context.slug
+        slug = context.slug
         known = self._learned.get(slug, Learned())  # another request may have learned meanwhile
         fixes = [fix for fix in context.item_fixes if not fix.empties and fix not in known.item_fixes]
-        lite_only = context.is_lite and not context.lite_header and bool(lite_losses(attempt.request))
-        learned = Learned(known.dropped | context.dropped, (*known.item_fixes, *fixes),
-                          known.lite_only or lite_only)
-        if len(learned.dropped) <= 64 and len(learned.item_fixes) <= 64:
+        dropped = known.dropped | context.dropped
+        learned = Learned(dropped if len(dropped) <= 64 else known.dropped,
+                          (*known.item_fixes, *fixes)[:16], known.lite_only or lite_only)
+        if learned != known:
             self._learned[slug] = learned
         if len(self._learned) > 64:
             self._learned.popitem(last=False)
@@ -8559,6 +8605,7 @@ class WebSocketRelay:
                 self._turns.telemetry.begin(in_flight.record)
                 background = Background(lambda: self._accept(spans, in_flight))
                 self._waiting = Waiting(in_flight, background, self._resume_create)
+                self._note_idle()
         except BridgeError as exc:
             self._refuse(in_flight, exc)
 
@@ -8573,8 +8620,8 @@ class WebSocketRelay:
     def _send_accepted(self, in_flight: InFlight) -> None:
         in_flight.record.waiting = False
         self._turns.telemetry.begin(in_flight.record)
-        self._set_idle(False)
         self._in_flight.append(in_flight)
+        self._note_idle()
         self._progress = time.monotonic()
         self._send_create(in_flight)
 
@@ -8623,12 +8670,12 @@ class WebSocketRelay:
         except BridgeError as exc:
             self._in_flight.remove(in_flight)
             self._refuse(in_flight, exc)
-            self._set_idle(not self._in_flight)
 
     def _refuse(self, in_flight: InFlight, error: BridgeError) -> None:
         """Answer a response.create with an `error` frame instead of forwarding it."""
         in_flight.end()
         self._refuse_record(in_flight.record, error)
+        self._note_idle()
 
     def _refuse_record(self, record: Record, error: BridgeError) -> None:
         """Answer a frame with an `error` frame, and log it."""
@@ -8769,8 +8816,10 @@ class WebSocketRelay:
         response = or_empty(event.get("response"), dict)
         self._chains.keep(response.get("id"), in_flight.chain_fields)
         self._log_end(in_flight, event, end)
-        if not self._in_flight:
-            self._set_idle(True)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        self._set_idle(self._waiting is None and not self._in_flight)
 
     def _log_end(self, in_flight: InFlight, event: Mapping[str, Any], end: str) -> None:
         in_flight.observe_end(event, end)
@@ -8795,9 +8844,6 @@ class WebSocketRelay:
             self._to_upstream(OP_CLOSE, close_payload(to_upstream, reason))
         with contextlib.suppress(ClientLeft):
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
-
-
-SPECIAL_FRAME = re.compile(SPECIAL_EVENT.pattern + rb'|response\.created"')
 
 
 # == 35 pages =================================================================
@@ -9640,6 +9686,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.accepted = self.request
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.server.set_idle(self, True)
         if self.server.tls is not None and not self._handshake(self.server.tls):
             return
         connection = Connection(self.request)
@@ -9687,7 +9734,8 @@ class Handler(socketserver.BaseRequestHandler):
             if received is None:
                 return None  # the client has ended the connection
             head = received
-            self.server.set_idle(self, False)
+            if not self.server.set_idle(self, False):
+                return None  # it has just given way to another connection
             client = Client(str(self.client_address[0]))
             return Exchange(connection, parse_request(head), client, Record(client.address, started))
         except TimeoutError:
@@ -9714,16 +9762,15 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _refuse(self, connection: Connection, error: MalformedHttp, head: bytes, started: float) -> None:
         """Answer invalid HTTP, and end the connection. A response to HEAD has no body."""
-        record, method = Record(str(self.client_address[0]), started), ""
-        match = REQUEST_LINE.match(head.decode("latin-1").lstrip("\r\n"))
+        record, head = Record(str(self.client_address[0]), started), head.lstrip(b"\r\n")
+        match = REQUEST_LINE.match(head.decode("latin-1"))
         if match:
-            method, record.path = match[1], match[2].partition("?")[0]
-            record.method = method
+            record.method, record.path = match[1], match[2].partition("?")[0]
         response, body = error_response(error, {"x-qoo-bridge-id": record.id, "connection": "close"})
         record.status = error.status
         record.fail(error)
         with contextlib.suppress(OSError):
-            connection.send(response if method == "HEAD" else response + body, WRITE_TIMEOUT)
+            connection.send(response if head.startswith(b"HEAD ") else response + body, WRITE_TIMEOUT)
         self.server.log_request(record)
         linger(connection)
 
@@ -9805,9 +9852,11 @@ class Server(http.server.ThreadingHTTPServer):
         if not network_allows(address, self.bridge.policy.networks):
             return self._turn_away(request, Forbidden(f"{address} is not in this bridge's --allow"))
         with self._lock:
-            if len(self._open) >= self._limit:
+            greedy = address not in LOOPBACK and self._has_share(address)
+            if greedy:
+                greedy = not self._close_idle(address)
+            elif len(self._open) >= self._limit:
                 self._close_idle()
-            greedy = address not in LOOPBACK and self._has_share(address) and not self._close_idle(address)
             if len(self._open) < self._limit and not greedy:
                 self._open[request] = request
                 self._addresses[request] = address
@@ -9855,15 +9904,16 @@ class Server(http.server.ThreadingHTTPServer):
                 return True
         return False
 
-    def set_idle(self, handler: Handler, idle: bool) -> None:
-        """Record whether a connection is idle."""
+    def set_idle(self, handler: Handler, idle: bool) -> bool:
+        """Record whether a connection is idle; tell whether it was, and has not given way to another one."""
         with self._lock:
             if not idle:
-                self._waiting.pop(handler, None)
-            elif self.stopping.is_set():
+                return self._waiting.pop(handler, None) is not None
+            if self.stopping.is_set():
                 shut_down(handler.request)
             elif handler.accepted in self._open:
                 self._waiting[handler] = self._open[handler.accepted] = handler.request
+            return True
 
     def shutdown_request(self, request: Any) -> None:
         """Forget a connection that has ended, and close it."""

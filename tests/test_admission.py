@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -455,6 +456,61 @@ def test_heads_that_never_end_keep_no_client_out(start: Start) -> None:
             client.request("GET", "/healthz")
             assert client.read_reply().status == 200
             assert len(bridge.server._open) == 8
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address of this host")
+def test_a_machine_that_is_refused_closes_no_other_machines_connection(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(q, "LOOPBACK", ())
+    bridge = start("--max-connections", "8")
+    with contextlib.ExitStack() as stack:
+        def connect(address: str) -> socket.socket:
+            there = socket.create_connection(bridge.address, 5, (address, 0))
+            return stack.enter_context(contextlib.closing(there))
+
+        for _ in range(7):
+            connect("127.0.0.2").sendall(head(POST, HOST, JSON_TYPE, "Content-Length: 9"))
+        assert until(lambda: len(bridge.server._open) == 7 and not bridge.server._waiting)
+        other = connect("127.0.0.3")
+        assert until(lambda: len(bridge.server._waiting) == 1)
+        assert connect("127.0.0.2").recv(100).startswith(b"HTTP/1.1 503")
+        other.sendall(head("GET /healthz HTTP/1.1", HOST))
+        assert other.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address of this host")
+def test_clients_that_never_shake_hands_keep_no_client_out(start: Start) -> None:
+    folder = wire.certificates()
+    bridge = start("--max-connections", "8", "--tls-cert", str(folder / "leaf.pem"),
+                   "--tls-key", str(folder / "leaf.key"))
+    with contextlib.ExitStack() as stack:
+        for number in range(10):
+            source = ("127.0.0.2" if number % 2 else "127.0.0.3", 0)
+            stack.enter_context(socket.create_connection(bridge.address, 5, source))
+        assert until(lambda: len(bridge.server._open) == 8)
+        context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+        with wire.Client(bridge.address, 5, tls=context) as client:
+            client.request("GET", "/healthz")
+            assert client.read_reply().status == 200
+
+
+def test_a_request_on_a_connection_that_has_given_way_is_not_sent(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    server = bridge.server
+    with wire.Client(bridge.address) as client:
+        client.request("GET", "/healthz")
+        client.read_reply()
+        assert until(lambda: len(server._waiting) == 1)
+        (handler,) = server._waiting
+        with server._lock:
+            client.request("POST", "/v1/responses", REQUEST)
+            assert until(lambda: handler.request.recv(1, socket.MSG_PEEK) == b"P")
+            server._close_idle()
+        assert client.left()
+    assert until(lambda: not server._open)
+    assert sent(backend) == []
 
 
 def test_a_long_host_is_not_remembered(bridge: RunningBridge) -> None:

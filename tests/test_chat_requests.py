@@ -325,6 +325,24 @@ def test_messages_of_a_chat_inside_an_input_are_translated() -> None:
             {"type": "input_text", "text": "hi"}, {"type": "input_image", "image_url": "u"}]},
         {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "call_1", "output": "ran"}, given[4]]
+    text = {"type": "input_text", "text": "hi"}
+    says = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hi"}]}
+    mixed: list[tuple[list[Object], list[Object]]] = [
+        ([{"type": "message", "role": "user", "content": [{"type": "text", "text": "hi"}]}],
+         [{"type": "message", "role": "user", "content": [text]}]),
+        ([{"role": "assistant", "content": "hi", "refusal": None}], [says]),
+        ([{"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "hm"}, {"type": "output_text", "text": "hi"}]}], [says]),
+        ([{"type": "custom_tool_call", "call_id": "c", "name": "p", "input": ""},
+          {"role": "tool", "tool_call_id": "c", "content": "ran"}],
+         [{"type": "custom_tool_call", "call_id": "c", "name": "p", "input": ""},
+          {"type": "custom_tool_call_output", "call_id": "c", "output": "ran"}]),
+    ]
+    old_call = {"type": "function_call", "call_id": "c", "name": "run", "arguments": "{}"}
+    mixed.append(([old_call, {"role": "function", "name": "run", "content": "ran"}],
+                  [old_call, {"type": "function_call_output", "call_id": "c", "output": "ran"}]))
+    for items, wanted in mixed:
+        assert q.chat_request({"model": "m", "input": items})["input"] == wanted
     with pytest.raises(q.InvalidRequest, match=r"input\[0\]\.tool_call_id"):
         q.chat_request({"model": "m", "input": [{"role": "tool", "content": "x"}]})
 
@@ -611,6 +629,9 @@ BODIES: dict[str, tuple[Object, Object]] = {  # what comes, what of it goes up
                     {"tool_choice": {"type": "function", "name": "run"}}),
     "effort": ({"input": "hi", "reasoning": {"effort": "low"}}, {"reasoning": {"effort": "low"}}),
     "verbosity": ({"input": "hi", "text": {"verbosity": "low"}}, {"text": {"verbosity": "low"}}),
+    "verbosity-of-a-chat": ({"input": "hi", "verbosity": "low"}, {"text": {"verbosity": "low"}}),
+    "format-of-a-chat": ({"input": "hi", "response_format": {"type": "json_object"}},
+                         {"text": {"format": {"type": "json_object"}}}),
     "key": ({"input": "hi", "prompt_cache_key": "mine"}, {"prompt_cache_key": "mine"}),
     "what-only-tunes": ({"input": "hi", "max_output_tokens": 9, "temperature": 0, "user": "ann"}, {}),
     "null-messages": ({"input": "hi", "messages": None}, {"input": [HI]}),

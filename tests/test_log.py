@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -354,19 +355,37 @@ def test_log_that_logrotate_has_moved_is_opened_anew_at_its_signal(
 
 
 @posix
-def test_log_behind_a_link_is_not_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["link", "/dev/fd"])
+def test_log_behind_a_link_leaves_the_link_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setattr(q.Log, "LOOK_SECONDS", -1)
     monkeypatch.setattr(q, "LOG_SIZE", 500)
-    target, link = tmp_path / "target", tmp_path / "stdout"  # as /dev/stdout is a link to what `>file` opened
+    target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("")
     target.chmod(0o644)
     link.symlink_to(target)
-    with contextlib.closing(q.Log(str(link))) as log:
-        for _ in range(20):
-            log.handle(logging.LogRecord("qoo_bridge", logging.INFO, "", 0, "x" * 100, None, None))
-    assert (link.is_symlink(), target.stat().st_mode & 0o777) == (True, 0o644)
-    assert target.read_text().count("\n") == 20
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["stdout", "target"]
+    with target.open("a") as opened:  # /dev/stdout is a link to what `>file` has opened
+        path = f"/dev/fd/{opened.fileno()}" if kind == "/dev/fd" else str(link)
+        with contextlib.closing(q.Log(path)) as log:
+            for _ in range(20):
+                log.handle(logging.LogRecord("qoo_bridge", logging.INFO, "", 0, "x" * 100, None, None))
+    assert link.is_symlink()
+    names = sorted(each.name for each in tmp_path.iterdir())
+    if kind == "link":
+        assert (names, target.stat().st_mode & 0o777) == (["link", "target", "target.1"], 0o600)
+    else:
+        assert (names, target.stat().st_mode & 0o777) == (["link", "target"], 0o644)
+        assert target.read_text().count("\n") == 20
+
+
+@posix
+def test_a_terminal_that_cannot_be_looked_at_is_not_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_more_files(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "open", no_more_files)
+    assert q.has_terminal() is True
 
 
 def test_console_without_a_thread_is_tried_again_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

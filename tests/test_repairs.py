@@ -78,18 +78,70 @@ def test_an_items_field_that_was_refused_is_remembered_for_the_model(
         True, False, False, True, False]
 
 
-@pytest.mark.parametrize(("text", "body"), [
-    ("Unknown parameter: 'input[0].odd'.", {"input": [{**HI, "odd": 1}]}),
-    ("Unknown parameter: 'odd'.", {"odd": 1}),
-    ("Model not found gpt-6-sol", {"model": LITE_MODEL, "tool_choice": "required", "tools": [TOOL]}),
-], ids=["item-field", "parameter", "form"])
-def test_what_upstream_does_not_accept_teaches_nothing(
-    bridge: RunningBridge, backend: wire.Backend, text: str, body: Object
+DETAIL = {"type": "input_text", "text": "x", "detail": "low"}
+PICTURE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA", "detail": "high"}
+NAMED = {**PICTURE, "filename": "a.png"}
+FILE = {"type": "input_file", "file_data": "data:text/plain;base64,AAAA", "filename": "a.txt"}
+STAYS: dict[str, tuple[Object, str, Object]] = {  # what one client sends, what is refused, what another keeps
+    "detail": (DETAIL, "detail", PICTURE), "filename": (NAMED, "filename", FILE),
+}
+
+
+@pytest.mark.parametrize(("odd", "field", "right"), STAYS.values(), ids=STAYS)
+def test_what_one_kind_of_part_must_not_have_another_keeps(
+    bridge: RunningBridge, backend: wire.Backend, odd: Object, field: str, right: Object
+) -> None:
+    backend.on("/responses", refusal(f"Unknown parameter: 'input[0].content[0].{field}'."))
+    both = {**HI, "content": [odd, right]}
+    assert ask(bridge, {**MODEL, "input": [both]}).status == 200
+    assert ask(bridge, {**MODEL, "input": [{**HI, "content": [right, odd]}]}).status == 200
+    less = {name: value for name, value in odd.items() if name != field}
+    contents = [request.json["input"][0]["content"] for request in sent(backend)]
+    assert contents == [[odd, right], [less, right], [right, less]]
+
+
+@pytest.mark.parametrize("where", ["top", "item"])
+def test_more_unknown_fields_than_repairs_heal_by_the_next_request(
+    bridge: RunningBridge, backend: wire.Backend, where: str
+) -> None:
+    odd: Object = {f"odd{number}": 1 for number in range(q.MAX_REPAIRS + 1)}
+    path = "" if where == "top" else "input[0]."
+    body = {**MODEL, "input": [HI], **odd} if where == "top" else {**MODEL, "input": [{**HI, **odd}]}
+    backend.on("/responses", *[refusal(f"Unknown parameter: '{path}{name}'.") for name in odd])
+    assert ask(bridge, body).status == 400
+    backend.on("/responses", refusal(f"Unknown parameter: '{path}{[*odd][-1]}'."))
+    assert ask(bridge, body).status == 200
+    assert len(sent(backend)) == q.MAX_REPAIRS + 3
+
+
+def test_many_fields_of_items_do_not_stop_parameters_from_being_learned(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    for number in range(20):
+        backend.on("/responses", refusal(f"Unknown parameter: 'input[0].odd{number}'."))
+        assert ask(bridge, {**MODEL, "input": [{**HI, f"odd{number}": 1}]}).status == 200
+    backend.on("/responses", refusal("Unknown parameter: 'other'."))
+    assert ask(bridge, {**MODEL, "input": [HI], "other": 1}).status == 200
+    assert ask(bridge, {**MODEL, "input": [{**HI, "odd3": 1, "odd19": 1}], "other": 1}).status in (200, 400)
+    last = [request.json for request in sent(backend)][-1]
+    assert ("other" in last, "odd3" in last["input"][0]) == (False, False)
+
+
+def test_a_call_of_the_old_style_is_never_dropped(bridge: RunningBridge, backend: wire.Backend) -> None:
+    backend.on("/responses", refusal("Unknown parameter: 'input[0].function_call'."))
+    item = {"role": "assistant", "content": "", "function_call": {"name": "run", "arguments": "{}"}}
+    assert ask(bridge, {**MODEL, "input": [item]}).status == 400
+    assert len(sent(backend)) == 1
+
+
+def test_a_form_that_upstream_does_not_accept_is_not_remembered(
+    bridge: RunningBridge, backend: wire.Backend
 ) -> None:
     models(bridge)
     backend.takes_plain.add(LITE_MODEL)
-    backend.on("/responses", refusal(text), refusal("no"), wire.turn(*wire.text_turn()))
-    body = {**MODEL, "input": [HI], **body}
+    backend.on("/responses", refusal("Model not found gpt-6-sol"), refusal("no"),
+               wire.turn(*wire.text_turn()))
+    body: Object = {"model": LITE_MODEL, "input": [HI], "tool_choice": "required", "tools": [TOOL]}
     assert ask(bridge, body).status == 400
     assert ask(bridge, body).status == 200
     first, repaired, again = sent(backend)

@@ -881,6 +881,8 @@ BAD_HEADS: dict[str, tuple[int, tuple[str, ...]]] = {
     "web page": (403, ("HEAD /v1/models HTTP/1.1", HOST, "Origin: https://page.example")),
     "name of another": (403, ("HEAD /v1/models HTTP/1.1", "Host: evil.example")),
     "no such path": (404, ("HEAD /v1/nothing HTTP/1.1", HOST, "Connection: close")),
+    "no version": (400, ("HEAD /v1/models FOO/1.1", HOST)),
+    "two blanks": (400, ("HEAD  /v1/models HTTP/1.1", HOST)),
 }
 
 

@@ -1912,6 +1912,23 @@ def test_a_wait_without_a_thread_of_its_own_is_made_all_the_same(
     assert backend.frames[0]["model"] == "gpt-5.6-sol"
 
 
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_socket_that_waits_is_not_idle(wait: str, backend: wire.Backend, start: Start, dial: Dial) -> None:
+    bridge, gate = start(*KEYS), threading.Event()
+    hold, frame = WAITS[wait]
+    client = dial(bridge, ANN)
+    assert until(lambda: len(bridge.server._waiting) == 1)
+    with hold(backend, bridge, gate) as waits:
+        client.send_json(frame)
+        waits()
+        # A connection of the stand-in's client may be idle beside it.
+        own = client.sock.getsockname()
+        assert until(lambda: own not in [each.client_address for each in bridge.server._waiting])
+        gate.set()
+        assert client.read_turn()[-1]["type"] == "response.completed"
+    assert until(lambda: own in [each.client_address for each in bridge.server._waiting])
+
+
 IMPATIENT = ("--keepalive", "0.06", "--idle-timeout", "0.3")
 
 
