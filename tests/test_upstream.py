@@ -10,6 +10,7 @@ import gc
 import os
 import socket
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -1029,3 +1030,19 @@ def test_peer_that_is_gone_at_once_leaves_no_socket(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="connected"):
         q.Upstream(1, 1)._open_socket(("127.0.0.1", 9), 1)
     assert gone.fileno() == -1
+
+
+def test_peer_that_resets_before_the_handshake_leaves_no_socket(
+    upstream: Counted, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        reset = socket.create_connection(listening.getsockname())
+        peer, _ = listening.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+    number = reset.fileno()
+    monkeypatch.setattr(q.Upstream, "_open_socket", lambda *_: reset)
+    with pytest.raises(q.BadUpstream):
+        fetch(upstream, backend)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
