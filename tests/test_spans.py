@@ -447,18 +447,43 @@ def test_other_threads_run_between_items(sleepers: list[float]) -> None:
     assert len(sleepers) - before >= 3  # with json.loads: at most one each, and often none
 
 
-def test_other_threads_run_while_a_large_body_is_joined_and_freed(sleepers: list[float]) -> None:
-    item = b'{"type":"message","content":[%b]}' % b",".join([b'{"b":1}'] * 200)
-    raw = b'{"model":"a","input":[%b]}' % b",".join([item] * 1_200)  # 2 MB
-    spans = q.read_request(raw)
-    changed = {**spans.request, "input": [{"new": 1}, *spans.request["input"]]}
-    before = len(sleepers)
-    joined = q.write_request(changed, spans)
-    q.free_items(spans, changed)
-    woken = len(sleepers) - before
-    assert joined == b'{"model":"a","input":[{"new":1},' + raw[len(b'{"model":"a","input":['):]
-    assert (changed["input"], spans.request["input"], spans.items) == ([], [], [])
-    assert woken >= 4  # in one step each: at most once, and often not
+class Watched(list):  # type: ignore[type-arg]
+    """A list that tells how many of its items were deleted at a time."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(range(count))
+        self.deleted: list[int] = []
+
+    def __delitem__(self, key: Any) -> None:
+        before = len(self)
+        super().__delitem__(key)
+        self.deleted.append(before - len(self))
+
+
+class Piece(bytes):
+    """Bytes that tell how many of them were taken at a time."""
+
+    taken: list[int]
+
+    def __getitem__(self, key: Any) -> Any:
+        part = super().__getitem__(key)
+        self.taken.append(len(part))
+        return part
+
+
+def test_a_large_body_is_joined_and_freed_in_steps() -> None:
+    piece = Piece(b"x" * (2 * q.WINDOW + 5))
+    piece.taken = []
+    assert q.join_pieces([piece], q.LARGE_BODY) == piece
+    assert piece.taken == [q.WINDOW, q.WINDOW, 5]  # other threads can run between two
+    spans = q.Spans(b"", {"model": "a", "input": Watched(1200), "tools": None})
+    changed = {"input": Watched(2), "tools": Watched(501), "messages": "none"}
+    spans.items = Watched(1000)
+    q.free_items(spans, changed, spans.request)
+    freed = [spans.items, spans.request["input"], changed["input"], changed["tools"]]
+    assert [(each, each.deleted) for each in freed] == [
+        ([], [500, 500]), ([], [500, 500, 200]), ([], [2]), ([], [500, 1])]
+    assert changed["messages"] == "none"
 
 
 @pytest.mark.parametrize("size", [10, q.LARGE_BODY])
