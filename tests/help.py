@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -330,6 +332,15 @@ def outcome(process: Popen) -> tuple[int, str, str]:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         return int(listening.getsockname()[1])
+
+
+@functools.cache
+def dead_port() -> int:
+    """Return a port at which nothing listens, and which no other program gets while the tests run."""
+    held = socket.socket()
+    held.bind(("127.0.0.1", 0))
+    atexit.register(held.close)
+    return int(held.getsockname()[1])
 
 
 class NoThreads:

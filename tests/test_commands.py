@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import HURRIED, Command, Launch, Run, RunningBridge, Start
-from help import KEY, LOCAL_MD, SECONDS, free_port, outcome, posix, until
+from help import KEY, LOCAL_MD, SECONDS, dead_port, free_port, outcome, posix, until
 
 import qoo_bridge as q
 
@@ -103,7 +103,7 @@ def test_litellm_config_of_a_locked_bridge(start: Start, command: Command, tmp_p
 
 
 def test_litellm_config_waits_for_no_bridge(command: Command) -> None:
-    status, out, err = command("litellm-config", "--port", free_port())
+    status, out, err = command("litellm-config", "--port", dead_port())
     assert (status, out) == (1, "")
     assert len(err.splitlines()) == 1
 

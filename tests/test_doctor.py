@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import Command, Launch, Start
-from help import HOSTILE, KEY, SECONDS, free_port, outcome, posix, until
+from help import HOSTILE, KEY, SECONDS, dead_port, free_port, outcome, posix, until
 
 import qoo_bridge as q
 
@@ -177,7 +177,7 @@ def test_doctor_on_cloudflares_page(backend: wire.Backend, doctor: Doctor) -> No
 
 
 def test_doctor_on_a_host_that_is_not_there(backend: wire.Backend, doctor: Doctor) -> None:
-    status, rows = doctor("--upstream", f"https://127.0.0.1:{free_port()}/backend-api/codex")
+    status, rows = doctor("--upstream", f"https://127.0.0.1:{dead_port()}/backend-api/codex")
     assert (status, states(rows, "failed")) == (1, {"TLS"})
     assert "cannot connect to 127.0.0.1: connection refused" in rows["TLS"]["text"]
 

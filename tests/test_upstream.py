@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import wire
 from conftest import RunningBridge, Start
-from help import REQUEST, NoThreads, ask, free_port, until
+from help import REQUEST, NoThreads, ask, dead_port, until
 
 import qoo_bridge as q
 
@@ -196,18 +196,11 @@ def test_a_thread_that_cannot_start_does_not_stop_opening_ahead_for_good(
 
 
 def test_failing_to_open_ahead_is_silent(upstream: Counted) -> None:
-    upstream.open_ahead(q.Target("http", "127.0.0.1", unused_port()))
+    upstream.open_ahead(q.Target("http", "127.0.0.1", dead_port()))
     settle("open-ahead")
 
 
 # -- a connection that was closed ---------------------------------------------------
-
-
-def unused_port() -> int:
-    """Return a port at which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def test_connection_closed_between_requests_is_replaced(upstream: Counted, backend: wire.Backend) -> None:
@@ -297,7 +290,7 @@ def resetting() -> Iterator[int]:
 
 def test_refused_connection_is_named(upstream: Counted) -> None:
     with pytest.raises(q.BadUpstream, match=r"^cannot connect to localhost: .*refused"):
-        upstream.fetch("GET", f"https://localhost:{unused_port()}/", {})
+        upstream.fetch("GET", f"https://localhost:{dead_port()}/", {})
 
 
 def test_handshake_that_hangs_times_out(backend: wire.Backend, silent: int) -> None:
@@ -641,7 +634,7 @@ def test_proxy_of_another_kind_is_named(
 
 
 def test_proxy_that_is_down_is_named(backend: wire.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{unused_port()}")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{dead_port()}")
     with pytest.raises(q.BadUpstream, match="refused"):
         fetch(Counted(), backend)
 
@@ -750,7 +743,7 @@ def test_redirect_is_not_followed(status: int, bridge: RunningBridge, backend: w
 
 
 def test_unreachable_upstream_is_502(start: Start, backend: wire.Backend) -> None:
-    bridge = start("--upstream", f"https://localhost:{unused_port()}/backend-api/codex")
+    bridge = start("--upstream", f"https://localhost:{dead_port()}/backend-api/codex")
     assert "refused" in refused(ask(bridge), 502, "bridge")
 
 
@@ -945,7 +938,7 @@ def no_route(number: int) -> Callable[[socket.socket, Any], int]:
 
 def test_no_address_that_answers_is_one_error(upstream: Counted) -> None:
     with pytest.raises(q.BadUpstream, match="cannot connect to localhost: connection refused"):
-        upstream.fetch("GET", f"http://localhost:{unused_port()}/", {})
+        upstream.fetch("GET", f"http://localhost:{dead_port()}/", {})
 
 
 VARIABLES = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
@@ -962,7 +955,7 @@ def problem(bridge: RunningBridge, status: int = 502) -> str:
 def test_a_dead_proxy_is_named_as_the_proxy(
     start: Start, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    port = free_port()
+    port = dead_port()
     monkeypatch.setenv(variable, f"http://user:secret-word@127.0.0.1:{port}")
     text = problem(start())
     assert f"proxy 127.0.0.1:{port}" in text
