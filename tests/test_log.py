@@ -336,7 +336,7 @@ def test_two_bridges_in_one_folder_share_a_log(
     assert [text for text in newest if text not in kept] == []  # nobody has rotated the other's new file away
 
 
-@posix
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP to send")
 def test_log_that_logrotate_has_moved_is_opened_anew_at_its_signal(
     bridge: RunningBridge, logging_to: Callable[[], Path]
 ) -> None:
