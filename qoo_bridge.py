@@ -611,6 +611,8 @@ def unix_time(text: Any) -> float:
 WINDOW = 256 * 1024  # bytes of a body that are decoded at once
 MARGIN = 64 * 1024  # characters; an item that begins so near to a window's end begins a new window
 FREED_ITEMS = 500  # at once
+TEXT_FIELDS = ("input", "instructions")  # their texts can become messages
+LONG_TEXT = 4096  # characters; from here on such a text is not encoded again
 MAX_PLACES = 100_000  # fields and items of a body, about; a body with more is parsed at once, without places
 ITEM_LISTS = ("input", "messages", "tools")  # read and written item by item
 VALUE_ENDS = frozenset(" \t\n\r,:]}")  # characters that can follow a value
@@ -629,16 +631,20 @@ class Spans:
         self.items: list[Any] = []  # of all lists: neighbours here are neighbours in the body
         self.starts: list[int] = []  # byte of the body, for each of `items`
         self.ends: list[int] = []
+        self.long_texts: set[str] = set()  # those of TEXT_FIELDS that are long
         self._indexes: dict[int, int] = {}  # id of an item -> index; built when a list has a new item
 
     def is_unchanged(self, name: str, value: Any) -> bool:
         """Tell whether a field has the value that was read."""
         return name in self.fields and self.request[name] is value
 
-    def value_bytes(self, name: str) -> bytes:
-        """Return the client's own bytes of a field's value. Raises KeyError if their place is unknown."""
+    def value_bytes(self, name: str, limit: int) -> bytes:
+        """Return the client's own bytes of a field's value, b"" for more than `limit`.
+
+        Raises KeyError if their place is unknown.
+        """
         _, start, end = self.fields[name]
-        return self.raw[start:end]
+        return self.raw[start:end] if end - start <= limit else b""
 
     def index(self, item: Any, likely: int) -> int:
         """Return an item's index in `items`, -1 for a new item; try a likely index first."""
@@ -681,7 +687,9 @@ class SpanReader:
             if name in ITEM_LISTS and opening == "[":
                 spans.request[name] = self._items(name)
             else:
-                spans.request[name] = self._value()
+                spans.request[name] = value = self._value()
+                if name in TEXT_FIELDS and isinstance(value, str) and len(value) >= LONG_TEXT:
+                    spans.long_texts.add(name)
             spans.fields[name] = start, value_start, self._index + self._shift
             more = self._follows("}")
         if self._next():
@@ -873,9 +881,40 @@ def _item_pieces(items: list[Any], spans: Spans, likely: int, top: bool) -> Iter
             yield body[spans.starts[index]:spans.ends[index + len(group) - 1]]
         elif top and _carries_tools(group[0]):
             yield from _field_pieces(group[0], spans, top=False)
+        elif spans.long_texts:
+            yield from _new_item_pieces(group, spans)
         else:
             yield json_bytes(group)[1:-1]
     yield b"]" if items else b"[]"
+
+
+def _new_item_pieces(items: list[Any], spans: Spans) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of new items; for a message made of a long text of TEXT_FIELDS the text's own bytes."""
+    texts = {id(spans.request[name]): name for name in spans.long_texts}
+    before = b""
+    for item in items:
+        yield before
+        before = b","
+        part = _only_part(item)
+        name = texts.get(id(part.get("text")))
+        if name is None or not isinstance(part["text"], str):
+            yield json_bytes(item)
+            continue
+        encoded = json_bytes({**item, "content": [{**part, "text": ""}]})
+        place = encoded.rindex(b'""')
+        _, start, end = spans.fields[name]
+        yield encoded[:place]
+        yield memoryview(spans.raw)[start:end]
+        yield encoded[place + 2:]
+
+
+def _only_part(item: Any) -> dict[str, Any]:
+    """Return the only part of a message in which its text comes last, {} for another item."""
+    content = or_empty(or_empty(item, dict).get("content"), list)
+    part: dict[str, Any] = or_empty(content[0], dict) if len(content) == 1 else {}
+    if part and list(part)[-1] == "text" and list(item)[-1] == "content":
+        return part
+    return {}
 
 
 def _unchanged_tail(items: list[Any], spans: Spans, likely: int) -> tuple[int, int]:
@@ -7077,8 +7116,11 @@ def stored_input(spans: Spans, codex: bool, limit: int) -> StoredInput | None:
     if codex or request.get("store") is False:
         return None
     try:
-        if isinstance(request.get("input"), list) and "input" in spans.fields:
-            items = spans.value_bytes("input")
+        given = request.get("input")
+        if isinstance(given, list) and "input" in spans.fields:
+            items = spans.value_bytes("input", limit)
+        elif isinstance(given, str) and len(given) > limit:
+            items = b""  # before it is copied
         else:
             items = json_bytes(input_to_list(request, Context()).get("input", []))
     except (ValueError, RecursionError):  # no number of JSON, or too deep: upstream will say so

@@ -149,9 +149,10 @@ def test_the_last_item_of_a_list_is_no_neighbour_of_the_next_list() -> None:
 
 def test_a_fields_own_bytes_can_be_had() -> None:
     spans = q.read_request(b'{"a" : [1, 2] ,"a": {"b" : 1} }')
-    assert spans.value_bytes("a") == b'{"b" : 1}'
+    assert spans.value_bytes("a", 9) == b'{"b" : 1}'
+    assert spans.value_bytes("a", 8) == b""  # it is longer
     with pytest.raises(KeyError):
-        spans.value_bytes("b")
+        spans.value_bytes("b", 9)
 
 
 # -- what cannot be parsed, or cannot be sent as it is ------------------------
@@ -391,11 +392,12 @@ def test_a_long_string_takes_three_times_its_size(form: bytes, request: pytest.F
     tracemalloc.start()
     try:
         spans = q.read_request(raw)
-        written = q.write_request({**spans.request, **ALIAS}, spans)
+        changed = q.input_to_list({**spans.request, **ALIAS}, q.Context())  # a message, where it is a text
+        written = q.write_request(changed, spans)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert written == raw.replace(b'"a"', b'"slug"')
+    assert json.loads(written) == changed
     assert peak + size <= 3.05 * size
 
 
@@ -491,3 +493,18 @@ def test_pieces_are_joined_alike_in_one_step_and_in_many(size: int) -> None:
     long, exact = memoryview(b"x" * (2 * q.WINDOW + 1)), memoryview(b"y" * q.WINDOW)
     pieces: list[bytes | memoryview] = [b"{", long, b"", exact, b"}"]
     assert q.join_pieces(iter(pieces), size) == b"".join(pieces)
+
+
+@pytest.mark.parametrize("text", ["h\\u00e9 \\/ \\ud83d\\ude00", "\\\"\\\"", "plain", "\\ud800"])
+@pytest.mark.parametrize("size", [0, q.LONG_TEXT], ids=["short", "long"])
+def test_a_text_that_becomes_a_message_goes_up_as_the_clients_own_bytes(text: str, size: int) -> None:
+    own = b'"' + b"x" * size + text.encode() + b'"'
+    raw = b'{"model":"m","instructions":%b , "input" : %b}' % (own, own)
+    spans = q.read_request(raw)
+    user, developer = (spans.request[name] for name in ("input", "instructions"))
+    request = {"model": "m", "input": [
+        q.message_item("developer", developer), q.message_item("user", user), {"text": None}, 5,
+        {"content": [{"text": user, "type": "x"}]}, {"content": [{"text": user}], "id": 1}, {"content": []}]}
+    written = q.write_request(request, spans)
+    assert json.loads(written) == json.loads(json.dumps(request))
+    assert written.count(b'"text":' + own) >= (2 if size else 0)
