@@ -897,7 +897,7 @@ def _new_item_pieces(items: list[Any], spans: Spans) -> Iterator[bytes | memoryv
         before = b","
         part = _only_part(item)
         name = texts.get(id(part.get("text")))
-        if name is None or not isinstance(part["text"], str):
+        if name is None or not isinstance(part["text"], str):  # a later field of that name can be no text
             yield json_bytes(item)
             continue
         encoded = json_bytes({**item, "content": [{**part, "text": ""}]})
@@ -966,7 +966,7 @@ class UpstreamRefusal(BridgeError):
         message = error.get("message")
         super().__init__(message if isinstance(message, str) else f"upstream answered {status}")
         self.status = status
-        self.is_refusal = status in (400, 404, 422)  # of the request as it is, so a repair may help
+        self.may_be_repaired = status in (400, 404, 422)  # else the request is not the reason
         self.error = error
         self.code = str(error.get("code") or error.get("type") or "upstream_error")
         if not retry_after and status == 429:
@@ -1057,7 +1057,7 @@ def failure(event: Mapping[str, Any]) -> UpstreamRefusal:
     status = reported_status(event) or code_status(code) or code_status(kind)
     message = or_empty(error.get("message"), str) or code or "upstream reported a failure"
     failed = UpstreamRefusal(status or 502, {**error, "message": message})
-    failed.is_refusal = failed.is_refusal or not status
+    failed.may_be_repaired = failed.may_be_repaired or not status
     return failed
 
 
@@ -5092,6 +5092,7 @@ def render_event(parsed: Mapping[str, Any]) -> bytes:
 
 SIGN_BYTES = 1024  # a read with more holds more than signs of life
 KEEPALIVE_MARK = b'"keepalive"'  # in upstream's own signs of life, which are no progress (WIRE 5)
+COMMENTS = re.compile(rb"(?:(?::[^\r\n]*)?[\r\n])+")  # a read with nothing else; matched in one pass
 
 
 CREATED_MARK = b"response.created"
@@ -5155,7 +5156,6 @@ SHORT_CALL_ID = re.compile(rb"call_[0-9a-f]{40}")  # as `short_call_id` makes th
 
 
 KEEPALIVE_EVENT = b'event: keepalive\ndata: {"type":"keepalive"}\n\n'  # resets Codex's idle timer (WIRE 5)
-COMMENTS = re.compile(rb"(?:(?::[^\r\n]*)?[\r\n])+")  # a read with nothing else; matched in one pass
 KEEPALIVE_COMMENT = b": keepalive\n\n"  # other clients' timers count bytes; SDKs fail on an unknown event
 
 
@@ -8035,8 +8035,10 @@ class Turns:
 
         `created` is the response of `response.created`; {} if no such event came.
         """
-        if created and attempt.repairs and attempt.context.is_lite and lite_losses(attempt.request):
-            self._learn(attempt.context, lite_only=not attempt.context.lite_header)
+        context = attempt.context
+        if created and attempt.repairs and context.is_lite and not context.lite_header \
+                and lite_losses(attempt.request):
+            self._learn(context, lite_only=True)
         echoed, sent = created.get("prompt_cache_key"), attempt.normalized.get("prompt_cache_key")
         if not isinstance(echoed, str) or not echoed or echoed == sent:
             return
@@ -8132,7 +8134,7 @@ class Turns:
 
     def repair(self, attempt: Attempt, error: UpstreamRefusal) -> bool:
         """Repair a refused attempt; tell whether a known repair changed it."""
-        if not error.is_refusal or attempt.repaired >= MAX_REPAIRS:
+        if not error.may_be_repaired or attempt.repaired >= MAX_REPAIRS:
             return False
         matched = match_repair(f"{error.message} {error.code}")
         if matched is None:
@@ -9740,7 +9742,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.accepted = self.request
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.server.set_idle(self, True)
         if self.server.tls is not None and not self._handshake(self.server.tls):
             return
         connection = Connection(self.request)
@@ -9756,6 +9757,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _handshake(self, context: ssl.SSLContext) -> bool:
         """Do the TLS handshake in the connection's own thread; tell whether the handshake succeeded."""
+        self.server.set_idle(self, True)  # until its request has come, it gives way to others
         started = time.monotonic()
         try:
             self.request.settimeout(HEAD_TIMEOUT)
