@@ -29,48 +29,49 @@ Five parts and their rooms; each room uses only the rooms above it:
          2  errors          one class for each status
          3  json            untrusted JSON: any value can have any type
          4  spans           a request and the client's own bytes of each value
-         5  refusals        upstream's refusal -> the client's error
-         6  http            heads and bodies as bytes; addresses
-         7  options         one table -> argparse, environment, --help; a frozen Config
+         5  rewriting       a changed request -> bytes, the client's own where nothing changed
+         6  refusals        upstream's refusal -> the client's error
+         7  http            heads and bodies as bytes; addresses
+         8  options         one table -> argparse, environment, --help; a frozen Config
     B the trust kernel      the only code that opens a connection or holds a token
-         8  sockets         connected sockets, never blocking
-         9  upstream        opens connections: pool, TLS, proxy
-        10  sign-in         auth.json: read, refresh, write
-        11  login           the device sign-in
-        12  account         account routing
+         9  sockets         connected sockets, never blocking
+        10  upstream        opens connections: pool, TLS, proxy
+        11  sign-in         auth.json: read, refresh, write
+        12  login           the device sign-in
+        13  account         account routing
     C rules                 pure, but codings may load libzstd
-        13  items           what rules share; rules for single items; an estimate of tokens
-        14  forms           the lite and the plain form; tools
-        15  normalize       request -> request, by named rules
-        16  repairs         a refusal's text -> a changed context
-        17  chat requests   Chat Completions request -> Responses request
-        18  chat answers    Responses events -> Chat Completions chunks
-        19  codings         gzip, deflate, zstd
-        20  fields          which headers are forwarded; the client's identity
-        21  events          what an event says; events -> one response
-        22  outputs         upstream's bytes -> events -> the client's bytes
-        23  frames          WebSocket frame codec
-        24  access          which clients are admitted
+        14  items           what rules share; rules for single items; an estimate of tokens
+        15  forms           the lite and the plain form; tools
+        16  normalize       request -> request, by named rules
+        17  repairs         a refusal's text -> a changed context
+        18  chat requests   Chat Completions request -> Responses request
+        19  chat answers    Responses events -> Chat Completions chunks
+        20  codings         gzip, deflate, zstd
+        21  fields          which headers are forwarded; the client's identity
+        22  events          what an event says; events -> one response
+        23  outputs         upstream's bytes -> events -> the client's bytes
+        24  frames          WebSocket frame codec
+        25  access          which clients are admitted
     D the bridge            one request from accept to its log line
-        25  catalog         the live model list and the aliases
-        26  telemetry       counters, recent requests, the log line
-        27  log             standard error and bridge.log
-        28  store           conversations for previous_response_id
-        29  admission       limits: body memory, requests per key; the keys
-        30  exchange        one client request and its response; the relay
-        31  dialects        the APIs: Responses, Chat Completions, legacy completions
-        32  turns           model requests, sent until upstream accepts them
-        33  in flight       what a WebSocket holds beside its frames
-        34  websockets      frames both ways
-        35  pages           the status page
-        36  client config   what a client pastes or saves
-        37  routes          path -> handler
-        38  server          threads, their limit, drain, shutdown
+        26  catalog         the live model list and the aliases
+        27  telemetry       counters, recent requests, the log line
+        28  log             standard error and bridge.log
+        29  store           conversations for previous_response_id
+        30  admission       limits: body memory, requests per key; the keys
+        31  exchange        one client request and its response; the relay
+        32  dialects        the APIs: Responses, Chat Completions, legacy completions
+        33  turns           model requests, sent until upstream accepts them
+        34  in flight       what a WebSocket holds beside its frames
+        35  websockets      frames both ways
+        36  pages           the status page
+        37  client config   what a client pastes or saves
+        38  routes          path -> handler
+        39  server          threads, their limit, drain, shutdown
     E commands              the command line; only this part prints
-        39  commands        serve, client-config, new-key, login, litellm-config
-        40  doctor          checks of every step between this host and a reply
-        41  demo            the bridge with a built-in stand-in backend
-        42  main            the command line
+        40  commands        serve, client-config, new-key, login, litellm-config
+        41  doctor          checks of every step between this host and a reply
+        42  demo            the bridge with a built-in stand-in backend
+        43  main            the command line
 """
 from __future__ import annotations
 
@@ -147,6 +148,7 @@ MAX_ERROR_BODY = 256 * 1024  # bytes read of an upstream refusal
 MAX_REPLY = 16 * 1024 * 1024  # bytes of one small JSON reply: catalogue, tokens, usage
 MAX_BODIES = 1024 * 1024 * 1024  # bytes of request bodies in memory at once, over all requests
 STORE_SIZE = 64 * 1024 * 1024  # bytes of conversations kept for previous_response_id
+LAST_REQUESTS_SIZE = 64 * 1024 * 1024  # bytes of memory for conversations' last requests, parsed
 COMPRESS_FROM = 16 * 1024  # bytes; a request body of this size or more is sent compressed
 READ_SIZE = 64 * 1024  # bytes of one read
 ERROR_BODY_SECONDS = 15  # for upstream to send a refusal's body
@@ -607,15 +609,18 @@ def unix_time(text: Any) -> float:
 # == 4 spans ==================================================================
 # The place of each value in a request's body: what no rule changed is sent as the client's own bytes. (pure)
 # A value is unchanged if it is the very object that was read: a rule must never modify its argument.
+# What is the same in a conversation's last request is not parsed again: both requests share the values.
 
 WINDOW = 256 * 1024  # bytes of a body that are decoded at once
+SMALL_WINDOW = 4 * 1024  # bytes, where most of what follows may be as in the last request
 MARGIN = 64 * 1024  # characters; an item that begins so near to a window's end begins a new window
-FREED_ITEMS = 500  # at once
 TEXT_FIELDS = ("input", "instructions")  # their texts can become messages
 LONG_TEXT = 4096  # characters; from here on such a text is not encoded again
 MAX_PLACES = 100_000  # fields and items of a body, about; a body with more is parsed at once, without places
 ITEM_LISTS = ("input", "messages", "tools")  # read and written item by item
 VALUE_ENDS = frozenset(" \t\n\r,:]}")  # characters that can follow a value
+VALUE_END_BYTES = frozenset(char.encode() for char in VALUE_ENDS)
+NOT_READ = range(-1, -1)  # the indexes of a list that the body does not have
 NO_ITEM = object()  # follows each list's items: the next list's are not their neighbours
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -627,11 +632,18 @@ class Spans:
         self.raw = raw
         self.request = request
         self.fields: dict[str, tuple[int, int, int]] = {}  # name -> its start, its value's start, their end
-        self.lists: dict[str, int] = {}  # name -> index of its first item in `items`
+        self.lists: dict[str, range] = {}  # name -> indexes of its items in `items`
         self.items: list[Any] = []  # of all lists: neighbours here are neighbours in the body
         self.starts: list[int] = []  # byte of the body, for each of `items`
         self.ends: list[int] = []
         self.long_texts: set[str] = set()  # those of TEXT_FIELDS that are long
+        self.judged = 0  # the first so many items of `input`: `unusual` has those of them that rules look at
+        self.unusual: list[int] = []  # places in `input`
+        self.parsed: list[tuple[int, int]] = []  # start and end of what the last request did not have
+        self.memory = 0  # bytes, estimated: what was taken from the last request, and with `settle` the rest
+        self.field_count = 0  # more than `fields` has if two have one name: then only the last one counts
+        self.order: list[str] = []  # the fields as they stand in the body; for the next request, see `settle`
+        self.bounds: list[int] = []  # bytes of the body at which these begin, and its end
         self._indexes: dict[int, int] = {}  # id of an item -> index; built when a list has a new item
 
     def is_unchanged(self, name: str, value: Any) -> bool:
@@ -645,6 +657,14 @@ class Spans:
         """
         _, start, end = self.fields[name]
         return self.raw[start:end] if end - start <= limit else b""
+
+    def settle(self) -> None:
+        """Prepare to be kept as the last request: estimate its memory, free what only its writing needs."""
+        self.memory += sum(parsed_size(self.raw[start:end]) for start, end in self.parsed)
+        self.parsed, self._indexes = [], {}
+        if self.field_count == len(self.fields):
+            self.order = list(self.fields)
+            self.bounds = [*(start for start, _, _ in self.fields.values()), len(self.raw)]
 
     def index(self, item: Any, likely: int) -> int:
         """Return an item's index in `items`, -1 for a new item; try a likely index first."""
@@ -663,8 +683,11 @@ class SpanReader:
     JSON object, or has a float out of range or too many places: `read_request` leaves that to `parse_json`.
     """
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, last: Spans) -> None:
         self._spans = Spans(raw, {})
+        self._last = last  # the conversation's last request; its values are taken where the bytes agree
+        self._expected = 0  # number of the field that comes next if the request is like the last one
+        self._parsed_from = 0  # byte of the body from which on nothing was taken
         self._body = memoryview(raw)
         self._text = ""  # the window
         self._loaded = 0  # byte of the body at which the window ends
@@ -676,25 +699,37 @@ class SpanReader:
     def read(self) -> Spans:
         """Read the body."""
         spans = self._spans
-        more = self._enter("{", "}")
+        if self._last.order:
+            self._load(SMALL_WINDOW)
+        more = self._enter("{", "}") and self._take_fields()
         while more:
-            start = self._index + self._shift
-            name = self._value()
-            if not isinstance(name, str) or self._next() != ":":
-                raise ValueError("a field needs a name and a colon")
-            self._index += 1
-            opening, value_start = self._next(), self._index + self._shift
-            if name in ITEM_LISTS and opening == "[":
-                spans.request[name] = self._items(name)
-            else:
-                spans.request[name] = value = self._value()
-                if name in TEXT_FIELDS and isinstance(value, str) and len(value) >= LONG_TEXT:
-                    spans.long_texts.add(name)
-            spans.fields[name] = start, value_start, self._index + self._shift
+            name = self._field()
             more = self._follows("}")
-        if self._next():
-            raise ValueError("bytes after the object")
+            if more and name in self._last.order:
+                self._expected = self._last.order.index(name) + 1
+                more = self._take_fields()
+        if self._next() or len(spans.starts) + len(spans.fields) > MAX_PLACES:
+            raise ValueError("bytes after the object, or too many places")
+        spans.parsed.append((self._parsed_from, len(spans.raw)))
         return spans
+
+    def _field(self) -> str:
+        """Read a field; return its name."""
+        spans, start = self._spans, self._index + self._shift
+        name = self._value()
+        if not isinstance(name, str) or self._next() != ":":
+            raise ValueError("a field needs a name and a colon")
+        self._index += 1
+        opening, value_start = self._next(), self._index + self._shift
+        if name in ITEM_LISTS and opening == "[":
+            spans.request[name] = self._items(name)
+        else:
+            spans.request[name] = value = self._value()
+            if name in TEXT_FIELDS and isinstance(value, str) and len(value) >= LONG_TEXT:
+                spans.long_texts.add(name)
+        spans.fields[name] = start, value_start, self._index + self._shift
+        spans.field_count += 1
+        return name
 
     def _items(self, name: str) -> list[Any]:
         """Read a list, item by item: other threads can run between items.
@@ -702,8 +737,8 @@ class SpanReader:
         The usual item ends in this window, and a comma alone is between it and the next one.
         """
         items, starts, ends = self._spans.items, self._spans.starts, self._spans.ends
-        self._spans.lists[name] = first = len(items)
-        more, scan = self._enter("[", "]"), self._scan
+        first, scan = len(items), self._scan
+        more = self._begin_list(name)
         text, index, shift, margin = self._text, self._index, self._shift, self._margin
         while more:
             starts.append(index + shift)
@@ -728,11 +763,105 @@ class SpanReader:
                 if self._index >= margin:
                     self._load(WINDOW)
                 text, index, shift, margin = self._text, self._index, self._shift, self._margin
-        read = items[first:]
-        items.append(NO_ITEM)
-        starts.append(0)
-        ends.append(0)
+        return self._end_list(name, first)
+
+    def _end_list(self, name: str, first: int) -> list[Any]:
+        """End the list whose first item has the index `first`; return its items."""
+        spans = self._spans
+        spans.lists[name] = range(first, len(spans.items))
+        read = spans.items[first:]
+        spans.items.append(NO_ITEM)
+        spans.starts.append(0)
+        spans.ends.append(0)
         return read
+
+    def _take_fields(self) -> bool:
+        """Take fields of the last request, as far as the same bytes are here; tell whether others follow."""
+        last, at, spans = self._last, self._index + self._shift, self._spans
+        bounds = last.bounds[self._expected:]
+        same = self._count_same(at, bounds)
+        if not same:
+            return True
+        moved, names = at - bounds[0], last.order[self._expected:self._expected + same]
+        for name in names:
+            value = last.request[name]
+            if name in last.lists and isinstance(value, list):
+                value = self._take_list(name, last.lists[name], moved)
+            spans.request[name] = value
+            start, value_start, end = last.fields[name]
+            spans.fields[name] = start + moved, value_start + moved, end + moved
+        spans.long_texts |= last.long_texts.intersection(names)
+        self._expected += same
+        spans.field_count += same
+        self._jump(at, bounds[same] + moved)
+        if bounds[same] == len(last.raw):
+            return False
+        self._next()  # there may be more white space than there was
+        return True
+
+    def _begin_list(self, name: str) -> bool:
+        """Enter a list, and take items from the last request's; tell whether others follow."""
+        self._copy_items(name, range(0), 0)  # forgets an earlier field of that name
+        if not self._enter("[", "]"):
+            return False
+        last, at = self._last, self._index + self._shift
+        indexes = last.lists.get(name, NOT_READ)
+        bounds = [*last.starts[indexes.start:indexes.start + 1], *last.ends[indexes.start:indexes.stop]]
+        same = self._count_same(at, bounds)
+        if same and not self._is_value_end(at + bounds[same] - bounds[0]):
+            same -= 1  # a number that goes on, or a torn body
+        if not same:
+            return True
+        self._copy_items(name, indexes[:same], at - bounds[0])
+        self._jump(at, at + bounds[same] - bounds[0])
+        return self._follows("]")
+
+    def _is_value_end(self, byte: int) -> bool:
+        """Tell whether the value before a byte of the body cannot go on there."""
+        return bytes(self._body[byte:byte + 1]) in VALUE_END_BYTES
+
+    def _take_list(self, name: str, indexes: range, moved: int) -> list[Any]:
+        """Take a list of the last request that is now so many bytes further on."""
+        first = len(self._spans.items)
+        self._copy_items(name, indexes, moved)
+        return self._end_list(name, first)
+
+    def _copy_items(self, name: str, indexes: range, moved: int) -> None:
+        spans, last, those = self._spans, self._last, slice(indexes.start, indexes.stop)
+        if name == "input":
+            spans.judged = min(last.judged, len(indexes))
+            spans.unusual = last.unusual[:bisect_left(last.unusual, spans.judged)]
+        spans.items += last.items[those]
+        if moved:
+            spans.starts += [start + moved for start in last.starts[those]]
+            spans.ends += [end + moved for end in last.ends[those]]
+        else:
+            spans.starts += last.starts[those]
+            spans.ends += last.ends[those]
+
+    def _count_same(self, at: int, bounds: list[int]) -> int:
+        """Return how many parts of the last request, each between two bounds, stand at a byte of the body."""
+        raw, last = self._spans.raw, memoryview(self._last.raw)
+        same, other = 0, len(bounds)
+        probe = other - 1  # most often all are the same
+        while other - same > 1:
+            if raw.startswith(last[bounds[0]:bounds[probe]], at):
+                same = probe
+            else:
+                other = probe
+            probe = (same + other) // 2
+        return same
+
+    def _jump(self, start: int, end: int) -> None:
+        """Move the cursor from a byte of the body to another, over what was taken from the last request."""
+        self._spans.parsed.append((self._parsed_from, start))
+        self._spans.memory = self._last.memory
+        self._parsed_from, index = end, end - self._shift
+        if index <= len(self._text) and self._text.isascii():
+            self._index = index
+        else:
+            self._shift = end - self._index
+            self._load(SMALL_WINDOW)
 
     def _enter(self, opening: str, closing: str) -> bool:
         """Move to the first entry of an object or a list; tell whether there is one."""
@@ -802,13 +931,25 @@ class SpanReader:
             self._margin -= MARGIN
 
 
-def read_request(body: bytes) -> Spans:
-    """Parse a request body as `parse_json` does, and note the places of its values. Raises InvalidRequest."""
+NOTHING_READ = Spans(b"", {})
+
+
+def read_request(body: bytes, last: Spans = NOTHING_READ) -> Spans:
+    """Parse a request body as `parse_json` does, and note the places of its values. Raises InvalidRequest.
+
+    What it has in common with `last`, the conversation's last request, is taken from there.
+    """
     try:
-        return SpanReader(body).read()
+        return SpanReader(body, last).read()
     except (ValueError, StopIteration, RecursionError):
         pass
     return Spans(body, parse_json(body))  # without places, or raises the error that clients know
+
+
+# == 5 rewriting ==============================================================
+# A changed request as bytes: the client's own bytes for what no rule changed. (pure)
+
+FREED_ITEMS = 500  # at once
 
 
 def encode(request: dict[str, Any], spans: Spans | None = None) -> bytes:
@@ -855,15 +996,15 @@ def _field_pieces(fields: dict[str, Any], spans: Spans, top: bool) -> Iterator[b
     for name, value in fields.items():
         yield before
         before = b","
-        if top and spans.is_unchanged(name, value):
+        if top and name in spans.fields and spans.request[name] is value:
             start, _, end = spans.fields[name]
             yield body[start:end]
             continue
-        yield json_bytes(name) + b":"
-        if name in ITEM_LISTS and isinstance(value, list):
-            yield from _item_pieces(value, spans, spans.lists.get(name, -1), top)
+        if name in ITEM_LISTS and isinstance(value, list) and (spans.items or spans.long_texts):
+            yield json_bytes(name) + b":"
+            yield from _item_pieces(value, spans, spans.lists.get(name, NOT_READ).start, top)
         else:
-            yield json_bytes(value)
+            yield json_bytes({name: value})[1:-1]
     yield b"}" if fields else b"{}"
 
 
@@ -954,7 +1095,7 @@ def _carries_tools(item: Any) -> bool:
     return isinstance(item, dict) and isinstance(item.get("tools"), list)
 
 
-# == 5 refusals ===============================================================
+# == 6 refusals ===============================================================
 # Turns upstream's refusals and reported failures into errors for the client.
 
 class UpstreamRefusal(BridgeError):
@@ -1098,7 +1239,7 @@ FAILURE_STATUS = {  # the backend's codes inside `response.failed` and `error`; 
 CURELESS = re.compile(r"(?:invalid|unknown|unsupported|missing)_|\w*image_|\w*_image|\w*_policy(?:_|$)")
 
 
-# == 6 http ===================================================================
+# == 7 http ===================================================================
 # Heads and bodies as bytes, parsed strictly, by the same code on both sides.
 # http.server and http.client do not read them: they accept signed lengths, folded lines and bare line feeds,
 # hide a truncated body, hang on a 304 marked as chunked, and cost 90 µs a head (WIRE 8).
@@ -1479,7 +1620,7 @@ def outgoing_request(method: str, url: str, headers: Mapping[str, str], body: by
     return OutgoingRequest(method, target, render_head(f"{method} {path} HTTP/1.1", lines), body, timeout)
 
 
-# == 7 options ================================================================
+# == 8 options ================================================================
 # One table of options serves argparse, the environment, --help and README. No default is anywhere else.
 
 class NamedSecret(NamedTuple):
@@ -1791,7 +1932,7 @@ def sign_in_hint(path: str) -> str:
 ###############################################################################
 
 
-# == 8 sockets ================================================================
+# == 9 sockets ================================================================
 # Connected non-blocking sockets, and the commands' few network lookups.
 
 HAS_POLL = hasattr(select, "poll")  # false on Windows
@@ -2232,7 +2373,7 @@ class Reply:
             self.connection.close()
 
 
-# == 9 upstream ===============================================================
+# == 10 upstream ==============================================================
 # The only room that opens connections: pool, TLS, proxy, retry after a stale connection. Exceptions of
 # socket, ssl and http.client become part A's errors here. http.client connects; room http reads.
 
@@ -2479,7 +2620,7 @@ def line_broke(exc: Exception) -> bool:
     return isinstance(exc, OSError) and not is_own_timeout(exc)
 
 
-# == 10 sign-in ===============================================================
+# == 11 sign-in ===============================================================
 # The only reader and writer of auth.json. A refresh token works once, and Codex on this host may refresh too.
 # So: reread the file first, hold auth.lock, compare before the write, never lose a new token (WIRE 2).
 
@@ -2923,7 +3064,7 @@ class Credentials:
             self._save_at, self._save_failed = time.monotonic() + SAVE_PAUSE, True
 
 
-# == 11 login =================================================================
+# == 12 login =================================================================
 # The device sign-in of WIRE 2, for a host without a browser, and what doctor asks of auth.json.
 
 def device_sign_in(fetch: Fetch, issuer: str, path: str, show: Callable[[str], None]) -> SignIn:
@@ -3039,7 +3180,7 @@ def keyring_setting(auth_file: str) -> str:
     return ""
 
 
-# == 12 account ===============================================================
+# == 13 account ===============================================================
 # The upstream of each account, and requests with the sign-in.
 
 class Routing:
@@ -3201,7 +3342,7 @@ class Account:
 ###############################################################################
 
 
-# == 13 items =================================================================
+# == 14 items =================================================================
 # What the rules share, and the rules for single items of the input. No I/O, no clock, no log.
 # A rule never modifies its argument; a second run of all rules changes nothing.
 
@@ -3239,6 +3380,7 @@ class Context(NamedTuple):
     auto_choice: bool = False  # a repair: upstream does not know the chosen tool
     dropped: frozenset[str] = frozenset()  # parameters that upstream refused for this model
     item_fixes: tuple[ItemFix, ...] = ()  # fields of items that upstream refused
+    unusual: tuple[Any, ...] = ()  # the input's items that rules look at, see `is_usual`; set by `normalize`
 
     @property
     def is_lite(self) -> bool:
@@ -3304,13 +3446,14 @@ def keep_continuity(request: dict[str, Any], context: Context) -> dict[str, Any]
             return without(item, "id")
         return item
 
-    items = request.get("input")
-    if not isinstance(items, list):
-        return request
-    if context.strict or any(isinstance(item, dict) and item.get("type") in ("reasoning", "item_reference")
-                             and points_at_nothing(item, False) for item in items):
+    if context.strict or any(points_at_nothing(item, False) for item in context.unusual):
         return map_items(request, change)
     return request
+
+
+def is_additional_tools(item: Any) -> bool:
+    """Tell whether an item carries tools in the lite form."""
+    return isinstance(item, dict) and item.get("type") == "additional_tools"
 
 
 def points_at_nothing(item: Any, strict: bool) -> bool:
@@ -3322,14 +3465,31 @@ def points_at_nothing(item: Any, strict: bool) -> bool:
     return item.get("type") == "item_reference"
 
 
+def drop_details(item: dict[str, Any]) -> dict[str, Any]:
+    """Return an item without the `detail` of its images, which the lite form does not know."""
+    for field in ("content", "output"):
+        parts = item.get(field)
+        if isinstance(parts, list) and any(map(has_detail, parts)):
+            item = {**item, field: [drop_path(part, ("detail",)) for part in parts]}
+    return item
+
+
+def has_detail(part: Any) -> bool:
+    """Tell whether a part is an image with a `detail`."""
+    return isinstance(part, dict) and part.get("type") == "input_image" and "detail" in part
+
+
 def drop_bad_id(item: dict[str, Any], context: Context) -> dict[str, Any]:
     """Drop an item's id that is too long or has another type's prefix; never rewrite one."""
-    if "id" not in item:
-        return item
-    item_id, prefix = item["id"], ID_PREFIXES.get(or_empty(item.get("type"), str), "")
-    if isinstance(item_id, str) and 0 < len(item_id) <= MAX_ID and item_id.startswith(prefix):
+    if "id" not in item or has_good_id(item):
         return item
     return without(item, "id")
+
+
+def has_good_id(item: Mapping[str, Any]) -> bool:
+    """Tell whether an item has an id of its type, and no longer than upstream takes."""
+    item_id, prefix = item.get("id"), ID_PREFIXES.get(or_empty(item.get("type"), str), "")
+    return isinstance(item_id, str) and 0 < len(item_id) <= MAX_ID and item_id.startswith(prefix)
 
 
 def fit_reasoning_item(item: dict[str, Any], context: Context) -> dict[str, Any]:
@@ -3401,11 +3561,8 @@ ITEM_RULES = (  # in this order, in one pass over the input
 
 def apply_item_rules(request: dict[str, Any], context: Context, fired: dict[str, None]) -> dict[str, Any]:
     """Apply all rules for items in one pass over the input; add the names of those that change one."""
-    items = request.get("input")
-    if not isinstance(items, list):
-        return request
     changed = {}
-    for item in unusual_items(items):
+    for item in context.unusual:
         fitted = item
         for rule in ITEM_RULES:
             before, fitted = fitted, rule.apply(fitted, context)
@@ -3415,22 +3572,44 @@ def apply_item_rules(request: dict[str, Any], context: Context, fired: dict[str,
             changed[id(item)] = fitted
     if not changed:
         return request
-    return {**request, "input": [changed.get(id(item), item) for item in items]}
-
-
-def unusual_items(items: list[Any]) -> list[dict[str, Any]]:
-    """Return the items but for those that no rule changes: most are such, and calling the rules takes longer.
-
-    They have one of USUAL_TYPES, no id, another role than `system`, and a call id that is short or missing.
-    """
-    return [item for item in items if type(item) is dict and not (
-        type(kind := item.get("type")) is str and kind in USUAL_TYPES
-        and "id" not in item and item.get("role") != "system"
-        and type(call_id := item.get("call_id", "")) is str and len(call_id) <= MAX_ID)]
+    return {**request, "input": [changed.get(id(item), item) for item in request["input"]]}
 
 
 USUAL_TYPES = frozenset((
     "message", "function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output"))
+
+
+def is_usual(item: dict[str, Any]) -> bool:
+    """Tell whether rules leave an item as it is in any context, but for repairs and `--continuity strict`."""
+    if is_plain(item):
+        return True
+    if is_additional_tools(item) or points_at_nothing(item, False) or drop_details(item) is not item:
+        return False
+    return all(rule.apply(item, Context()) is item for rule in ITEM_RULES)
+
+
+def is_plain(item: dict[str, Any]) -> bool:
+    """Tell whether an item is usual, of most usual ones: to ask the rules takes longer."""
+    kind, call_id = item.get("type"), item.get("call_id", "")
+    if type(kind) is not str or kind not in USUAL_TYPES or item.get("role") == "system":
+        return False
+    if type(call_id) is not str or len(call_id) > MAX_ID:
+        return False
+    if type(item.get("content", "")) is not str or type(item.get("output", "")) is not str:
+        return False
+    return "id" not in item or has_good_id(item)
+
+
+def unusual_items(items: Any, spans: Spans) -> tuple[Any, ...]:
+    """Return an input's items that are not `is_usual`; the body's are judged once in a conversation."""
+    if not isinstance(items, list):
+        return ()
+    if items is not spans.request.get("input"):
+        return tuple(item for item in items if type(item) is dict and not is_usual(item))
+    spans.unusual += [place for place, item in enumerate(items[spans.judged:], spans.judged)
+                      if type(item) is dict and not is_usual(item)]
+    spans.judged = len(items)
+    return tuple(items[place] for place in spans.unusual)
 
 
 def stable_id(text: str) -> str:
@@ -3479,15 +3658,10 @@ def first_message(items: Any) -> Any:
     return items
 
 
-# == 14 forms =================================================================
+# == 15 forms =================================================================
 # The lite and the plain form of a request, and the tools in both (WIRE 4). No I/O, no clock, no log.
 
 LITE_TOOLS = ("function", "custom", "namespace", "tool_search")  # a lite model runs no other tool
-
-
-def is_additional_tools(item: Any) -> bool:
-    """Tell whether an item carries tools in the lite form."""
-    return isinstance(item, dict) and item.get("type") == "additional_tools"
 
 
 def map_tools(tools: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
@@ -3529,7 +3703,7 @@ def complete_schemas(request: dict[str, Any], context: Context) -> dict[str, Any
         return item
 
     request = with_tools(request, change)
-    if not any(map(is_additional_tools, or_empty(request.get("input"), list))):
+    if not any(map(is_additional_tools, context.unusual)):
         return request
     return map_items(request, change_item)
 
@@ -3629,25 +3803,6 @@ def choose_tools(tools: list[Any], named: set[str]) -> list[Any]:
     return chosen
 
 
-def drop_details(items: list[Any]) -> list[Any]:
-    """Return the items without the `detail` of their images, which the lite form does not know."""
-    return [drop_detail(drop_detail(item, "content"), "output") if type(item) is dict else item
-            for item in items]
-
-
-def drop_detail(item: dict[str, Any], field: str) -> dict[str, Any]:
-    """Return an item without the `detail` of the images in one of its fields."""
-    parts = item.get(field)
-    if isinstance(parts, list) and any(map(has_detail, parts)):
-        return {**item, field: [drop_path(part, ("detail",)) for part in parts]}
-    return item
-
-
-def has_detail(part: Any) -> bool:
-    """Tell whether a part is an image with a `detail`."""
-    return isinstance(part, dict) and part.get("type") == "input_image" and "detail" in part
-
-
 def set_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Convert the request to its model's form, lite or plain, according to the catalogue."""
     if context.model is None or not isinstance(request.get("input", []), list):
@@ -3664,7 +3819,7 @@ def lite_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     tools = request.get("tools") or []
     if not context.lite_header:
         tools = lite_tools(request, context)
-    items = lite_items(request, tools)
+    items = lite_items(request, tools, context)
     if context.websocket and "input" not in request and not items:
         return request
     reasoning = or_empty(request.get("reasoning"), dict)
@@ -3697,10 +3852,12 @@ def is_typed(request: Mapping[str, Any], **types: type) -> bool:
     return all(isinstance(request.get(name) or kind(), kind) for name, kind in types.items())
 
 
-def lite_items(request: Mapping[str, Any], tools: list[Any]) -> list[Any]:
+def lite_items(request: Mapping[str, Any], tools: list[Any], context: Context) -> list[Any]:
     """Return the lite form's input: first tools, then instructions, then the items."""
-    carrier, items = gather_tools(list(request.get("input", [])), tools)
-    items = drop_details(items)
+    items = request.get("input", [])
+    if any(drop_details(item) is not item for item in context.unusual):
+        items = [drop_details(item) if isinstance(item, dict) else item for item in items]
+    carrier, items = gather_tools(items, tools, context)
     if request.get("instructions"):
         items = [message_item("developer", request["instructions"]), *items]
     if carrier:
@@ -3708,10 +3865,12 @@ def lite_items(request: Mapping[str, Any], tools: list[Any]) -> list[Any]:
     return items
 
 
-def gather_tools(items: list[Any], tools: list[Any]) -> tuple[dict[str, Any] | None, list[Any]]:
+def gather_tools(items: list[Any], tools: list[Any],
+                 context: Context) -> tuple[dict[str, Any] | None, list[Any]]:
     """Merge all tools into one `additional_tools` item; return that item, and the other items."""
-    carriers, others = [item for item in items if is_additional_tools(item)], items
-    if carriers:
+    carriers, others = [], items
+    if any(map(is_additional_tools, context.unusual)):
+        carriers = [item for item in items if is_additional_tools(item)]
         others = [item for item in items if not is_additional_tools(item)]
     if not tools and len(carriers) < 2 and carriers == items[:len(carriers)]:
         return next(iter(carriers), None), others
@@ -3752,11 +3911,11 @@ def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     """Convert a lite request for a plain model: move the tools to `tools`, drop `reasoning.context`."""
     items, metadata = request.get("input", []), request.get("client_metadata")
     marked = isinstance(metadata, dict) and LITE_METADATA in metadata
-    carried = any(map(is_additional_tools, items))
+    carried = any(map(is_additional_tools, context.unusual))
     if not context.lite_header and not marked and not carried and not context.plain:
         return request
     form = dict(request)
-    carrier, items = gather_tools(items, or_empty(request.get("tools"), list))
+    carrier, items = gather_tools(items, or_empty(request.get("tools"), list), context)
     if carrier is not None and isinstance(carrier.get("tools"), list):
         form["tools"], form["input"] = carrier["tools"], items
     if marked:
@@ -3765,7 +3924,7 @@ def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     return plain
 
 
-# == 15 normalize =============================================================
+# == 16 normalize =============================================================
 # Request dict in, request dict out: the rules for the request's own fields, and the list of all rules.
 
 def check_request(request: Any) -> None:
@@ -3785,13 +3944,16 @@ def check_request(request: Any) -> None:
         raise InvalidRequest(f"input must be a string or a list, not {json_type_name(given)}", "input")
 
 
-def normalize(request: dict[str, Any], context: Context) -> tuple[dict[str, Any], tuple[str, ...]]:
+def normalize(request: dict[str, Any], context: Context,
+              spans: Spans = NOTHING_READ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the request in the backend's form, and the names of the rules that changed it.
 
-    If no rule fires, return the same object, so that the caller can forward the client's own bytes.
+    If no rule fires, return the same object, so that the caller can forward the client's own bytes. `spans`
+    knows which of the items were judged for the conversation's last request.
     """
     fired: dict[str, None] = {}
     try:
+        context = context._replace(unusual=unusual_items(request.get("input"), spans))
         for rule in RULES:
             if rule is ITEM_RULES[0]:
                 changed = apply_item_rules(request, context, fired)
@@ -3980,7 +4142,7 @@ RULES = (  # in this order; later rules rely on earlier ones
 )
 
 
-# == 16 repairs ===============================================================
+# == 17 repairs ===============================================================
 # A refusal's text -> a changed context -> the rules run again.
 
 class Repair(NamedTuple):
@@ -4091,7 +4253,7 @@ def match_repair(text: str) -> tuple[Repair, re.Match[str]] | None:
     return None
 
 
-# == 17 chat requests =========================================================
+# == 18 chat requests =========================================================
 # Chat Completions and legacy completions: request dict in, Responses request out. No argument is modified.
 
 Object = dict[str, Any]  # a JSON object
@@ -4517,7 +4679,7 @@ def completion_request(body: Object) -> Object:
     return chat_request({**body, "messages": [{"role": "user", "content": prompt}]})
 
 
-# == 18 chat answers ==========================================================
+# == 19 chat answers ==========================================================
 # Responses events in, Chat Completions chunks out. Ids and times are arguments. ChatDeltas turns events into
 # deltas. A stream wraps deltas in chunks and a JSON response merges them, so both always agree.
 
@@ -4827,7 +4989,7 @@ def text_completion(response: Object, completion_id: str, created: int, model: s
     return stream.whole(stream.kind, {**choices[-1], "text": "".join(choice["text"] for choice in choices)})
 
 
-# == 19 codings ===============================================================
+# == 20 codings ===============================================================
 # Content codings of bodies: gzip, deflate, zstd (by Python's own module or libzstd); the C library's memory.
 
 ZSTD_NAMES = ("libzstd.so.1", "libzstd.1.dylib", "/opt/homebrew/lib/libzstd.1.dylib", "libzstd.dll")
@@ -4961,7 +5123,7 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
     return content
 
 
-# == 20 fields ================================================================
+# == 21 fields ================================================================
 # Which headers are forwarded, to upstream and to the client, and the identity that requests carry.
 
 CODEX_AGENT = re.compile(r"(?i:codex)[^/ ]*(?: Desktop)?/([0-9]+\.[0-9]+\.[0-9]+(?:-[0-9A-Za-z.]{1,20})?)")
@@ -5050,7 +5212,7 @@ def header_text(text: str) -> str:
     return re.sub(r"[^\x20-\x7e]", "?", text[:500])
 
 
-# == 21 events ================================================================
+# == 22 events ================================================================
 # What a server-sent event is and says; events in, one response out. The room outputs splits a stream.
 
 KEPT_EVENTS = ("response.output_item.done", "response.content_part.done", "response.output_text.done")
@@ -5294,7 +5456,7 @@ def token_counts(response: Any) -> dict[str, int]:
     return {name: count for name, count in found.items() if type(count) is int}
 
 
-# == 22 outputs ===============================================================
+# == 23 outputs ===============================================================
 # Upstream's bytes are split into events; the client's bytes come out, for each kind of client and response.
 # Lines end only at CR or LF, because str.splitlines would also split a text at U+2028.
 
@@ -5570,7 +5732,7 @@ class JsonOutput(ResponsesOutput):
         return b""
 
 
-# == 23 frames ================================================================
+# == 24 frames ================================================================
 # Frame codec of RFC 6455: bytes in, messages out; message in, frame out. No I/O, no clock, no random numbers.
 # The bridge never negotiates an extension, so every reserved bit is an error.
 
@@ -5813,7 +5975,7 @@ class FrameReader:
         return Message(opcode, payload)
 
 
-# == 24 access ================================================================
+# == 25 access ================================================================
 # Which clients are admitted: network, Host, Origin, key. The server calls this and sends the raised errors.
 
 HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]{1,128}")  # RFC 9110, 5.6.2
@@ -5947,7 +6109,7 @@ def read_key_file(text: str) -> tuple[NamedSecret, ...]:
 ###############################################################################
 
 
-# == 25 catalog ===============================================================
+# == 26 catalog ===============================================================
 # The live model list and the aliases. No list is bundled; without one, no catalogue rule applies to requests.
 
 class ModelList(NamedTuple):
@@ -6276,7 +6438,7 @@ def entity_tag(body: bytes) -> str:
     return f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
 
-# == 26 telemetry =============================================================
+# == 27 telemetry =============================================================
 # What the bridge reports about itself: the log line, /status, /metrics.
 # Called at a request's begin and end, never for a single event.
 
@@ -6715,7 +6877,7 @@ def next_id() -> str:
     return os.urandom(4).hex()
 
 
-# == 27 log ===================================================================
+# == 28 log ===================================================================
 # Standard error and bridge.log.
 
 DEVICES = ("/dev/", "/proc/")  # beginnings of paths that are never rotated, whatever is behind them
@@ -6855,14 +7017,14 @@ def has_terminal() -> bool:
     return True
 
 
-# == 28 store =================================================================
+# == 29 store =================================================================
 # The last responses, for clients that rely on a storage that the backend does not have.
 
-class Store:
-    """The last responses and their conversations, because the backend stores none.
+class Cache:
+    """Values in memory, bounded in the sum of their sizes, least recently used out first.
 
-    JSON bytes, bounded in their sum, least recently used out first. An owner (a client's key or address) is
-    part of every name, so that nobody reads what is another's. `_lock` guards the entries and their sum.
+    An owner (a client's key or address) is part of every name, so that nobody gets what is another's. `_lock`
+    guards the entries and their sum.
     """
 
     ENTRY_BYTES = 800  # what an entry costs beside its value, measured on 3.11
@@ -6870,33 +7032,57 @@ class Store:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, str, str], bytes] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str, str | bytes], tuple[int, Any]] = OrderedDict()
         self._held = 0  # bytes
 
-    def put(self, owner: str, kind: str, name: str, value: bytes) -> None:
-        """Keep a value under its owner, kind and name."""
-        size = len(value) + self.ENTRY_BYTES
+    def put(self, owner: str, kind: str, name: str | bytes, value: Any, size: int = 0) -> bool:
+        """Keep a value under its owner, kind and name; tell whether it is small enough.
+
+        Its size is in bytes, by default its length.
+        """
+        size = self.ENTRY_BYTES + (size or len(value))
         with self._lock:
-            replaced = self._entries.pop((owner, kind, name), None)
-            if replaced is not None:
-                self._held -= len(replaced) + self.ENTRY_BYTES
+            self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
             if size > self.limit:
-                return  # it would evict all other entries, and then itself
-            self._entries[owner, kind, name] = value
+                return False  # it would evict all other entries, and then itself
+            self._entries[owner, kind, name] = size, value
             self._held += size
             while self._held > self.limit:
-                _, evicted = self._entries.popitem(last=False)
-                self._held -= len(evicted) + self.ENTRY_BYTES
+                self._held -= self._entries.popitem(last=False)[1][0]
+        return True
 
-    def get(self, owner: str, kind: str, name: Any) -> bytes | None:
+    def get(self, owner: str, kind: str, name: Any) -> Any:
         """Return a kept value; None when it is not there, or no longer."""
-        if not isinstance(name, str):
+        if not isinstance(name, (str, bytes)):
             return None
         with self._lock:
-            value = self._entries.get((owner, kind, name))
+            _, value = self._entries.get((owner, kind, name), (0, None))
             if value is not None:
                 self._entries.move_to_end((owner, kind, name))
             return value
+
+
+class LastRequests(Cache):
+    """The last request of each conversation: what the next one has in common with it is not parsed again.
+
+    A conversation is told by its client, its session header, and the first bytes of its requests: of two with
+    the same name each request takes the place of the other's, and more is parsed, but never another value.
+    """
+
+    NAME_BYTES = 128
+
+    def get_last(self, owner: str, session: str, raw: bytes) -> Spans:
+        """Return the request before the one in `raw`, an empty one if it is not kept."""
+        return self.get(owner, session, bytes(raw[:self.NAME_BYTES])) or NOTHING_READ
+
+    def keep(self, owner: str, session: str, spans: Spans) -> bool:
+        """Keep a request that is no longer used; tell whether it is small enough."""
+        spans.settle()
+        return self.put(owner, session, bytes(spans.raw[:self.NAME_BYTES]), spans, spans.memory)
+
+
+class Store(Cache):
+    """The last responses and their conversations, in JSON bytes, because the backend stores none."""
 
     # -- responses, for previous_response_id and item_reference
 
@@ -7128,7 +7314,7 @@ def stored_input(spans: Spans, codex: bool, limit: int) -> StoredInput | None:
     return StoredInput(request.get("previous_response_id") or "", items if len(items) <= limit else b"")
 
 
-# == 29 admission =============================================================
+# == 30 admission =============================================================
 # Limits on what runs at once: memory for request bodies, requests per key. And the keys themselves.
 
 class Budget:
@@ -7156,15 +7342,15 @@ class Budget:
         with self._lock:
             self._held -= size
 
-    def parse(self, body: bytes) -> Spans:
+    def parse(self, body: bytes, last: Spans = NOTHING_READ) -> Spans:
         """Parse a body; large ones one at a time, so that the events of other requests pass between them.
 
         Raises InvalidRequest.
         """
         if len(body) < LARGE_BODY:
-            return read_request(body)
+            return read_request(body, last)
         with self.expanding:
-            return read_request(body)
+            return read_request(body, last)
 
 
 def load_key_file(path: str) -> tuple[tuple[NamedSecret, ...], int]:
@@ -7304,7 +7490,7 @@ class KeyQueue:
                 self._running[name] -= 1
 
 
-# == 30 exchange ==============================================================
+# == 31 exchange ==============================================================
 # One client request and its response; the relay, which copies upstream's reply to the client piece by piece.
 
 def plain_path(path: str) -> str:
@@ -7725,7 +7911,7 @@ class Relay:
             self._last_write = now
 
 
-# == 31 dialects ==============================================================
+# == 32 dialects ==============================================================
 # What a request of each API becomes upstream, and what its answer becomes for the client.
 
 class ResponsesApi:
@@ -7746,11 +7932,14 @@ class ResponsesApi:
 
         Raises InvalidRequest and BodyTooLarge.
         """
-        body = spans.request
+        body: dict[str, Any] = spans.request
         self.streamed = body.get("stream") is True
         self._stored = stored_input(spans, self._codex, self._store.limit)
         if self._stored is not None:
             self.kept_bytes = len(self._stored.items)
+        references = map(is_reference, unusual_items(body.get("input"), spans))
+        if body.get("previous_response_id") is None and not any(references):
+            return body
         return self._store.resolve(self._owner, body, self._max_bytes, self._hold)
 
     def output(self, audience: Audience) -> ResponsesOutput:
@@ -7839,7 +8028,7 @@ class CompletionApi(ChatApi):
 class Attempt:
     """One model request to upstream, over HTTP or a WebSocket: its next payload and its repairs."""
 
-    def __init__(self, request: dict[str, Any], spans: Spans, context: Context,
+    def __init__(self, request: dict[str, Any], spans: Spans, context: Context, keep: Callable[[Spans], bool],
                  repairs: tuple[str, ...] = ()) -> None:
         self.request = request  # in the Responses form, before the rules
         self.context = context
@@ -7848,6 +8037,7 @@ class Attempt:
         self.repaired = 0  # how many repairs were made; `repairs` may begin with what was known before
         self.normalized = request
         self._spans = spans  # the client's own bytes, which go up wherever no rule changes a value
+        self._keep = keep  # keeps the spans for the conversation's next request
 
     def next_payload(self, *left_out: str) -> bytes:
         """Return the bytes to send now: where nothing changes the client's own, item by item.
@@ -7855,12 +8045,18 @@ class Attempt:
         Omit the fields in `left_out`. Raises InvalidRequest.
         """
         request = without(self.request, *left_out) if left_out else self.request
-        self.normalized, self.rules = normalize(request, self.context)
+        self.normalized, self.rules = normalize(request, self.context, self._spans)
         return encode(self.normalized, self._spans)
 
     def free(self) -> None:
-        """Free a large request in steps. The attempt is of no use afterwards."""
-        if len(self._spans.raw) >= LARGE_BODY:
+        """Keep the request for the conversation's next one, or free a large one in steps.
+
+        The attempt is of no use afterwards.
+        """
+        size = len(self._spans.raw)
+        if size > COUNTED_BODY and self._keep(self._spans):
+            return
+        if size >= LARGE_BODY:
             free_items(self._spans, self.request, self.normalized)
 
     def call_ids(self) -> dict[str, bytes]:
@@ -7871,7 +8067,7 @@ class Attempt:
                 for short, long in long_call_ids(self.request).items()}
 
 
-# == 32 turns =================================================================
+# == 33 turns =================================================================
 # Model requests, sent until upstream accepts them.
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
@@ -7897,6 +8093,7 @@ class Turns:
         self.identity = Identity(config.originator, config.client_version)
         self.budget = Budget(MAX_BODIES)
         self.store = Store(STORE_SIZE)
+        self.last_requests = LastRequests(LAST_REQUESTS_SIZE)
         self.conversations = Conversations()
         self.large_sessions: deque[tuple[str, str]] = deque(maxlen=256)  # owner, session: not for WebSockets
         self._learned: OrderedDict[str, Learned] = OrderedDict()  # slug -> what its repairs have taught
@@ -7972,21 +8169,33 @@ class Turns:
         request = api.to_upstream(spans)
         context = self.context(exchange, request)
         exchange.record.slug = context.slug
-        return self.attempt(request, spans, context)
+        return self.attempt(exchange, request, spans, context)
 
     def read_json(self, exchange: Exchange) -> Spans:
         """Read a client's JSON. Raises InvalidRequest and what `Exchange.read_body` raises."""
         raw = exchange.read_body(self.config.max_body, self.budget)
         if len(raw) > COUNTED_BODY:
             exchange.hold_parsed(raw, self.budget)
-        return self.budget.parse(raw)
+        return self.parse(exchange, raw)
 
-    def attempt(self, request: dict[str, Any], spans: Spans, context: Context) -> Attempt:
+    def parse(self, exchange: Exchange, raw: bytes) -> Spans:
+        """Parse a client's request; what is as in its conversation's last one is taken from there.
+
+        Raises InvalidRequest.
+        """
+        if len(raw) <= COUNTED_BODY:
+            return self.budget.parse(raw)
+        owner, session = exchange.client.owner, exchange.client_headers.session
+        return self.budget.parse(raw, self.last_requests.get_last(owner, session, raw))
+
+    def attempt(self, exchange: Exchange, request: dict[str, Any], spans: Spans, context: Context) -> Attempt:
         """Return a request's first attempt; it tells what the lite form will lose where that is known."""
         repairs: tuple[str, ...] = ()
         if context.is_lite and not context.lite_header and lite_losses(request):
             repairs = (f"{FORM_REPAIR}={'+'.join(lite_losses(request))}",)
-        return Attempt(request, spans, context, repairs)
+        owner, session = exchange.client.owner, exchange.client_headers.session
+        keep = functools.partial(self.last_requests.keep, owner, session)
+        return Attempt(request, spans, context, keep, repairs)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
         """Return the rules' context."""
@@ -8253,7 +8462,7 @@ def limits_only(usage: Mapping[str, Any]) -> dict[str, Any]:
             if name in ("plan_type", "credits") or name.endswith(("rate_limit", "rate_limits"))}
 
 
-# == 33 in flight =============================================================
+# == 34 in flight =============================================================
 # What a WebSocket holds beside its frames: requests without an answer, chains, messages that are incomplete.
 
 class InFlight:
@@ -8453,7 +8662,7 @@ class AfterError:
         self._expected = False
 
 
-# == 34 websockets ============================================================
+# == 35 websockets ============================================================
 # One WebSocket to the client, one to upstream, and frames both ways.
 
 class WebSocketRelay:
@@ -8642,7 +8851,7 @@ class WebSocketRelay:
         """Forward a client's frame; normalize a response.create like a request."""
         in_flight = InFlight(self._new_record(), held)
         try:
-            spans = self._turns.budget.parse(raw)
+            spans = self._turns.parse(self._exchange, raw)
             frame = spans.request
             if isinstance(frame, dict) and event_type(frame) not in ("", "response.create"):
                 held.release()
@@ -8698,7 +8907,7 @@ class WebSocketRelay:
         in_flight.stored = stored_input(spans, context.codex, self._turns.store.limit)
         if in_flight.stored:
             frame = self._resolve(frame, in_flight.held)
-        in_flight.attempt = self._turns.attempt(frame, spans, context)
+        in_flight.attempt = self._turns.attempt(self._exchange, frame, spans, context)
         slot = self._key_queue.slot(self._exchange.client.key, self.raise_if_closed, wait=not self._in_flight)
         in_flight.slot.enter_context(slot)
 
@@ -8902,7 +9111,7 @@ class WebSocketRelay:
             self._exchange.send(encode_frame(OP_CLOSE, close_payload(to_client, reason)))
 
 
-# == 35 pages =================================================================
+# == 36 pages =================================================================
 # The status page.
 
 # The page contains no values: its script fetches `status` every 2 s and shows the values as text nodes.
@@ -9155,7 +9364,7 @@ def page_csp() -> str:
     )
 
 
-# == 36 client config =========================================================
+# == 37 client config =========================================================
 # What a person pastes or saves on another machine. Pure: texts in, text out.
 
 PROFILE = "local_lan"
@@ -9384,7 +9593,7 @@ def default_model(config: Config) -> str:
     return next(iter(config.alias))
 
 
-# == 37 routes ================================================================
+# == 38 routes ================================================================
 # Path and method -> handler; and one request from its head to its error.
 
 class Bridge:
@@ -9728,7 +9937,7 @@ def open_upstream_websocket(turns: Turns, exchange: Exchange) -> Reply:
     return reply
 
 
-# == 38 server ================================================================
+# == 39 server ================================================================
 # Threads, their limit, and a shutdown that lets running streams end.
 
 class Handler(socketserver.BaseRequestHandler):
@@ -10022,7 +10231,7 @@ class Server(http.server.ThreadingHTTPServer):
 ###############################################################################
 
 
-# == 39 commands ==============================================================
+# == 40 commands ==============================================================
 # serve, client-config, new-key, login, litellm-config.
 
 SWITCH_SECONDS = 0.0002  # that a thread may compute while others wait: an event goes first, a body can wait
@@ -10267,7 +10476,7 @@ def own_names_only(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-# == 40 doctor ================================================================
+# == 41 doctor ================================================================
 # Checks of every step between this host and a reply, each with a remedy.
 
 class Finding(NamedTuple):
@@ -10625,7 +10834,7 @@ def print_finding(name: str, finding: Finding) -> None:
     print(row, flush=True)
 
 
-# == 41 demo ==================================================================
+# == 42 demo ==================================================================
 # The complete bridge with a built-in stand-in backend, which needs no account and no network.
 
 DEMO_PACE = 0.03  # seconds between two words
@@ -10839,7 +11048,7 @@ def print_demo(server: Server) -> None:
           f'codex exec --skip-git-repo-check --profile {PROFILE} "say hello to me"\n', flush=True)
 
 
-# == 42 main ==================================================================
+# == 43 main ==================================================================
 # The command line.
 
 COMMANDS = (

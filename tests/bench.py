@@ -19,9 +19,12 @@ How to read it:
   into an event to the client having read it, at 20 streams of 100 events a second. CPU is a process tree's.
 - `40 ms link`: every round trip to the stand-in takes 40 ms longer, TCP's handshake included. A kept
   connection costs one round trip, a new one three; `first` is the first request after start.
+- Requests are those of a conversation: each repeats the last one, but for its end. The bridge parses what is
+  new. `4 MB` is such a request, too; a first turn of 4 MB takes what `new` of 2 MB suggests.
 - `turn` is the first byte of a Codex-like request as a conversation grows: `name` by the model's own name, so
-  no rule fires; `alias` by an alias of that model; `lite` in the plain form, for a model of the lite form.
-  nginx changes none of them. `20 MB beside` is `late` while another client posts 20 MB bodies by the alias.
+  no rule fires; `alias` by an alias of that model; `lite` in the plain form, for a model of the lite form;
+  `new` by the alias, each the first of a conversation. nginx changes none of them. `20 MB beside` is `late`
+  while another client posts 20 MB bodies by the alias, which are too large for the bridge to keep.
 - The row `fastapi` needs an environment outside the repository:
   `python3 -m venv /tmp/fastapi && /tmp/fastapi/bin/pip install fastapi httpx 'uvicorn[standard]'`, and then
   `--fastapi /tmp/fastapi/bin/python`.
@@ -55,6 +58,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -71,6 +75,7 @@ PERIOD = 1_000_000_000 // HERTZ  # ns between the events of a stream
 HELD = 200  # open streams whose memory is measured
 REQUEST_BYTES = 38_730  # what Codex sent in the capture of a plain model's second turn
 LARGE_BYTES = 4_000_000
+TURNS = 8  # of a conversation, before it begins again
 TURN_BYTES = (40_000, 400_000, 2_000_000)  # of a conversation's requests
 BESIDE_BYTES = 20_000_000
 PLAIN_MODEL, ALIAS, LITE_MODEL = "gpt-5.5", "bench_alias", "gpt-5.6-sol"
@@ -128,9 +133,10 @@ COLUMNS = (
     Column("slow_p99", "40 ms link", "p99 ms", ".1f"),
     Column("slow_first", "40 ms link", "first ms", ".1f"),
 )
-FORMS = ("name", "alias", "lite")
+FORMS = ("name", "alias", "lite", "new")
 TURN_COLUMNS = (
-    *(Column(f"turn_{TURN_BYTES[0]}_{form}", "turn 40 KB", f"{form} ms", ".2f", 3.0) for form in FORMS),
+    *(Column(f"turn_{TURN_BYTES[0]}_{form}", "turn 40 KB", f"{form} ms", ".2f", 3.0) for form in FORMS[:3]),
+    Column(f"turn_{TURN_BYTES[0]}_new", "turn 40 KB", "new ms", ".2f"),
     *(Column(f"turn_{size}_{form}", f"turn {size // 1000} KB", f"{form} ms", ".2f")
       for size in TURN_BYTES[1:] for form in FORMS),
     Column("beside_p50", "20 MB beside", "p50 us", ".0f", 6.0),
@@ -484,8 +490,11 @@ RECEIVE_TIMEOUT = struct.pack("ll", TIMEOUT, 0)  # the kernel's, since Python's 
 STAMP = re.compile(rb'"stamp":"(\d{20})"')
 
 
-def items(size: int) -> Iterator[wire.Item]:
-    """Return a session's input of about `size` bytes: two messages, then tool calls and what they printed."""
+def items(size: int, turn: int) -> Iterator[wire.Item]:
+    """Return a session's input of about `size` bytes: two messages, then tool calls and what they printed.
+
+    What the last one printed is another text at each turn.
+    """
     for number, role in enumerate(("developer", "user")):
         content = [{"type": "input_text", "text": "You are Codex.\n" * 200}]
         yield {"type": "message", "id": f"msg_{number:032x}", "role": role, "content": content}
@@ -495,20 +504,22 @@ def items(size: int) -> Iterator[wire.Item]:
         printed = " ".join(chance.choices(words, k=500))
         size -= len(printed) + 600
         if size < 6000:
-            return
+            printed = " ".join(random.Random(turn).choices(words, k=500))
         shared = {"call_id": f"call_{number}"}
         call = {"name": "exec_command", "arguments": '{"cmd": "cat relay.py"}', **shared}
         yield {"type": "function_call", "status": "completed", "id": f"fc_{number:032x}", **call}
         yield {"type": "function_call_output", "id": f"fco_{number:032x}", **shared, "output": printed}
+        if size < 6000:
+            return
 
 
 @functools.lru_cache
-def request_body(size: int) -> bytes:
-    """Return a request of about `size` bytes."""
+def request_body(size: int, turn: int) -> bytes:
+    """Return a conversation's request of about `size` bytes."""
     schema = {"type": "object", "properties": {}}
     tool = {"type": "function", "name": "exec_command", "strict": False, "parameters": schema}
     request = {
-        "model": "gpt-5.5", "stream": True, "input": list(items(size)), "tools": [tool],
+        "model": "gpt-5.5", "stream": True, "input": list(items(size, turn)), "tools": [tool],
         "tool_choice": "auto", "parallel_tool_calls": True, "reasoning": {"effort": "medium"}, "store": False,
         "include": ["reasoning.encrypted_content"], "prompt_cache_key": SESSION, "text": {"verbosity": "low"},
         "client_metadata": {"session_id": SESSION, "thread_id": SESSION},
@@ -537,8 +548,8 @@ def conversation(size: int) -> Iterator[wire.Item]:
 
 
 @functools.lru_cache
-def turn_body(size: int, form: str) -> bytes:
-    """Return a conversation's request of about `size` bytes."""
+def turn_body(size: int, turn: int, form: str) -> bytes:
+    """Return a conversation's request: the last of TURNS is of about `size` bytes."""
     words = Path(__file__).read_text(encoding="utf-8").split()
     tools = []
     for number in range(14):
@@ -547,8 +558,9 @@ def turn_body(size: int, form: str) -> bytes:
         tools.append({"type": "function", "name": f"tool_{number}", "description": " ".join(words[:40]),
                       "strict": False, "parameters": schema})  # fmt: skip
     request = {
-        "model": {"alias": ALIAS, "lite": LITE_MODEL}.get(form, PLAIN_MODEL), "instructions": "x " * 2000,
-        "input": list(conversation(size - 20_000)), "tools": tools, "tool_choice": "auto",
+        "model": {"name": PLAIN_MODEL, "lite": LITE_MODEL}.get(form, ALIAS), "instructions": "x " * 2000,
+        "input": list(conversation(size - 20_000))[:2 * turn - 2 * TURNS or None], "tools": tools,
+        "tool_choice": "auto",
         "parallel_tool_calls": False, "reasoning": {"effort": "medium"}, "store": False, "stream": True,
         "include": ["reasoning.encrypted_content"], "prompt_cache_key": SESSION, "text": {"verbosity": "low"},
         "client_metadata": {"session_id": SESSION, "thread_id": SESSION},
@@ -556,11 +568,14 @@ def turn_body(size: int, form: str) -> bytes:
     return json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def request_bytes(running: Running, plan: str, size: int = REQUEST_BYTES, form: str = "") -> bytes:
-    """Return a whole request that asks the stand-in for a reply; with a form, one of a conversation."""
-    body = turn_body(size, form) if form else request_body(size)
+def request_bytes(running: Running, plan: str, turn: int = 0, size: int = REQUEST_BYTES,
+                  form: str = "") -> bytes:
+    """Return a whole request that asks the stand-in for a reply; with a form, one as a conversation grows."""
+    body = turn_body(size, 1 + turn % TURNS, form) if form else request_body(size, turn % TURNS)
     metadata = ("x-codex-turn-metadata", f'{{"session_id":"{SESSION}","bench":"{plan}"}}')
-    fields = (("host", running.url.netloc), metadata, *FIELDS, ("content-length", str(len(body))))
+    fields = [("host", running.url.netloc), metadata, *FIELDS, ("content-length", str(len(body)))]
+    if form == "new":
+        fields[fields.index(("session-id", SESSION))] = ("session-id", str(uuid.uuid4()))
     return wire.head_bytes(f"POST {running.url.path} HTTP/1.1", fields) + body
 
 
@@ -674,11 +689,12 @@ def measure_held(running: Running) -> Figures:
 
 def measure_first_byte(running: Running) -> Figures:
     """Return the time to first byte of requests one after the other, and the CPU that one costs."""
-    request, count = request_bytes(running, "brief 0 0"), running.ground.size.requests
+    requests = [request_bytes(running, "brief 0 0", turn) for turn in range(TURNS)]
+    count = running.ground.size.requests
     with contextlib.closing(connect(running)) as sock:
-        first_byte(sock, request)
+        first_byte(sock, requests[-1])
         before = cpu_seconds(running.pid)
-        figures = spread([first_byte(sock, request) for _ in range(count)], "first")
+        figures = spread([first_byte(sock, requests[turn % TURNS]) for turn in range(count)], "first")
         used = cpu_seconds(running.pid) - before
     return {**figures, "cpu_request": used * 1e3 / count} if used else figures
 
@@ -745,10 +761,10 @@ def measure_flood(running: Running) -> Figures:
 
 def measure_large(running: Running) -> Figures:
     """Return the time to first byte of a large request."""
-    request = request_bytes(running, "brief 0 0", LARGE_BYTES)
+    requests = [request_bytes(running, "brief 0 0", turn, LARGE_BYTES) for turn in range(TURNS)]
     with contextlib.closing(connect(running)) as sock:
-        first_byte(sock, request)
-        values = [first_byte(sock, request) for _ in range(running.ground.size.large)]
+        first_byte(sock, requests[-1])
+        values = [first_byte(sock, requests[turn % TURNS]) for turn in range(running.ground.size.large)]
     return {"large": statistics.median(values)}
 
 
@@ -757,11 +773,11 @@ def measure_turns(running: Running) -> Figures:
     figures: Figures = {}
     for size in TURN_BYTES:
         count = max(8, min(100, running.ground.size.turn // size))
-        requests = {form: request_bytes(running, "brief 0 0", size, form) for form in FORMS}
         values: dict[str, list[float]] = {form: [] for form in FORMS}
         with contextlib.closing(connect(running)) as sock:
             for number in range(count + 1):  # the forms in turns: what slows one down slows down all
-                for form, request in requests.items():
+                for form in FORMS:
+                    request = request_bytes(running, "brief 0 0", number, size, form)
                     passed = first_byte(sock, request)
                     values[form] += [passed] if number else []
         figures.update({f"turn_{size}_{form}": statistics.median(each) for form, each in values.items()})
@@ -773,7 +789,7 @@ def run_poster(pipe: Connection, url: str, ca: str) -> None:
     context = ssl.create_default_context(cafile=ca)
     ground = Ground(Path(), Path(ca), context, QUICK, 0, 0, 0)
     running = Running(Row("poster"), ground, urllib.parse.urlsplit(url))
-    request = request_bytes(running, "brief 0 0", BESIDE_BYTES, "alias")
+    request = request_bytes(running, "brief 0 0", TURNS - 1, BESIDE_BYTES, "alias")
     with contextlib.closing(connect(running)) as sock:
         first_byte(sock, request)
         pipe.send(0)

@@ -363,3 +363,38 @@ class NoThreads:
 
 # A text of a stranger: it would forge a line, clear the screen, turn the reading order.
 HOSTILE = "x\r\n✓ forged\x1b[2J\x1b]0;title\x07\x9b31m\u202egpj.exe\u2066\u2028y\x00"
+
+
+# -- requests with their places ------------------------------------------------
+
+ALIAS = {"model": "slug"}
+
+
+def parse_all(raw: bytes) -> Any:
+    """Parse as the bridge did before it knew places."""
+    return q.CLIENT_DECODER.decode(raw.decode("utf-8"))
+
+
+def check_written(raw: bytes, request: dict[str, Any], spans: q.Spans) -> bytes:
+    """Write a request; check its value, and that all that was read is there in the client's bytes."""
+    written = q.write_request(request, spans)
+    assert same(json.loads(written), json.loads(q.json_bytes(request)))
+    if written is raw:
+        return raw
+    at = 0
+    for name, value in request.items():
+        if spans.is_unchanged(name, value):
+            start, _, end = spans.fields[name]
+            at = written.index(raw[start:end], at) + end - start
+        elif name in q.ITEM_LISTS and isinstance(value, list):
+            for item in value:
+                place = next((index for index, read in enumerate(spans.items) if read is item), None)
+                if place is not None and isinstance(item, (dict, list)):
+                    piece = raw[spans.starts[place]:spans.ends[place]]
+                    at = written.index(piece, at) + len(piece)
+    return written
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two values are equal, in order, 1 and 1.0 and True being three values."""
+    return repr(one) == repr(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -69,29 +70,87 @@ def test_a_reasoning_item_without_a_summary_gets_an_empty_one(
     assert request.json["input"] == [HI, {**item, "summary": []}]
 
 
+IMAGE = {"type": "input_image", "image_url": "data:", "detail": "low"}
 FIELDS: dict[str, list[object]] = {
-    "type": [*sorted(q.USUAL_TYPES), "reasoning", "item_reference", "", None, [], {}, 1],
-    "id": ["rs_1", "msg_1", "x" * 65, None, 5],
+    "type": [*sorted(q.USUAL_TYPES), "reasoning", "item_reference", "additional_tools", "", None, [], {}, 1],
+    "id": ["rs_1", "msg_1", "fc_1", "x" * 65, None, 5],
     "role": ["user", "system", "assistant", None, ["system"]],
     "call_id": ["call_1", "c" * 64, "c" * 65, None, 7, ["c" * 65]],
-    "content": ["hi", None, [], READABLE], "status": ["completed", None], "summary": [None, []],
+    "content": ["hi", None, [], READABLE, [IMAGE], [5]],
+    "output": ["out", [IMAGE], [{"type": "input_image"}]],
+    "status": ["completed", None], "summary": [None, []], "encrypted_content": ["gAAA", None, ""],
+    "tools": [[{"type": "function", "name": "f", "parameters": {"type": "object"}}], None, 5],
+}
+CONTEXTS = {
+    "unknown model": q.Context(), "plain": q.Context(model=q.Model("m")),
+    "lite": q.Context(model=q.Model("m", lite=True)),
+    "lite Codex": q.Context(model=q.Model("m", lite=True), codex=True, lite_header=True),
+    "lite Codex on plain": q.Context(model=q.Model("m"), codex=True, lite_header=True),
+    "tried plain": q.Context(model=q.Model("m", lite=True), plain=True),
+    "strict": q.Context(strict=True), "websocket": q.Context(model=q.Model("m", lite=True), websocket=True),
+    "fixes": q.Context(item_fixes=(q.ItemFix("message", ("status",), "message", False),)),
 }
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_rule_would_change_an_item_that_is_passed_over(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    chance = random.Random(seed)
+def some_items(chance: random.Random, count: int) -> list[Any]:
+    """Return items with any of FIELDS, and some that are no objects."""
     items: list[Any] = [
-        {name: chance.choice(values) for name, values in FIELDS.items() if chance.random() < 0.5}
-        for _ in range(500)]
-    request: Object = {"input": [*items, None, "text", 5, [], {}]}
-    fired: dict[str, None] = {}
-    fitted = q.apply_item_rules(request, q.Context(), fired)
-    assert 0 < len(q.unusual_items(items)) < len(items)
-    monkeypatch.setattr(q, "USUAL_TYPES", frozenset())  # now no item is passed over
-    asked: dict[str, None] = {}
-    assert q.apply_item_rules(request, q.Context(), asked) == fitted
-    assert set(asked) == set(fired)
+        {name: chance.choice(values) for name, values in FIELDS.items() if chance.random() < 0.4}
+        for _ in range(count)]
+    for place in range(0, count, 50):
+        items[place] = chance.choice([None, "text", 5, [], {}])
+    return items
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_no_rule_would_change_a_usual_item(
+    seed: int, context: q.Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(seed)
+    inputs = [some_items(chance, 400)]
+    for item in filter(q.is_usual, [each for each in inputs[0] if isinstance(each, dict)]):
+        inputs += [[item], [{"type": "message", "role": "user", "content": "hi"}, item]]
+    assert 50 < len(inputs) < 800  # there are both kinds
+    requests: list[Object] = [{"model": "m", "instructions": "i", "input": items} for items in inputs]
+    changed = [q.normalize(request, context) for request in requests]
+    monkeypatch.setattr(q, "is_usual", lambda item: False)  # now rules look at all of them
+    assert [q.normalize(request, context) for request in requests] == changed
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_plain_is_usual(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [item for item in some_items(random.Random(seed), 400) if isinstance(item, dict)]
+    plain, usual = [[test(item) for item in items] for test in (q.is_plain, q.is_usual)]
+    monkeypatch.setattr(q, "is_plain", lambda item: False)
+    assert [q.is_usual(item) for item in items] == usual
+    assert 0 < sum(plain) < sum(usual) < len(items)
+
+
+def test_an_item_is_judged_once_in_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = some_items(random.Random(1), 120)
+    judged: list[Any] = []
+    is_usual = q.is_usual
+
+    def judge(item: dict[str, Any]) -> bool:
+        judged.append(item)
+        return is_usual(item)
+
+    last = q.NOTHING_READ
+    for count in (40, 60, 60, 120, 30, 120):  # items; each request begins like the one before
+        spans = q.read_request(json.dumps({"input": items[:count]}).encode(), last)
+        expected = q.unusual_items(spans.request["input"], q.NOTHING_READ)
+        del judged[:]
+        with monkeypatch.context() as patch:
+            patch.setattr(q, "is_usual", judge)
+            assert q.unusual_items(spans.request["input"], spans) == expected
+            assert q.unusual_items(spans.request["input"], spans) == expected
+        assert len(judged) == sum(isinstance(item, dict) for item in items[last.judged:count])
+        spans.settle()
+        last = spans
+    other = [{"type": "reasoning"}, *items]  # no list of the body
+    assert q.unusual_items(other, last)[0] is other[0]
+    assert q.unusual_items("hi", last) == q.unusual_items(None, last) == ()
 
 
 def test_a_message_keeps_its_status(bridge: RunningBridge, backend: wire.Backend) -> None:

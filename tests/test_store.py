@@ -716,3 +716,41 @@ def test_store_holds_no_more_memory_than_its_bound(
         tracemalloc.stop()
     assert held <= 1.3 * BOUND
     assert get_from(bridge, HERE, f"{RESPONSES}/{newest}").status == 200
+
+
+# -- last requests ------------------------------------------------------------
+
+
+def kept_request(text: str) -> q.Spans:
+    return q.read_request(json.dumps({"model": "m", "input": [text]}).encode())
+
+
+def test_a_conversations_last_request_is_found_by_its_beginning() -> None:
+    requests, spans = q.LastRequests(100_000), kept_request("x" * 200 + "end")
+    assert requests.get_last("ann", "s", spans.raw) is q.NOTHING_READ
+    assert requests.keep("ann", "s", spans)
+    longer = spans.raw[:q.LastRequests.NAME_BYTES] + b"other"
+    assert requests.get_last("ann", "s", longer) is spans
+    for owner, session, raw in (("bob", "s", longer), ("ann", "t", longer), ("ann", "s", b"other" + longer)):
+        assert requests.get_last(owner, session, raw) is q.NOTHING_READ
+    newer = kept_request("x" * 200 + "newer")
+    assert requests.keep("ann", "s", newer)
+    assert requests.get_last("ann", "s", longer) is newer
+
+
+def test_last_requests_are_bounded_by_their_memory() -> None:
+    requests, size = q.LastRequests(100_000), 6000
+    sizes = []
+    for number in range(10):
+        spans = kept_request(f"{number}" + "x" * size)
+        assert requests.keep("ann", "s", spans)
+        assert spans.memory > 5 * size
+        sizes.append(spans.memory)
+        requests.get_last("ann", "s", kept_request("0" + "x" * size).raw)  # the first one is used
+        assert requests._held <= 100_000
+    kept = [number for number in range(10)
+            if requests.get_last("ann", "s", kept_request(f"{number}" + "x" * size).raw).fields]
+    assert kept == [0, 8, 9]
+    assert not requests.keep("ann", "s", kept_request("0" + "x" * 20_000))  # it is above the limit
+    assert requests.get_last("ann", "s", kept_request("0" + "x" * size).raw) is q.NOTHING_READ  # replaced
+    assert requests.get_last("ann", "s", kept_request("9" + "x" * size).raw).fields

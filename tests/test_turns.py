@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -33,6 +34,7 @@ from help import (
     RESPONSES,
     SCHEMA,
     SDK_BODY,
+    SECONDS,
     TEXT,
     TOOL,
     USER,
@@ -144,7 +146,7 @@ def test_a_refused_request_is_not_kept(
 ) -> None:
     seen: list[weakref.ref[Kept]] = []
 
-    def read(body: bytes) -> q.Spans:
+    def read(body: bytes, _: q.Spans) -> q.Spans:
         request = Kept(json.loads(body))
         seen.append(weakref.ref(request))
         return q.Spans(body, request)
@@ -938,3 +940,135 @@ def test_any_other_failure_is_told_once(
     path, body = ASKED["chat-stream"]
     ask(bridge, {**MODEL, **body}, path=path)
     assert len(sent(backend)) == 1
+
+
+# -- the conversation's last request ------------------------------------------
+
+PRINTED = [{"type": "function_call_output", "call_id": "c", "output": f"{number} é \u2714 \\ " * 20}
+           for number in range(90)]
+WORDS = "be brief " * 900
+
+
+@pytest.fixture
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Note of each request how many bytes it has and how many of them were parsed."""
+    noted: list[tuple[int, int]] = []
+    read_request = q.read_request
+
+    def read(body: bytes, last: q.Spans = q.NOTHING_READ) -> q.Spans:
+        spans = read_request(body, last)
+        noted.append((len(body), sum(end - start for start, end in spans.parsed)))
+        return spans
+
+    monkeypatch.setattr(q, "read_request", read)
+    return noted
+
+
+def conversation(turn: int, model: str = "gpt-5.5", **fields: Any) -> Object:
+    """Return the request of a conversation's turn: one more call and its output than the one before."""
+    items = [HI, *PRINTED[:40 + 2 * turn]]
+    return {"model": model, "instructions": WORDS, "input": items, "tools": [TOOL] * 5, "stream": True,
+            "store": False, "client_metadata": {"turn": str(turn)}, **fields}
+
+
+@pytest.mark.parametrize("model", ["gpt-5.5", "local_md", LITE_MODEL])
+@pytest.mark.parametrize("headers", [{}, CODEX, {**CODEX, "session-id": "s"}], ids=["sdk", "codex", "named"])
+def test_a_turn_parses_what_is_new_in_it(
+    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]],
+    headers: dict[str, str], model: str
+) -> None:
+    bodies = [json.dumps(conversation(turn, model), ensure_ascii=False) for turn in range(6)]
+    for body in bodies:
+        assert wire.post(bridge.address, RESPONSES, body.encode(), headers).status == 200
+    for turn, request in enumerate(sent(backend)):
+        assert request.json["input"][-len(PRINTED[:40 + 2 * turn]):] == PRINTED[:40 + 2 * turn]
+        printed = json.dumps(PRINTED[:40 + 2 * turn], ensure_ascii=False).encode()[1:]
+        assert printed in request.body  # the client's own bytes
+    assert backend.refusals == []
+    (first, new), *others = readings
+    assert new == first
+    assert [(size > 20_000, parsed < 1000) for size, parsed in others] == [(True, True)] * 5, others
+
+
+def test_a_chat_parses_what_is_new_in_it(bridge: RunningBridge, readings: list[tuple[int, int]]) -> None:
+    history = [USER, {"role": "assistant", "content": WORDS * 3}] * 4
+    for count in (5, 7, 8):
+        assert ask(bridge, MODEL, path=CHAT, messages=history[:count]).status == 200
+    assert [parsed <= 25_000 for _, parsed in readings] == [False, True, True], readings
+
+
+def test_nobody_gets_what_is_anothers(
+    start: Start, readings: list[tuple[int, int]]
+) -> None:
+    bridge = start("--api-key", f"ann={KEY}", "--api-key", f"bob={KEY}2")
+    for secret in (KEY, f"{KEY}2", KEY):
+        assert ask(bridge, conversation(0), bearer(secret)).status == 200
+    assert [size == parsed for size, parsed in readings] == [True, True, False]
+
+
+def test_conversations_beside_each_other_keep_their_own(
+    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]]
+) -> None:
+    sessions = [{**CODEX, "session-id": name} for name in ("one", "two")]
+    for turn in range(3):
+        for session in sessions:
+            assert ask(bridge, conversation(turn), session).status == 200
+    assert [size == parsed for size, parsed in readings] == [True, True, False, False, False, False]
+    for number, request in enumerate(sent(backend)):
+        assert request.header("session-id") == ("one", "two")[number % 2]
+
+
+def test_requests_of_one_conversation_at_once_are_each_their_own(
+    bridge: RunningBridge, backend: wire.Backend
+) -> None:
+    bodies = [json.dumps(conversation(turn), ensure_ascii=False).encode() for turn in range(8)]
+    threads = [threading.Thread(target=wire.post, args=(bridge.address, RESPONSES, body, CODEX))
+               for body in bodies * 4]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    got = sorted(json.dumps(request.json["input"]) for request in sent(backend))
+    assert got == sorted([json.dumps(json.loads(body)["input"]) for body in bodies * 4])
+    assert bridge.faults == []
+
+
+def test_a_refused_request_is_no_last_one(
+    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]]
+) -> None:
+    backend.on("/responses", wire.refuse(400, "no"))
+    assert [ask(bridge, conversation(turn)).status for turn in (0, 1, 2)] == [400, 200, 200]
+    assert [size == parsed for size, parsed in readings] == [True, True, False]
+
+
+@pytest.mark.parametrize("limit", [q.LAST_REQUESTS_SIZE, 1000], ids=["kept", "too large to keep"])
+def test_a_large_request_is_kept_whole_or_freed(
+    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]], limit: int,
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    freed: list[q.Spans] = []
+    free_items = q.free_items
+
+    def free(spans: q.Spans, *requests: dict[str, Any]) -> None:
+        freed.append(spans)
+        free_items(spans, *requests)
+
+    monkeypatch.setattr(q, "free_items", free)
+    bridge.server.bridge.turns.last_requests.limit = limit
+    large = {**HI, "content": "x" * q.LARGE_BODY}
+    for turn in range(3):
+        request = conversation(turn, "local_md")
+        assert ask(bridge, {**request, "input": [large, *request["input"]]}).status == 200
+    kept = limit > 1000
+    assert [size == parsed for size, parsed in readings] == [True, not kept, not kept]
+    assert (len(freed), backend.refusals) == (0 if kept else 3, [])
+    assert [len(request.json["input"]) for request in sent(backend)][-1] >= 46
+
+
+def test_a_repaired_request_is_a_last_one(
+    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]]
+) -> None:
+    request = conversation(0, text={"odd": 1})
+    assert [ask(bridge, request).status for _ in range(2)] == [200, 200]
+    assert [size == parsed for size, parsed in readings] == [True, False]
+    assert sent(backend)[-1].json["input"] == request["input"]

@@ -501,6 +501,32 @@ def test_a_frame_in_single_bytes_and_two_frames_in_one_piece(
     assert next_upstream().wait_for(TEXT, 3) == payloads
 
 
+@pytest.mark.parametrize("model", [PLAIN, LITE])
+def test_a_frame_parses_what_its_conversations_last_one_had_not(
+    bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, monkeypatch: pytest.MonkeyPatch,
+    model: str
+) -> None:
+    parsed: list[bytes] = []
+    read_request = q.read_request
+
+    def read(body: bytes, last: q.Spans = q.NOTHING_READ) -> q.Spans:
+        spans = read_request(body, last)
+        parsed.append(b"|".join(body[start:end] for start, end in spans.parsed))
+        return spans
+
+    monkeypatch.setattr(q, "read_request", read)
+    client, items = dial(bridge, CODEX_FIELDS), [message("user", f"{number} é" * 900) for number in range(9)]
+    for count in (8, 9):
+        frame = {**create(*items[:count]), "model": model}
+        client.send_frame(masked(json.dumps(frame, ensure_ascii=False).encode()))
+        assert client.read_turn()[-1]["type"] == "response.completed"
+    assert len(parsed[0]) > 16_000
+    assert len(parsed[1]) < 6000
+    assert items[8]["content"][0]["text"].encode() in parsed[1]
+    got = next_upstream().wait_for(TEXT, 2)
+    assert [json.loads(frame)["input"][-count:] for frame, count in zip(got, (8, 9))] == [items[:8], items]
+
+
 def test_a_message_of_two_megabytes_in_fragments(
     bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
