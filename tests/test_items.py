@@ -118,6 +118,28 @@ def test_no_rule_would_change_a_usual_item(
     assert [q.normalize(request, context) for request in requests] == changed
 
 
+TOOL_FIELDS: dict[str, list[object]] = {
+    "type": ["function", "web_search_preview", "web_search_preview_2025", "namespace", None, 5],
+    "name": ["f", None], "parameters": [{"type": "object"}, {"type": "object", "properties": {}}, {}, None],
+    "tools": [[], [{"type": "web_search_preview"}], [{"parameters": {"type": "object"}}], [5], {}, None],
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+def test_no_rule_would_change_a_usual_tool(context: q.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(1)
+    tools: list[Any] = [
+        {name: chance.choice(values) for name, values in TOOL_FIELDS.items() if chance.random() < 0.6}
+        for _ in range(300)]
+    usual = [tool for tool in tools if q.is_usual_tool(tool)]
+    assert 100 < len(usual) < 250
+    requests: list[Object] = [{"model": "m", "input": [], "tools": each} for each in (tools, usual, [5], "t")]
+    requests += [{"model": "m", "input": [], "tools": [tool]} for tool in tools]
+    changed = [q.normalize(request, context) for request in requests]
+    monkeypatch.setattr(q, "is_usual_tool", lambda tool: False)  # now rules look at all of them
+    assert [q.normalize(request, context) for request in requests] == changed
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_plain_is_usual(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     items = [item for item in some_items(random.Random(seed), 400) if isinstance(item, dict)]
@@ -127,7 +149,7 @@ def test_what_is_plain_is_usual(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0 < sum(plain) < sum(usual) < len(items)
 
 
-def test_an_item_is_judged_once_in_a_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_item_is_judged_once_in_a_conversation() -> None:
     items = some_items(random.Random(1), 120)
     judged: list[Any] = []
     is_usual = q.is_usual
@@ -139,18 +161,16 @@ def test_an_item_is_judged_once_in_a_conversation(monkeypatch: pytest.MonkeyPatc
     last = q.NOTHING_READ
     for count in (40, 60, 60, 120, 30, 120):  # items; each request begins like the one before
         spans = q.read_request(json.dumps({"input": items[:count]}).encode(), last)
-        expected = q.unusual_items(spans.request["input"], q.NOTHING_READ)
+        expected = q.NOTHING_READ.judge(spans.request, "input", is_usual)
         del judged[:]
-        with monkeypatch.context() as patch:
-            patch.setattr(q, "is_usual", judge)
-            assert q.unusual_items(spans.request["input"], spans) == expected
-            assert q.unusual_items(spans.request["input"], spans) == expected
-        assert len(judged) == sum(isinstance(item, dict) for item in items[last.judged:count])
-        spans.settle()
+        for _ in range(2):
+            assert spans.judge(spans.request, "input", judge) == expected
+        assert len(judged) == sum(isinstance(item, dict) for item in items[last.judged.get("input", 0):count])
+        spans.settle(1 << 30)
         last = spans
     other = [{"type": "reasoning"}, *items]  # no list of the body
-    assert q.unusual_items(other, last)[0] is other[0]
-    assert q.unusual_items("hi", last) == q.unusual_items(None, last) == ()
+    assert last.judge({"input": other}, "input", is_usual)[0] is other[0]
+    assert last.judge({"input": "hi"}, "input", is_usual) == last.judge({}, "input", is_usual) == []
 
 
 def test_a_message_keeps_its_status(bridge: RunningBridge, backend: wire.Backend) -> None:

@@ -97,3 +97,18 @@ def test_the_estimate_is_from_above_and_not_far(shape: str) -> None:
     assert parsed
     assert 0.9 * needed <= q.parsed_size(body) <= 4 * needed
     assert q.parsed_size(body) <= q.WORST_PARSED * len(body)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_of_values_is_from_above(shape: str) -> None:
+    body = b"[" + (SHAPES[shape] * (700_000 // len(SHAPES[shape]) + 1))[:-1] + b"]"
+    tracemalloc.start()
+    try:
+        parsed = q.parse_json(body)
+        needed = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    size = q.memory_of([parsed], 1 << 30)
+    assert 0.9 * needed <= size <= 4 * needed
+    assert q.memory_of([parsed], 1000) > 1000
+    assert q.memory_of([parsed, parsed], 1 << 30) == 2 * size

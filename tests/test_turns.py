@@ -949,15 +949,18 @@ PRINTED = [{"type": "function_call_output", "call_id": "c", "output": f"{number}
 WORDS = "be brief " * 900
 
 
+Readings = list[tuple[bool, int]]
+
+
 @pytest.fixture
-def readings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Note of each request how many bytes it has and how many of them were parsed."""
-    noted: list[tuple[int, int]] = []
+def readings(monkeypatch: pytest.MonkeyPatch) -> Readings:
+    """Note of each request whether nothing was taken from the last one, and the size of what was not."""
+    noted: Readings = []
     read_request = q.read_request
 
     def read(body: bytes, last: q.Spans = q.NOTHING_READ) -> q.Spans:
         spans = read_request(body, last)
-        noted.append((len(body), sum(end - start for start, end in spans.parsed)))
+        noted.append((not spans.memory, len(q.json_bytes(spans.fresh))))
         return spans
 
     monkeypatch.setattr(q, "read_request", read)
@@ -974,7 +977,7 @@ def conversation(turn: int, model: str = "gpt-5.5", **fields: Any) -> Object:
 @pytest.mark.parametrize("model", ["gpt-5.5", "local_md", LITE_MODEL])
 @pytest.mark.parametrize("headers", [{}, CODEX, {**CODEX, "session-id": "s"}], ids=["sdk", "codex", "named"])
 def test_a_turn_parses_what_is_new_in_it(
-    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]],
+    bridge: RunningBridge, backend: wire.Backend, readings: Readings,
     headers: dict[str, str], model: str
 ) -> None:
     bodies = [json.dumps(conversation(turn, model), ensure_ascii=False) for turn in range(6)]
@@ -985,35 +988,36 @@ def test_a_turn_parses_what_is_new_in_it(
         printed = json.dumps(PRINTED[:40 + 2 * turn], ensure_ascii=False).encode()[1:]
         assert printed in request.body  # the client's own bytes
     assert backend.refusals == []
-    (first, new), *others = readings
-    assert new == first
-    assert [(size > 20_000, parsed < 1000) for size, parsed in others] == [(True, True)] * 5, others
+    assert readings[0][0]
+    assert readings[0][1] > 20_000
+    assert [(new, fresh < 1500) for new, fresh in readings[1:]] == [(False, True)] * 5, readings
 
 
-def test_a_chat_parses_what_is_new_in_it(bridge: RunningBridge, readings: list[tuple[int, int]]) -> None:
+def test_a_chat_parses_what_is_new_in_it(bridge: RunningBridge, readings: Readings) -> None:
     history = [USER, {"role": "assistant", "content": WORDS * 3}] * 4
     for count in (5, 7, 8):
         assert ask(bridge, MODEL, path=CHAT, messages=history[:count]).status == 200
-    assert [parsed <= 25_000 for _, parsed in readings] == [False, True, True], readings
+    assert [(new, fresh < 30_000) for new, fresh in readings] == [
+        (True, False), (False, True), (False, True)], readings
 
 
 def test_nobody_gets_what_is_anothers(
-    start: Start, readings: list[tuple[int, int]]
+    start: Start, readings: Readings
 ) -> None:
     bridge = start("--api-key", f"ann={KEY}", "--api-key", f"bob={KEY}2")
     for secret in (KEY, f"{KEY}2", KEY):
         assert ask(bridge, conversation(0), bearer(secret)).status == 200
-    assert [size == parsed for size, parsed in readings] == [True, True, False]
+    assert [new for new, _ in readings] == [True, True, False]
 
 
 def test_conversations_beside_each_other_keep_their_own(
-    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]]
+    bridge: RunningBridge, backend: wire.Backend, readings: Readings
 ) -> None:
     sessions = [{**CODEX, "session-id": name} for name in ("one", "two")]
     for turn in range(3):
         for session in sessions:
             assert ask(bridge, conversation(turn), session).status == 200
-    assert [size == parsed for size, parsed in readings] == [True, True, False, False, False, False]
+    assert [new for new, _ in readings] == [True, True, False, False, False, False]
     for number, request in enumerate(sent(backend)):
         assert request.header("session-id") == ("one", "two")[number % 2]
 
@@ -1034,16 +1038,16 @@ def test_requests_of_one_conversation_at_once_are_each_their_own(
 
 
 def test_a_refused_request_is_no_last_one(
-    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]]
+    bridge: RunningBridge, backend: wire.Backend, readings: Readings
 ) -> None:
     backend.on("/responses", wire.refuse(400, "no"))
     assert [ask(bridge, conversation(turn)).status for turn in (0, 1, 2)] == [400, 200, 200]
-    assert [size == parsed for size, parsed in readings] == [True, True, False]
+    assert [new for new, _ in readings] == [True, True, False]
 
 
 @pytest.mark.parametrize("limit", [q.LAST_REQUESTS_SIZE, 1000], ids=["kept", "too large to keep"])
 def test_a_large_request_is_kept_whole_or_freed(
-    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]], limit: int,
+    bridge: RunningBridge, backend: wire.Backend, readings: Readings, limit: int,
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
     freed: list[q.Spans] = []
@@ -1060,15 +1064,15 @@ def test_a_large_request_is_kept_whole_or_freed(
         request = conversation(turn, "local_md")
         assert ask(bridge, {**request, "input": [large, *request["input"]]}).status == 200
     kept = limit > 1000
-    assert [size == parsed for size, parsed in readings] == [True, not kept, not kept]
+    assert [new for new, _ in readings] == [True, not kept, not kept]
     assert (len(freed), backend.refusals) == (0 if kept else 3, [])
     assert [len(request.json["input"]) for request in sent(backend)][-1] >= 46
 
 
 def test_a_repaired_request_is_a_last_one(
-    bridge: RunningBridge, backend: wire.Backend, readings: list[tuple[int, int]]
+    bridge: RunningBridge, backend: wire.Backend, readings: Readings
 ) -> None:
     request = conversation(0, text={"odd": 1})
     assert [ask(bridge, request).status for _ in range(2)] == [200, 200]
-    assert [size == parsed for size, parsed in readings] == [True, False]
+    assert [new for new, _ in readings] == [True, False]
     assert sent(backend)[-1].json["input"] == request["input"]

@@ -506,12 +506,12 @@ def test_a_frame_parses_what_its_conversations_last_one_had_not(
     bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, monkeypatch: pytest.MonkeyPatch,
     model: str
 ) -> None:
-    parsed: list[bytes] = []
+    fresh: list[bytes] = []
     read_request = q.read_request
 
     def read(body: bytes, last: q.Spans = q.NOTHING_READ) -> q.Spans:
         spans = read_request(body, last)
-        parsed.append(b"|".join(body[start:end] for start, end in spans.parsed))
+        fresh.append(q.json_bytes(spans.fresh))
         return spans
 
     monkeypatch.setattr(q, "read_request", read)
@@ -520,9 +520,9 @@ def test_a_frame_parses_what_its_conversations_last_one_had_not(
         frame = {**create(*items[:count]), "model": model}
         client.send_frame(masked(json.dumps(frame, ensure_ascii=False).encode()))
         assert client.read_turn()[-1]["type"] == "response.completed"
-    assert len(parsed[0]) > 16_000
-    assert len(parsed[1]) < 6000
-    assert items[8]["content"][0]["text"].encode() in parsed[1]
+    assert len(fresh[0]) > 16_000
+    assert len(fresh[1]) < 6000
+    assert items[8]["content"][0]["text"].encode() in fresh[1]
     got = next_upstream().wait_for(TEXT, 2)
     assert [json.loads(frame)["input"][-count:] for frame, count in zip(got, (8, 9))] == [items[:8], items]
 
