@@ -668,6 +668,7 @@ class Spans:
         self.unusual: dict[str, list[int]] = {}  # list's name -> the places of its unusual ones
         self.fresh: list[Any] = []  # values of fields and items that were not taken from the last request
         self.memory = 0  # bytes that the values take, estimated; until `settle` those of the last request
+        self.counted = 0  # `memory` when all values were last counted: later ones count dropped values, too
         self.field_count = 0  # more than `fields` has if two have one name: then only the last one counts
         self.order: list[str] = []  # the fields as they stand in the body; for the next request, see `settle`
         self.bounds: list[int] = []  # bytes of the body at which these begin, and its end
@@ -691,6 +692,9 @@ class Spans:
         Beyond `limit` the estimate is too low.
         """
         self.memory += memory_of(self.fresh, limit)
+        if self.memory > 2 * self.counted > 0:
+            self.memory = self.counted = memory_of([self.request], limit)
+        self.counted = self.counted or self.memory
         self.fresh, self._indexes = [], {}
         if self.field_count == len(self.fields):
             self.order = list(self.fields)
@@ -905,7 +909,7 @@ class SpanReader:
 
     def _jump(self, byte: int) -> None:
         """Move the cursor over what was taken from the last request, to a byte of the body."""
-        self._spans.memory = self._last.memory
+        self._spans.memory, self._spans.counted = self._last.memory, self._last.counted
         index = byte - self._shift
         if index <= len(self._text) and self._text.isascii():
             self._index = index
@@ -7091,10 +7095,10 @@ class Cache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, str, str | bytes], tuple[int, Any]] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str, str], tuple[int, Any]] = OrderedDict()
         self._held = 0  # bytes
 
-    def put(self, owner: str, kind: str, name: str | bytes, value: Any, size: int = 0) -> bool:
+    def put(self, owner: str, kind: str, name: str, value: Any, size: int = 0) -> bool:
         """Keep a value under its owner, kind and name; tell whether it is small enough.
 
         Its size is in bytes, by default its length.
@@ -7112,7 +7116,7 @@ class Cache:
 
     def get(self, owner: str, kind: str, name: Any) -> Any:
         """Return a kept value; None when it is not there, or no longer."""
-        if not isinstance(name, (str, bytes)):
+        if not isinstance(name, str):
             return None
         with self._lock:
             _, value = self._entries.get((owner, kind, name), (0, None))
@@ -7124,20 +7128,20 @@ class Cache:
 class LastRequests(Cache):
     """The last request of each conversation: what the next one has in common with it is not parsed again.
 
-    A conversation is told by its client, its session header, and the first bytes of its requests: of two with
-    the same name each request takes the place of the other's, and more is parsed, but never another value.
+    A conversation's name is a guess. Of two conversations with one name, each request takes the place of the
+    other's: more is parsed, but never another value.
     """
 
-    NAME_BYTES = 128
+    def get_last(self, owner: str, conversation: str) -> Spans:
+        """Return a conversation's last request, an empty one if it is not kept."""
+        return self.get(owner, "request", conversation) or NOTHING_READ
 
-    def get_last(self, owner: str, session: str, raw: bytes) -> Spans:
-        """Return the request before the one in `raw`, an empty one if it is not kept."""
-        return self.get(owner, session, bytes(raw[:self.NAME_BYTES])) or NOTHING_READ
-
-    def keep(self, owner: str, session: str, spans: Spans) -> bool:
-        """Keep a request that is no longer used; tell whether it is small enough."""
-        size = spans.settle(self.limit)
-        return self.put(owner, session, bytes(spans.raw[:self.NAME_BYTES]), spans, size)
+    def keep(self, owner: str, conversation: str, spans: Spans) -> bool:
+        """Keep a request that is no longer used; tell whether it can be the last one, and is small enough."""
+        size = spans.settle(self.limit) + len(conversation)
+        if not spans.order:
+            return False  # its places are unknown, or two of its fields have one name
+        return self.put(owner, "request", conversation, spans, size)
 
 
 class Store(Cache):
@@ -8133,6 +8137,9 @@ STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-con
                   "x-accel-buffering": "no"}  # a plain nginx would hold the events back
 
 
+NAMING_BYTES = 128  # of a request, by which a session's threads are told apart
+
+
 class Learned(NamedTuple):
     """What refusals have taught about a model, for later requests."""
 
@@ -8244,16 +8251,16 @@ class Turns:
         """
         if len(raw) <= COUNTED_BODY:
             return self.budget.parse(raw)
-        owner, session = exchange.client.owner, exchange.client_headers.session
-        return self.budget.parse(raw, self.last_requests.get_last(owner, session, raw))
+        return self.budget.parse(raw, self.last_requests.get_last(
+            exchange.client.owner, conversation_guess(exchange, raw)))
 
     def attempt(self, exchange: Exchange, request: dict[str, Any], spans: Spans, context: Context) -> Attempt:
         """Return a request's first attempt; it tells what the lite form will lose where that is known."""
         repairs: tuple[str, ...] = ()
         if context.is_lite and not context.lite_header and lite_losses(request):
             repairs = (f"{FORM_REPAIR}={'+'.join(lite_losses(request))}",)
-        owner, session = exchange.client.owner, exchange.client_headers.session
-        keep = functools.partial(self.last_requests.keep, owner, session)
+        keep = functools.partial(self.last_requests.keep, exchange.client.owner,
+                                 conversation_guess(exchange, spans.raw))
         return Attempt(request, spans, context, keep, repairs)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
@@ -8506,6 +8513,20 @@ class Turns:
         body = self.read_json(exchange).request
         check_request({"model": "-", **body} if isinstance(body, dict) else body)
         exchange.send_json(200, {"object": "response.input_tokens", "input_tokens": estimate_tokens(body)})
+
+
+def conversation_guess(exchange: Exchange, raw: bytes) -> str:
+    """Return a name that the requests of one conversation have in common, known before they are parsed.
+
+    Requests of one session can be of several threads; they begin with different ids. A WebSocket's begin with
+    the id of the last response. Without a session, a conversation is told by its first 16 KiB.
+    """
+    session = exchange.client_headers.session
+    if exchange.conversation:
+        return f"websocket {exchange.conversation}"
+    if session:
+        return f"session {session} {zlib.crc32(raw[:NAMING_BYTES])}"
+    return f"start {zlib.crc32(raw[:COUNTED_BODY])}"
 
 
 def is_stream(reply: Reply) -> bool:

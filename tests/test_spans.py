@@ -434,6 +434,17 @@ def read_after(raw: bytes, last: q.Spans) -> list[object]:
         return [str(exc)]
 
 
+def test_what_later_requests_have_dropped_is_not_counted_for_ever() -> None:
+    last, sizes = q.NOTHING_READ, []
+    for turn in range(30):  # most of each is new
+        raw = json.dumps({"tools": ["t" * 900], "input": [str(turn) + "x" * 5000]}).encode()
+        spans = q.read_request(raw, last)
+        sizes.append(spans.settle(1 << 30))
+        last = spans
+    assert max(sizes) < 2.5 * sizes[0]
+    assert last.request["tools"][0] is q.read_request(raw, last).request["tools"][0]
+
+
 @pytest.mark.parametrize("text", ["x" * 4000, "é" * 4000, "\U0001f600" + "x" * 4000, "\n" * 2000, "[" * 99],
                          ids=["ascii", "latin", "wide", "escapes", "short"])
 def test_the_memory_of_kept_requests_is_estimated_from_above(text: str) -> None:

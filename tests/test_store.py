@@ -725,29 +725,40 @@ def kept_request(text: str) -> q.Spans:
     return q.read_request(json.dumps({"model": "m", "input": [text]}).encode())
 
 
-def test_a_conversations_last_request_is_found_by_its_beginning() -> None:
-    requests, spans = q.LastRequests(100_000), kept_request("x" * 200 + "end")
-    assert requests.get_last("ann", "s", spans.raw) is q.NOTHING_READ
-    assert requests.keep("ann", "s", spans)
-    longer = spans.raw[:q.LastRequests.NAME_BYTES] + b"other"
-    assert requests.get_last("ann", "s", longer) is spans
-    for owner, session, raw in (("bob", "s", longer), ("ann", "t", longer), ("ann", "s", b"other" + longer)):
-        assert requests.get_last(owner, session, raw) is q.NOTHING_READ
-    newer = kept_request("x" * 200 + "newer")
-    assert requests.keep("ann", "s", newer)
-    assert requests.get_last("ann", "s", longer) is newer
+def test_a_conversations_last_request_is_its_owners() -> None:
+    requests, spans, newer = q.LastRequests(100_000), kept_request("x"), kept_request("newer")
+    assert requests.get_last("ann", "talk") is q.NOTHING_READ
+    assert requests.keep("ann", "talk", spans)
+    assert requests.get_last("ann", "talk") is spans
+    assert requests.get_last("bob", "talk") is requests.get_last("ann", "other") is q.NOTHING_READ
+    assert requests.keep("ann", "talk", newer)
+    assert requests.get_last("ann", "talk") is newer
+
+
+@pytest.mark.parametrize("body", [
+    '{"model":"m","input":["x"],"model":"m"}', "[1]", json.dumps({"input": [1] * 100}),
+], ids=["one name twice", "a list", "many places"])
+def test_a_request_without_places_is_no_last_one(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "MAX_PLACES", 90)
+    requests, spans = q.LastRequests(1 << 30), q.read_request(body.encode())
+    assert not requests.keep("ann", "talk", spans)
+    assert requests.get_last("ann", "talk") is q.NOTHING_READ
+
+
+def test_a_long_name_counts() -> None:
+    requests = q.LastRequests(100_000)
+    assert not requests.keep("ann", "s" * 100_000, kept_request("x"))
+    assert requests.keep("ann", "s" * 60_000, kept_request("x"))
+    assert requests._held > 60_000
 
 
 def test_last_requests_are_bounded_by_their_memory() -> None:
     requests, size = q.LastRequests(45_000), 6000
     for number in range(10):
-        spans = kept_request(f"{number}" + "x" * size)
-        assert requests.keep("ann", "s", spans)
-        requests.get_last("ann", "s", kept_request("0" + "x" * size).raw)  # the first one is used
+        assert requests.keep("ann", str(number), kept_request("x" * size))
+        requests.get_last("ann", "0")  # it is used
         assert 2 * size < requests._held <= 45_000
-    kept = [number for number in range(10)
-            if requests.get_last("ann", "s", kept_request(f"{number}" + "x" * size).raw).fields]
-    assert kept == [0, 8, 9]
-    assert not requests.keep("ann", "s", kept_request("0" + "x" * 22_000))  # it is above the limit
-    assert requests.get_last("ann", "s", kept_request("0" + "x" * size).raw) is q.NOTHING_READ  # replaced
-    assert requests.get_last("ann", "s", kept_request("9" + "x" * size).raw).fields
+    assert [number for number in range(10) if requests.get_last("ann", str(number)).fields] == [0, 8, 9]
+    assert not requests.keep("ann", "0", kept_request("x" * 22_000))  # it is above the limit
+    assert requests.get_last("ann", "0") is q.NOTHING_READ  # and its conversation has a newer one
+    assert requests.get_last("ann", "9").fields

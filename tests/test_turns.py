@@ -1022,6 +1022,28 @@ def test_conversations_beside_each_other_keep_their_own(
         assert request.header("session-id") == ("one", "two")[number % 2]
 
 
+def test_conversations_without_a_name_are_told_by_their_first_message(
+    bridge: RunningBridge, readings: Readings
+) -> None:
+    firsts = [{**HI, "content": f"I am {name}"} for name in ("ann", "bob")]
+    for turn in range(3):
+        for first in firsts:
+            request = conversation(turn)
+            assert ask(bridge, {**request, "input": [first, *request["input"]]}).status == 200
+    assert [new for new, _ in readings] == [True, True, False, False, False, False]
+    assert [fresh < 1500 for _, fresh in readings[2:]] == [True] * 4
+
+
+def test_threads_of_a_session_keep_their_own(bridge: RunningBridge, readings: Readings) -> None:
+    named = {**CODEX, "session-id": "s"}
+    for turn in range(3):
+        for thread in ("one", "two"):
+            request = conversation(turn)
+            items = [{**HI, "id": f"msg_{thread}"}, *request.pop("input")]
+            assert ask(bridge, {"model": "gpt-5.5", "input": items, **request}, named).status == 200
+    assert [(new, fresh < 1500) for new, fresh in readings] == [(True, False)] * 2 + [(False, True)] * 4
+
+
 def test_requests_of_one_conversation_at_once_are_each_their_own(
     bridge: RunningBridge, backend: wire.Backend
 ) -> None:

@@ -502,29 +502,36 @@ def test_a_frame_in_single_bytes_and_two_frames_in_one_piece(
 
 
 @pytest.mark.parametrize("model", [PLAIN, LITE])
+@pytest.mark.parametrize("headers", [CODEX_FIELDS, {}], ids=["codex", "sdk"])
 def test_a_frame_parses_what_its_conversations_last_one_had_not(
     bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream, monkeypatch: pytest.MonkeyPatch,
-    model: str
+    model: str, headers: dict[str, str]
 ) -> None:
-    fresh: list[bytes] = []
+    fresh: list[int] = []
     read_request = q.read_request
 
     def read(body: bytes, last: q.Spans = q.NOTHING_READ) -> q.Spans:
         spans = read_request(body, last)
-        fresh.append(q.json_bytes(spans.fresh))
+        fresh.append(len(q.json_bytes(spans.fresh)))
         return spans
 
     monkeypatch.setattr(q, "read_request", read)
-    client, items = dial(bridge, CODEX_FIELDS), [message("user", f"{number} é" * 900) for number in range(9)]
-    for count in (8, 9):
-        frame = {**create(*items[:count]), "model": model}
-        client.send_frame(masked(json.dumps(frame, ensure_ascii=False).encode()))
-        assert client.read_turn()[-1]["type"] == "response.completed"
-    assert len(fresh[0]) > 16_000
-    assert len(fresh[1]) < 6000
-    assert items[8]["content"][0]["text"].encode() in fresh[1]
-    got = next_upstream().wait_for(TEXT, 2)
-    assert [json.loads(frame)["input"][-count:] for frame, count in zip(got, (8, 9))] == [items[:8], items]
+    client, items = dial(bridge, headers), [message("user", f"{number} é" * 900) for number in range(9)]
+    tools = [{**TOOLS[0], "name": f"tool_{number}", "description": "x " * 500} for number in range(20)]
+    frames = [create(*items[:8]), create(*items)]  # the whole conversation, then more of it
+    frames += [create(message("user", text), previous_response_id="") for text in ("one", "two")]  # chained
+    last = ""
+    for frame in frames:
+        chained = {"previous_response_id": last} if "previous_response_id" in frame else {}
+        sent = {"type": "response.create", **chained, **frame, **chained, "model": model, "tools": tools}
+        client.send_frame(masked(json.dumps(sent, ensure_ascii=False).encode()))
+        last = client.read_turn()[-1]["response"]["id"]
+    assert fresh[0] > 40_000
+    assert [size < 8000 for size in fresh[1:]] == [True] * 3, fresh
+    assert len(bridge.server.bridge.turns.last_requests._entries) == 1
+    got = [json.loads(each)["input"] for each in next_upstream().wait_for(TEXT, 4)]
+    assert [each[-len(frame["input"]):] for each, frame in zip(got, frames)] == [
+        frame["input"] for frame in frames]
 
 
 def test_a_message_of_two_megabytes_in_fragments(
