@@ -510,14 +510,16 @@ def memory_of(values: list[Any], limit: int) -> int:
     while waiting and size <= limit:
         value = waiting.pop()
         if isinstance(value, str):
-            size += 64 + len(value) * (1 if value.isascii() else 4)
+            size += 64 + len(value) if value.isascii() else 80 + 4 * len(value)
         elif isinstance(value, dict):
             size += 232 + 60 * len(value)
             waiting += value
             waiting += value.values()
         elif isinstance(value, list):
-            size += 72 + 9 * len(value)
+            size += 120 + 9 * len(value)
             waiting += value
+        elif isinstance(value, int):
+            size += 40 + value.bit_length() // 7
         else:
             size += 40
     return size
@@ -643,6 +645,7 @@ MARGIN = 64 * 1024  # characters; an item that begins so near to a window's end 
 TEXT_FIELDS = ("input", "instructions")  # their texts can become messages
 LONG_TEXT = 4096  # characters; from here on such a text is not encoded again
 MAX_PLACES = 100_000  # fields and items of a body, about; a body with more is parsed at once, without places
+MAX_KNOWN_FIELDS = 100  # of a last request; each new field is looked for among them
 ITEM_LISTS = ("input", "messages", "tools")  # read and written item by item
 VALUE_ENDS = frozenset(" \t\n\r,:]}")  # characters that can follow a value
 VALUE_END_BYTES = frozenset(char.encode() for char in VALUE_ENDS)
@@ -668,7 +671,8 @@ class Spans:
         self.unusual: dict[str, list[int]] = {}  # list's name -> the places of its unusual ones
         self.fresh: list[Any] = []  # values of fields and items that were not taken from the last request
         self.memory = 0  # bytes that the values take, estimated; until `settle` those of the last request
-        self.counted = 0  # `memory` when all values were last counted: later ones count dropped values, too
+        self.counted = 0  # `memory` when all values were last counted: since then dropped values count, too
+        self.counted_length = 0  # the body's length then
         self.field_count = 0  # more than `fields` has if two have one name: then only the last one counts
         self.order: list[str] = []  # the fields as they stand in the body; for the next request, see `settle`
         self.bounds: list[int] = []  # bytes of the body at which these begin, and its end
@@ -691,21 +695,24 @@ class Spans:
 
         Beyond `limit` the estimate is too low.
         """
+        names, length = list(self.fields), len(self.raw)
         self.memory += memory_of(self.fresh, limit)
-        if self.memory > 2 * self.counted > 0:
-            self.memory = self.counted = memory_of([self.request], limit)
-        self.counted = self.counted or self.memory
+        if self.counted and (self.memory > 2 * self.counted or 2 * length < self.counted_length):
+            self.memory, self.counted = memory_of([*self.request.values()], limit), 0
+        if not self.counted:
+            self.counted, self.counted_length = self.memory, length
         self.fresh, self._indexes = [], {}
-        if self.field_count == len(self.fields):
-            self.order = list(self.fields)
-            self.bounds = [*(start for start, _, _ in self.fields.values()), len(self.raw)]
-        return self.memory + len(self.raw) * 9 // 8 + PLACE_BYTES * (len(self.items) + 4 * len(self.fields))
+        if self.field_count == len(names) <= MAX_KNOWN_FIELDS:
+            self.order = names
+            self.bounds = [*(start for start, _, _ in self.fields.values()), length]
+        places = PLACE_BYTES * (len(self.items) + 4 * len(names))
+        return self.memory + memory_of(names, limit) + length * 9 // 8 + places
 
     def judge(self, request: Mapping[str, Any], name: str,
               is_usual: Callable[[dict[str, Any]], bool]) -> list[Any]:
         """Return the objects that are not usual in a request's list: none for a field that is no list.
 
-        Objects of the body are judged once in a conversation.
+        A list that is as it was read is judged once in a conversation, one that the bridge made each time.
         """
         items, judged = request.get(name), 0
         unusual: list[int] = []
@@ -856,11 +863,11 @@ class SpanReader:
 
     def _begin_list(self, name: str) -> bool:
         """Enter a list, and take items from the last request's; tell whether others follow."""
+        indexes = NOT_READ if name in self._spans.lists else self._last.lists.get(name, NOT_READ)
         self._copy_items(name, range(0), 0)  # forgets an earlier field of that name
         if not self._enter("[", "]"):
             return False
         last, at = self._last, self._index + self._shift
-        indexes = last.lists.get(name, NOT_READ)
         bounds = [*last.starts[indexes.start:indexes.start + 1], *last.ends[indexes.start:indexes.stop]]
         same = self._count_same(at, bounds)
         if same and not self._is_value_end(at + bounds[same] - bounds[0]):
@@ -895,7 +902,7 @@ class SpanReader:
             spans.ends += last.ends[those]
 
     def _count_same(self, at: int, bounds: list[int]) -> int:
-        """Return how many parts of the last request, each between two bounds, stand at a byte of the body."""
+        """Return how many parts of the last request, each from a bound to the next, are at a byte here."""
         raw, last = self._spans.raw, memoryview(self._last.raw)
         same, other = 0, len(bounds)
         probe = other - 1  # most often all are the same
@@ -909,7 +916,8 @@ class SpanReader:
 
     def _jump(self, byte: int) -> None:
         """Move the cursor over what was taken from the last request, to a byte of the body."""
-        self._spans.memory, self._spans.counted = self._last.memory, self._last.counted
+        spans, last = self._spans, self._last
+        spans.memory, spans.counted, spans.counted_length = last.memory, last.counted, last.counted_length
         index = byte - self._shift
         if index <= len(self._text) and self._text.isascii():
             self._index = index
@@ -951,7 +959,7 @@ class SpanReader:
 
     def _value(self) -> Any:
         """Parse the value at the cursor, in larger windows if it does not end in this one."""
-        size = WINDOW
+        size = max(len(self._text) - self._index, 1)
         while True:
             with contextlib.suppress(ValueError, StopIteration):
                 value, end = self._scan(self._text, self._index)
@@ -1037,7 +1045,10 @@ def join_pieces(pieces: Iterable[bytes | memoryview], likely: int) -> bytes:
 
 
 def free_items(spans: Spans, *requests: dict[str, Any]) -> None:
-    """Free the items of a body in steps, so that other threads run between them: empty all lists."""
+    """Free the items of a body in steps, so that other threads run between them: empty all lists.
+
+    So a request's own lists must never be parts of what was read, which its conversation's last one shares.
+    """
     lists = [request.get(name) for request in (*requests, spans.request) for name in ITEM_LISTS]
     for items in (spans.items, *lists):
         while isinstance(items, list) and items:
@@ -3520,12 +3531,16 @@ def points_at_nothing(item: Any, strict: bool) -> bool:
     return item.get("type") == "item_reference"
 
 
+def detailed_parts(item: dict[str, Any]) -> list[str]:
+    """Return the fields of an item that have an image with a `detail`."""
+    return [field for field in ("content", "output") if any(map(has_detail, or_empty(item.get(field), list)))]
+
+
 def drop_details(item: dict[str, Any]) -> dict[str, Any]:
     """Return an item without the `detail` of its images, which the lite form does not know."""
-    for field in ("content", "output"):
-        parts = item.get(field)
-        if isinstance(parts, list) and any(map(has_detail, parts)):
-            item = {**item, field: [drop_path(part, ("detail",)) for part in parts]}
+    for field in detailed_parts(item):
+        parts = [without(part, "detail") if has_detail(part) else part for part in item[field]]
+        item = {**item, field: parts}
     return item
 
 
@@ -3635,10 +3650,13 @@ USUAL_TYPES = frozenset((
 
 
 def is_usual(item: dict[str, Any]) -> bool:
-    """Tell whether rules leave an item as it is in any context, but for repairs and `--continuity strict`."""
+    """Tell whether the rules leave an item as it is, except for repairs and `keep_continuity`.
+
+    `keep_continuity` looks for itself, because it drops the ids of usual items, too.
+    """
     if is_plain(item):
         return True
-    if is_additional_tools(item) or points_at_nothing(item, False) or drop_details(item) is not item:
+    if is_additional_tools(item) or points_at_nothing(item, False) or detailed_parts(item):
         return False
     return all(rule.apply(item, Context()) is item for rule in ITEM_RULES)
 
@@ -3840,7 +3858,7 @@ def chosen_tools(request: Mapping[str, Any]) -> list[Any]:
 
 
 def tool_name(tool: Mapping[str, Any]) -> Hashable:
-    """Return a tool's type and name; one text for both where a client has given them other values."""
+    """Return a tool's type and name; as one text of JSON where one of them is no string."""
     kind, name = tool.get("type"), tool.get("name")
     if isinstance(kind, str) and isinstance(name, str):
         return kind, name
@@ -3912,7 +3930,7 @@ def is_typed(request: Mapping[str, Any], **types: type) -> bool:
 def lite_items(request: Mapping[str, Any], tools: list[Any], context: Context) -> list[Any]:
     """Return the lite form's input: first tools, then instructions, then the items."""
     items = request.get("input", [])
-    if any(drop_details(item) is not item for item in context.unusual):
+    if any(map(detailed_parts, context.unusual)):
         items = [drop_details(item) if isinstance(item, dict) else item for item in items]
     carrier, items = gather_tools(items, tools, context)
     if request.get("instructions"):
@@ -3974,7 +3992,7 @@ def plain_form(request: dict[str, Any], context: Context) -> dict[str, Any]:
     form = dict(request)
     carrier, items = gather_tools(items, or_empty(request.get("tools"), list), context)
     if carrier is not None and isinstance(carrier.get("tools"), list):
-        form["tools"], form["input"] = carrier["tools"], items
+        form["tools"], form["input"] = list(carrier["tools"]), items
     if marked:
         form["client_metadata"] = without(request["client_metadata"], LITE_METADATA)
     plain: dict[str, Any] = drop_path(request if form == request else form, ("reasoning", "context"))
@@ -7104,15 +7122,17 @@ class Cache:
         Its size is in bytes, by default its length.
         """
         size = self.ENTRY_BYTES + (size or len(value))
+        fits = size <= self.limit  # else it would evict all other entries, and then itself
         with self._lock:
-            self._held -= self._entries.pop((owner, kind, name), (0, None))[0]
-            if size > self.limit:
-                return False  # it would evict all other entries, and then itself
-            self._entries[owner, kind, name] = size, value
-            self._held += size
+            removed = [self._entries.pop((owner, kind, name), (0, None))]  # freed outside the lock
+            self._held -= removed[0][0]
+            if fits:
+                self._entries[owner, kind, name] = size, value
+                self._held += size
             while self._held > self.limit:
-                self._held -= self._entries.popitem(last=False)[1][0]
-        return True
+                removed.append(self._entries.popitem(last=False)[1])
+                self._held -= removed[-1][0]
+        return fits
 
     def get(self, owner: str, kind: str, name: Any) -> Any:
         """Return a kept value; None when it is not there, or no longer."""
@@ -8518,8 +8538,8 @@ class Turns:
 def conversation_guess(exchange: Exchange, raw: bytes) -> str:
     """Return a name that the requests of one conversation have in common, known before they are parsed.
 
-    Requests of one session can be of several threads; they begin with different ids. A WebSocket's begin with
-    the id of the last response. Without a session, a conversation is told by its first 16 KiB.
+    A session can have several threads, whose requests mostly begin with different ids. A WebSocket has one
+    thread, and its requests begin with the last response's id. Else the first 16 KiB tell a conversation.
     """
     session = exchange.client_headers.session
     if exchange.conversation:

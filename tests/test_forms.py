@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -70,6 +71,18 @@ def test_the_detail_of_an_image_stays_in_the_plain_form(
 ) -> None:
     reply = ask(bridge, {**MODEL, "input": with_images(detail="high")}, headers)
     assert accepted(bridge, backend, reply).json["input"] == with_images(detail="high")
+
+
+@MODELS
+def test_a_deep_value_beside_an_image_goes_up(
+    bridge: RunningBridge, backend: wire.Backend, model: str
+) -> None:
+    deep: list[Any] = []
+    for _ in range(700):
+        deep = [deep]
+    item = {**HI, "content": [image(detail="high"), deep]}
+    reply = ask(bridge, {"model": model, "input": [item]})
+    assert json.dumps(deep).encode() in accepted(bridge, backend, reply).body.replace(b" ", b"")
 
 
 @pytest.mark.parametrize(("model", "kept"), [("gpt-5.5", True), (LITE_MODEL, False), ("local_md", False)])

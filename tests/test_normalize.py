@@ -668,3 +668,40 @@ def test_repairs_are_named_once_and_say_why() -> None:
     assert len(set(names)) == len(names)
     assert all(repair.why for repair in q.REPAIRS)
     assert q.FORM_REPAIR in names
+
+
+# -- the lists of a request ---------------------------------------------------
+
+ONE_TOOL = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}]
+
+
+def lists_in(value: Any) -> list[list[Any]]:
+    """Return all lists in a value, at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    elif isinstance(value, list):
+        return [value, *(found for entry in value for found in lists_in(entry))]
+    else:
+        return []
+    return [found for entry in value for found in lists_in(entry)]
+
+
+@pytest.mark.parametrize("context", [PLAIN, LITE, q.Context(slug="m"), PLAIN._replace(lite_header=True)],
+                         ids=["plain", "lite", "no model", "lite header"])
+@pytest.mark.parametrize("fields", [
+    {"input": [{"type": "additional_tools", "role": "developer", "tools": ONE_TOOL}]},
+    {"input": [{"type": "additional_tools", "tools": ONE_TOOL}] * 2},
+    {"input": [{"type": "additional_tools", "tools": ONE_TOOL}], "tools": ONE_TOOL},
+    {"tools": [{"type": "namespace", "name": "n", "tools": ONE_TOOL}]},
+    {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": ONE_TOOL}, "tools": ONE_TOOL},
+    {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]}]},
+], ids=["one carrier", "two", "and tools", "namespace", "choice", "content"])
+def test_no_list_of_a_request_is_a_part_of_what_was_read(fields: Object, context: q.Context) -> None:
+    """A large request is freed by emptying its lists; the conversation's last request shares their items."""
+    given = {"model": "m", "input": [], **fields}
+    own = [value for value in given.values() if isinstance(value, list)]
+    inner = [found for value in given.values() for found in lists_in(value)
+             if not any(found is top for top in own)]
+    made, _ = q.normalize(given, context)
+    for name in q.ITEM_LISTS:
+        assert not any(made.get(name) is found for found in inner)

@@ -320,9 +320,9 @@ def seen(spans: q.Spans) -> list[object]:
     ('{"input":[12]}', '{"input":[1]}', "1"),
     ('{"a":1}', '{"a":12}', "12"),
     # two fields of one name
-    ('{"input":[1],"input":[2],"b":3}', '{"input":[1],"input":[2],"b":3}', "1,3"),
+    ('{"input":[1],"input":[2],"b":3}', '{"input":[1],"input":[2],"b":3}', "1,2,3"),
     ('{"input":[1],"input":"x"}', '{"input":[1],"input":"x"}', '"x"'),
-    ('{"input":"x","input":[1]}', '{"input":[1],"input":[1,2]}', "2"),
+    ('{"input":"x","input":[1]}', '{"input":[1],"input":[1,2]}', "1,2"),
     ('{"b":1,"a":2,"b":3}', '{"b":1,"a":2,"b":3}', "1,2,3"),
     ('{"x":1,"a":1,"b":2,"a":3}', '{"x":1,"a":1,"c":2,"a":3}', "1,1,2,3"),
     ('{"a":1}', '{"a":1,"a":1}', "1,1"),
@@ -363,6 +363,33 @@ def test_a_long_text_is_known_as_long_where_it_is_taken() -> None:
         spans = q.read_request(second, settled(first))
         assert spans.memory > q.LONG_TEXT
         assert seen(spans) == seen(q.read_request(second))
+
+
+def test_a_request_of_more_fields_than_an_api_has_is_no_last_one() -> None:
+    """To look for the place of each field among thousands would take seconds."""
+    for count in (q.MAX_KNOWN_FIELDS, q.MAX_KNOWN_FIELDS + 1):
+        raw = b"{%b}" % b",".join(b'"%d":0' % number for number in range(count))
+        assert len(settled(raw).order) in (0, q.MAX_KNOWN_FIELDS)
+        assert (q.read_request(raw, settled(raw)).fresh == []) == (count == q.MAX_KNOWN_FIELDS)
+
+
+@pytest.mark.parametrize(("value", "most"), [('"x"', 4096), ('"%s"' % ("x" * 20_000), 128 * 1024)],
+                         ids=["short", "long"])
+def test_of_a_request_with_one_new_field_little_is_decoded(
+    value: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    load = q.SpanReader._load
+
+    def count(reader: q.SpanReader, size: int) -> None:
+        load(reader, size)
+        loaded.append(len(reader._text))
+
+    raw = json.dumps({"a": 1, "input": ["x" * 300_000], "z": ["x" * 300_000]})
+    last = settled(raw.encode())
+    monkeypatch.setattr(q.SpanReader, "_load", count)
+    spans = q.read_request(raw.replace("1", value).encode(), last)
+    assert (len(spans.fresh), sum(loaded) <= 4 * most, max(loaded) <= most) == (1, True, True), loaded
 
 
 @pytest.mark.parametrize("before", ["[1]", "null", '{"a":NaN}', '{"a":1e999}'])
@@ -443,6 +470,37 @@ def test_what_later_requests_have_dropped_is_not_counted_for_ever() -> None:
         last = spans
     assert max(sizes) < 2.5 * sizes[0]
     assert last.request["tools"][0] is q.read_request(raw, last).request["tools"][0]
+
+
+def test_a_conversation_that_its_client_has_made_short_is_counted_anew() -> None:
+    def written(*items: str) -> bytes:
+        return json.dumps({"instructions": "x" * 900, "input": list(items)}).encode()
+
+    long = settled(written(*["x" * 5000] * 99))
+    short = q.read_request(written("y"), long)
+    assert short.request["instructions"] is long.request["instructions"]
+    assert short.settle(1 << 30) < 10_000
+
+
+def test_the_names_of_fields_are_counted() -> None:
+    raw = b'{"%b":1}' % (b"x" * 100_000)
+    assert q.read_request(raw).settle(1 << 30) > 200_000
+
+
+@pytest.mark.parametrize("value", [
+    10 ** 4000, -1, 1.5, "", "é", "中", "😀", "x😀", {}, {"a": 1}, [], [0], [0] * 5,
+    [0] * 9, [0] * 17, [0] * 99,
+], ids=lambda value: repr(value)[:12])
+def test_the_memory_of_any_value_is_estimated_from_above(value: Any) -> None:
+    texts = [json.dumps(value, ensure_ascii=False)] * 2000
+    gc.collect()
+    tracemalloc.start()
+    try:
+        read = q.CLIENT_DECODER.decode(f"[{','.join(texts)}]")
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken <= q.memory_of([read], 1 << 30)
 
 
 @pytest.mark.parametrize("text", ["x" * 4000, "é" * 4000, "\U0001f600" + "x" * 4000, "\n" * 2000, "[" * 99],

@@ -737,7 +737,8 @@ def test_a_conversations_last_request_is_its_owners() -> None:
 
 @pytest.mark.parametrize("body", [
     '{"model":"m","input":["x"],"model":"m"}', "[1]", json.dumps({"input": [1] * 100}),
-], ids=["one name twice", "a list", "many places"])
+    json.dumps(dict.fromkeys(map(str, range(200)), 0)),
+], ids=["one name twice", "a list", "many places", "many fields"])
 def test_a_request_without_places_is_no_last_one(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "MAX_PLACES", 90)
     requests, spans = q.LastRequests(1 << 30), q.read_request(body.encode())
@@ -762,3 +763,18 @@ def test_last_requests_are_bounded_by_their_memory() -> None:
     assert not requests.keep("ann", "0", kept_request("x" * 22_000))  # it is above the limit
     assert requests.get_last("ann", "0") is q.NOTHING_READ  # and its conversation has a newer one
     assert requests.get_last("ann", "9").fields
+
+
+def test_what_has_to_go_is_freed_outside_the_lock() -> None:
+    """To free a large request takes milliseconds, in which nobody else would get at the store."""
+    cache, locked = q.Cache(2 * q.Cache.ENTRY_BYTES + 100), []
+
+    class Value(bytes):
+        def __del__(self) -> None:
+            locked.append(cache._lock.locked())
+
+    for name in ("one", "one", "two", "three"):
+        assert cache.put("ann", "value", name, Value(b"x"))
+    assert not cache.put("ann", "value", "two", Value(b"x" * 9000))
+    gc.collect()
+    assert locked == [False] * 4
