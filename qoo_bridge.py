@@ -5674,7 +5674,8 @@ class ResponsesOutput:
         several = b"\r" in events or events.count(b"\n\n") > 1
         for event in split_events(events) if several else [events]:
             self.count += bool(event)
-            pieces.append(self._replace(event))
+            is_passed_on = self.begun and not SPECIAL_EVENT.search(event)
+            pieces.append(event if is_passed_on else self._replace(event))
             if self.done:
                 break
         return b"".join(pieces)
@@ -6972,6 +6973,7 @@ class Log(logging.Handler):
     """
 
     CONSOLE_LINES = 1000  # that wait for the console at most
+    MOMENT = 0.01  # seconds
     LOOK_SECONDS = 1  # between two looks whether another program has moved or removed the file
 
     def __init__(self, path: str) -> None:
@@ -7046,15 +7048,20 @@ class Log(logging.Handler):
             self._open()
 
     def _write_console(self) -> None:
-        """Write what is logged to standard error, in a thread of its own."""
+        """Write what is logged to standard error, in a thread of its own.
+
+        It takes the lines of a moment at once: to wake up for each would delay the requests of a busy bridge.
+        """
         while True:
-            line = self._console.get()
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
+            entries = [self._console.get()]
+            time.sleep(self.MOMENT)
+            entries += [self._console.get() for _ in range(self._console.qsize())]
             with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no stderr
-                sys.stderr.buffer.write(line)
+                sys.stderr.buffer.write(b"".join(entry for entry in entries if isinstance(entry, bytes)))
                 sys.stderr.buffer.flush()
+            for entry in entries:
+                if isinstance(entry, threading.Event):
+                    entry.set()
 
     def flush(self) -> None:
         """Wait a second at most until the console has taken every line."""

@@ -148,6 +148,7 @@ def logging_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     yield set_up
     for handler in [each for each in q.log.handlers if each not in before]:
         q.log.removeHandler(handler)
+        handler.flush()  # while what it writes to the console is still the row's
         handler.close()
     q.log.setLevel(level)
     q.log.propagate = propagate
@@ -401,6 +402,29 @@ def test_console_without_a_thread_is_tried_again_and_is_bounded(monkeypatch: pyt
         log.handle(line)
         log.flush()
         assert written.getvalue().count(b"of this test") == q.Log.CONSOLE_LINES
+
+
+def test_the_lines_of_a_moment_are_one_write_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that wakes up for each line of a busy bridge takes a tenth of its time."""
+    written: list[bytes] = []
+
+    class Console(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, payload: bytes) -> int:  # type: ignore[override]
+            written.append(bytes(payload))
+            return len(payload)
+
+    monkeypatch.setattr(q.Log, "MOMENT", 0.3)
+    with contextlib.closing(q.Log("")) as log:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Console())))
+        for number in range(9):
+            log.handle(logging.LogRecord("qoo_bridge", logging.INFO, "", 0, f"line {number}", None, None))
+        log.flush()
+    assert [line[-6:] for payload in written for line in payload.splitlines()] == [
+        b"line %d" % number for number in range(9)]
+    assert len(written) < 9
 
 
 @posix
