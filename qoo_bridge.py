@@ -9145,10 +9145,10 @@ class WebSocketRelay:
     def _pass(self, in_flight: InFlight | None, payload: bytes) -> None:
         frame = encode_frame(OP_TEXT, payload)
         if in_flight is not None:
-            if not in_flight.begun:
-                in_flight.begin()
             in_flight.record.bytes += len(frame)
         self._exchange.send(frame)
+        if in_flight is not None and not in_flight.begun:
+            in_flight.begin()
 
     def _repair(self, in_flight: InFlight, event: dict[str, Any]) -> bool:
         """Repair and resend a refused frame if its refusal has a known repair; tell whether that is tried."""

@@ -534,6 +534,26 @@ def test_a_frame_parses_what_its_conversations_last_one_had_not(
         frame["input"] for frame in frames]
 
 
+def test_a_request_is_kept_when_its_first_event_has_gone(
+    bridge: RunningBridge, dial: Dial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To count what a large request takes would delay the event by milliseconds."""
+    got, waited = threading.Event(), []
+    keep = q.LastRequests.keep
+
+    def wait(requests: q.LastRequests, *arguments: Any) -> bool:
+        waited.append(got.wait(2))
+        return keep(requests, *arguments)
+
+    monkeypatch.setattr(q.LastRequests, "keep", wait)
+    client = dial(bridge, CODEX_FIELDS)
+    client.send_frame(masked(sized_frame(q.COUNTED_BODY + 1)))
+    client.read_json()
+    got.set()
+    client.read_turn()
+    assert waited == [True]
+
+
 def test_a_message_of_two_megabytes_in_fragments(
     bridge: RunningBridge, dial: Dial, next_upstream: NextUpstream
 ) -> None:
