@@ -907,7 +907,7 @@ class SpanReader:
         same, other = 0, len(bounds)
         probe = other - 1  # most often all are the same
         while other - same > 1:
-            if raw.startswith(last[bounds[0]:bounds[probe]], at):
+            if raw.startswith(last[bounds[same]:bounds[probe]], at + bounds[same] - bounds[0]):
                 same = probe
             else:
                 other = probe
@@ -7772,10 +7772,10 @@ class Exchange:
     def hold_parsed(self, body: bytes, budget: Budget) -> None:
         """Reserve memory for what parsing makes of the body. Raises Overloaded.
 
-        The worst case is reserved where half of the budget has much room for it: an estimate takes longer.
+        The worst case is reserved if half of the budget stays free: an estimate takes 2 ms a MB.
         """
         size = WORST_PARSED * len(body)
-        if 3 * size > budget.room() - MAX_BODIES / 2:
+        if size > budget.room() - MAX_BODIES / 2:
             size = parsed_size(body)
         self.hold(budget, max(0, size - self._held_bytes))
 

@@ -118,6 +118,26 @@ def after(gate: threading.Event) -> Callable[[wire.WebSocketExchange, Object], N
     return answer
 
 
+@pytest.mark.parametrize(("taken", "estimated"), [(0, False), (400 << 20, True)], ids=["idle", "busy"])
+def test_what_parsing_takes_is_estimated_only_where_the_worst_would_not_leave_room(
+    start: Start, backend: wire.Backend, taken: int, estimated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To estimate it takes half of the time that a conversation of 4 MB takes."""
+    bridge, estimates = start(), []
+    parsed_size = q.parsed_size
+
+    def count(body: bytes) -> int:
+        estimates.append(parsed_size(body))
+        return estimates[-1]
+
+    monkeypatch.setattr(q, "parsed_size", count)
+    bridge.bridge.turns.budget.take(taken)
+    given: Object = {**REQUEST, "input": [{**HI, "content": "x" * (4 << 20)}]}
+    assert wire.post(bridge.address, "/v1/responses", given).status == 200
+    assert bool(estimates) == estimated
+    assert until(lambda: held(bridge) == taken)
+
+
 @pytest.mark.parametrize("by", ["previous_response_id", "item_reference"])
 @pytest.mark.parametrize("transport", ["http", "websocket"])
 def test_what_is_replayed_counts_as_a_body(
