@@ -641,7 +641,7 @@ def unix_time(text: Any) -> float:
 
 WINDOW = 256 * 1024  # bytes of a body that are decoded at once
 SMALL_WINDOW = 4 * 1024  # bytes, where most of what follows may be as in the last request
-MARGIN = 64 * 1024  # characters; an item that begins so near to a window's end begins a new window
+ENCODED_PIECE = 64 * 1024  # characters that are encoded at once
 TEXT_FIELDS = ("input", "instructions")  # their texts can become messages
 LONG_TEXT = 4096  # characters; from here on such a text is not encoded again
 MAX_PLACES = 100_000  # fields and items of a body, about; a body with more is parsed at once, without places
@@ -671,8 +671,8 @@ class Spans:
         self.unusual: dict[str, list[int]] = {}  # list's name -> the places of its unusual ones
         self.fresh: list[Any] = []  # values of fields and items that were not taken from the last request
         self.memory = 0  # bytes that the values take, estimated; until `settle` those of the last request
-        self.counted = 0  # `memory` when all values were last counted: since then dropped values count, too
-        self.counted_length = 0  # the body's length then
+        self.counted = 0  # `memory` when all values were last counted; it still has those dropped since then
+        self.counted_length = 0  # of the body at that time
         self.field_count = 0  # more than `fields` has if two have one name: then only the last one counts
         self.order: list[str] = []  # the fields as they stand in the body; for the next request, see `settle`
         self.bounds: list[int] = []  # bytes of the body at which these begin, and its end
@@ -693,20 +693,22 @@ class Spans:
     def settle(self, limit: int) -> int:
         """Prepare to be kept as the last request; return the bytes of memory that this takes, estimated.
 
-        Beyond `limit` the estimate is too low.
+        Beyond `limit` the estimate is too low. A request with two fields of one name, or with too many, gets
+        no `order`, and cannot be a last one.
         """
         names, length = list(self.fields), len(self.raw)
+        beside = memory_of(names, limit) + length * 9 // 8 + PLACE_BYTES * (len(self.items) + 4 * len(names))
+        if self.field_count > len(names) or len(names) > MAX_KNOWN_FIELDS or beside > limit:
+            return beside
         self.memory += memory_of(self.fresh, limit)
-        if self.counted and (self.memory > 2 * self.counted or 2 * length < self.counted_length):
+        most = min(2 * self.counted, limit - beside)
+        if self.counted and (self.memory > most or 2 * length < self.counted_length):
             self.memory, self.counted = memory_of([*self.request.values()], limit), 0
         if not self.counted:
             self.counted, self.counted_length = self.memory, length
-        self.fresh, self._indexes = [], {}
-        if self.field_count == len(names) <= MAX_KNOWN_FIELDS:
-            self.order = names
-            self.bounds = [*(start for start, _, _ in self.fields.values()), length]
-        places = PLACE_BYTES * (len(self.items) + 4 * len(names))
-        return self.memory + memory_of(names, limit) + length * 9 // 8 + places
+        self.fresh, self._indexes, self.order = [], {}, names
+        self.bounds = [*(start for start, _, _ in self.fields.values()), length]
+        return self.memory + beside
 
     def judge(self, request: Mapping[str, Any], name: str,
               is_usual: Callable[[dict[str, Any]], bool]) -> list[Any]:
@@ -768,7 +770,7 @@ class SpanReader:
             if more and name in self._last.order:
                 self._expected = self._last.order.index(name) + 1
                 more = self._take_fields()
-        if self._next() or len(spans.starts) + len(spans.fields) > MAX_PLACES:
+        if self._next() or len(spans.starts) + spans.field_count > MAX_PLACES:
             raise ValueError("bytes after the object, or too many places")
         return spans
 
@@ -938,7 +940,7 @@ class SpanReader:
     def _follows(self, closing: str) -> bool:
         """Move to the next entry; tell whether there is one."""
         char = self._next()
-        if char not in (",", closing) or len(self._spans.starts) + len(self._spans.fields) > MAX_PLACES:
+        if char not in (",", closing) or len(self._spans.starts) + self._spans.field_count > MAX_PLACES:
             raise ValueError(char)
         self._index += 1
         if char == closing:
@@ -974,8 +976,8 @@ class SpanReader:
     def _move(self, end: int) -> None:
         """Move the cursor to the end of a value."""
         if not self._text.isascii():
-            for start in range(self._index, end, MARGIN):
-                text = self._text[start:min(start + MARGIN, end)]
+            for start in range(self._index, end, ENCODED_PIECE):
+                text = self._text[start:min(start + ENCODED_PIECE, end)]
                 self._shift += len(text.encode("utf-8")) - len(text)
         self._index = end
 
@@ -990,7 +992,7 @@ class SpanReader:
         self._text = str(self._body[start:end], "utf-8")
         self._loaded, self._index, self._shift, self._margin = end, 0, start, len(self._text)
         if end < len(self._body):
-            self._margin -= MARGIN
+            self._margin = len(self._text) * 3 // 4  # an item that begins behind it can end in this window
 
 
 NOTHING_READ = Spans(b"", {})
@@ -1096,14 +1098,14 @@ def _item_pieces(items: list[Any], spans: Spans, likely: int, top: bool) -> Iter
 
 def _new_item_pieces(items: list[Any], spans: Spans) -> Iterator[bytes | memoryview]:
     """Yield the bytes of new items; for a message made of a long text of TEXT_FIELDS the text's own bytes."""
-    texts = {id(spans.request[name]): name for name in spans.long_texts}
+    texts = {id(text): name for name in spans.long_texts if isinstance(text := spans.request[name], str)}
     before = b""
     for item in items:
         yield before
         before = b","
         part = _only_part(item)
         name = texts.get(id(part.get("text")))
-        if name is None or not isinstance(part["text"], str):  # a later field of that name can be no text
+        if name is None:
             yield json_bytes(item)
             continue
         encoded = json_bytes({**item, "content": [{**part, "text": ""}]})
@@ -3650,9 +3652,9 @@ USUAL_TYPES = frozenset((
 
 
 def is_usual(item: dict[str, Any]) -> bool:
-    """Tell whether the rules leave an item as it is, except for repairs and `keep_continuity`.
+    """Tell whether the rules leave an item as it is, except for repairs.
 
-    `keep_continuity` looks for itself, because it drops the ids of usual items, too.
+    An unusual item can cost others their ids: `keep_continuity` then goes over all of them.
     """
     if is_plain(item):
         return True
@@ -4739,7 +4741,7 @@ def _responses_body(node: _Node) -> Object:
         raise InvalidRequest("the body has both messages and input: send one of them", "messages")
     request = input_to_list(without(node.fields, *CHAT_ONLY), Context())
     if isinstance(node.fields["input"], list):
-        request["input"] = _mixed_items(node)
+        request = {**request, "input": _mixed_items(node)}
     return {**request, "stream": bool(node.get("stream", bool)), "reasoning": _reasoning(node),
             **_text(node, or_empty(request.get("text"), dict)), **_tool_fields(node)}
 
@@ -6972,7 +6974,7 @@ class Log(logging.Handler):
     that nobody reads) stops only that thread, and lines beyond CONSOLE_LINES are dropped.
     """
 
-    CONSOLE_LINES = 1000  # that wait for the console at most
+    CONSOLE_LINES = 1000  # that wait for the console's thread at most; it holds as many that it writes
     MOMENT = 0.01  # seconds
     LOOK_SECONDS = 1  # between two looks whether another program has moved or removed the file
 
@@ -7126,7 +7128,7 @@ class Cache:
     def put(self, owner: str, kind: str, name: str, value: Any, size: int = 0) -> bool:
         """Keep a value under its owner, kind and name; tell whether it is small enough.
 
-        Its size is in bytes, by default its length.
+        `size` is the value's in bytes, by default its length.
         """
         size = self.ENTRY_BYTES + (size or len(value))
         fits = size <= self.limit  # else it would evict all other entries, and then itself

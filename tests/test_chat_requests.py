@@ -785,3 +785,17 @@ def test_a_tool_that_is_neither_is_named(bridge: RunningBridge, tool: Any) -> No
     reply = ask(bridge, {**MODEL, "messages": [USER], "tools": [tool]}, path=CHAT)
     assert reply.status == 400
     assert reply.json["error"]["param"].startswith("tools[0]")
+
+
+ANSWERED: Object = {"role": "assistant", "content": "hello", "refusal": None}
+
+
+@pytest.mark.parametrize("body", [
+    {"model": "m", "input": [USER, ANSWERED]}, {"model": "m", "input": [ANSWERED], "temperature": 1},
+    {"model": "m", "input": "hi"}, {"model": "m", "messages": [USER, ANSWERED]},
+], ids=["input", "and more", "text", "messages"])
+def test_a_body_is_not_changed(body: Object) -> None:
+    """It is kept as its conversation's last one."""
+    before = copy.deepcopy(body)
+    q.chat_request(body)
+    assert body == before

@@ -16,7 +16,7 @@ import qoo_bridge as q
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode so little at once that most values end in another window."""
     monkeypatch.setattr(q, "WINDOW", 7)
-    monkeypatch.setattr(q, "MARGIN", 3)
+    monkeypatch.setattr(q, "ENCODED_PIECE", 3)
 
 
 # -- a table ------------------------------------------------------------------
@@ -176,3 +176,14 @@ def test_a_text_that_becomes_a_message_goes_up_as_the_clients_own_bytes(text: st
     written = q.write_request(request, spans)
     assert json.loads(written) == json.loads(json.dumps(request))
     assert written.count(b'"text":' + own) >= (2 if size else 0)
+
+
+@pytest.mark.parametrize("name", q.TEXT_FIELDS)
+@pytest.mark.parametrize("last", ["null", "7", '"short"', "[]"])
+def test_a_long_text_that_a_later_field_has_replaced_is_none_of_the_requests(name: str, last: str) -> None:
+    long = json.dumps("x" * q.LONG_TEXT)
+    raw = f'{{"{name}":{long},"{name}":{last},"messages":[{{"role":"system"}}]}}'.encode()
+    spans = q.read_request(raw)
+    for item in ({"role": "developer"}, {"content": [{"type": "input_text"}]},
+                 {"content": [{"text": spans.request[name]}]}):
+        check_written(raw, {**spans.request, "messages": [item]}, spans)

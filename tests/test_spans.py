@@ -35,7 +35,7 @@ def scanner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decode so little at once that most values end in another window."""
     monkeypatch.setattr(q, "WINDOW", 7)
-    monkeypatch.setattr(q, "MARGIN", 3)
+    monkeypatch.setattr(q, "ENCODED_PIECE", 3)
 
 
 # -- places -------------------------------------------------------------------
@@ -104,7 +104,8 @@ def test_a_number_out_of_range_is_refused_where_a_rule_fires_as_ever(raw: bytes)
 def test_more_places_than_the_limit_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "MAX_PLACES", 10)
     for raw in (b'{"input":[%b]}' % b",".join([b"{ }"] * 20), b'{"input":[%b]}' % b" , ".join([b"{ }"] * 20),
-                b"{%b}" % b",".join(b'"%d" :0' % number for number in range(20))):
+                b"{%b}" % b",".join(b'"%d" :0' % number for number in range(20)),
+                b"{%b}" % b",".join([b'"a":0'] * 20)):
         spans = q.read_request(raw)
         assert (spans.request, spans.fields, spans.starts) == (parse_all(raw), {}, [])
         assert q.write_request({**spans.request, **ALIAS}, spans) == q.json_bytes({**parse_all(raw), **ALIAS})
@@ -234,7 +235,7 @@ def changed(chance: random.Random, request: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(10))
 def test_any_change_of_any_request(seed: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "WINDOW", window)
-    monkeypatch.setattr(q, "MARGIN", max(1, window // 4))
+    monkeypatch.setattr(q, "ENCODED_PIECE", max(1, window // 4))
     chance = random.Random(seed)
     for raw in bodies(seed)[:150]:
         spans = q.read_request(raw)
@@ -256,7 +257,7 @@ DAMAGE = (b"", b",", b"}", b"]", b'"', b"\\", b"\x80", b"\xf0", b"\0", b"\x1f", 
 @pytest.mark.parametrize("seed", range(10))
 def test_any_damage_is_judged_as_ever(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "WINDOW", 9)
-    monkeypatch.setattr(q, "MARGIN", 2)
+    monkeypatch.setattr(q, "ENCODED_PIECE", 2)
     chance = random.Random(seed)
     for whole in bodies(seed):
         raw = bytearray(whole)
@@ -392,6 +393,23 @@ def test_of_a_request_with_one_new_field_little_is_decoded(
     assert (len(spans.fresh), sum(loaded) <= 4 * most, max(loaded) <= most) == (1, True, True), loaded
 
 
+def test_what_is_decoded_is_bounded_by_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(q, "WINDOW", 16 * 1024)
+    monkeypatch.setattr(q, "SMALL_WINDOW", 64)
+    decoded: list[int] = []
+    load = q.SpanReader._load
+
+    def count(reader: q.SpanReader, size: int) -> None:
+        load(reader, size)
+        decoded.append(len(reader._text))
+
+    last = settled('{"tools":[],"b":"é","c":1}'.encode())
+    raw = ("{" + '"tools":[1],"b":"é",' * 2000 + '"z":1}').encode()
+    monkeypatch.setattr(q.SpanReader, "_load", count)
+    assert q.read_request(raw, last).request == {"tools": [1], "b": "é", "z": 1}
+    assert sum(decoded) < 10 * len(raw)
+
+
 @pytest.mark.parametrize("before", ["[1]", "null", '{"a":NaN}', '{"a":1e999}'])
 def test_a_last_request_without_places_has_nothing_to_take(before: str) -> None:
     last = q.Spans(before.encode(), None)
@@ -435,7 +453,7 @@ def test_any_request_is_read_alike_after_any_other(
 ) -> None:
     monkeypatch.setattr(q, "WINDOW", window)
     monkeypatch.setattr(q, "SMALL_WINDOW", window)
-    monkeypatch.setattr(q, "MARGIN", window // 3 + 1)
+    monkeypatch.setattr(q, "ENCODED_PIECE", window // 3 + 1)
     chance = random.Random(seed)
     last, taken = q.NOTHING_READ, 0
     for first in bodies(seed)[:25]:
@@ -480,6 +498,26 @@ def test_a_conversation_that_its_client_has_made_short_is_counted_anew() -> None
     short = q.read_request(written("y"), long)
     assert short.request["instructions"] is long.request["instructions"]
     assert short.settle(1 << 30) < 10_000
+
+
+def test_values_that_are_gone_do_not_keep_a_request_from_being_kept() -> None:
+    """Of six texts four are new in each request: what is counted grows by two thirds."""
+    def written(turn: int) -> bytes:
+        return json.dumps({"input": ["x" * 9000, "y" * 9000, *(f"{turn}" * 9000 for _ in range(4))]}).encode()
+
+    limit = settled(written(0)).settle(1 << 30) * 5 // 4
+    last = q.NOTHING_READ
+    for turn in range(6):
+        spans = q.read_request(written(turn), last)
+        assert spans.settle(limit) < limit
+        last = spans
+
+
+def test_what_cannot_be_a_last_request_is_not_counted() -> None:
+    for raw in (b'{"a":[%b],"a":1}' % b",".join([b"1"] * 9000), b'{"input":["%b"]}' % (b"x" * 9000)):
+        spans = q.read_request(raw)
+        spans.settle(9500)
+        assert (spans.memory, spans.order) == (0, [])
 
 
 def test_the_names_of_fields_are_counted() -> None:
