@@ -7161,16 +7161,21 @@ class LastRequests(Cache):
     other's: more is parsed, but never another value.
     """
 
-    def get_last(self, owner: str, conversation: str) -> Spans:
-        """Return a conversation's last request, an empty one if it is not kept."""
-        return self.get(owner, "request", conversation) or NOTHING_READ
+    def get_last(self, owner: str, conversation: str, start: str) -> Spans:
+        """Return a conversation's last request, else the last one of the same start, else an empty one.
 
-    def keep(self, owner: str, conversation: str, spans: Spans) -> bool:
+        A client's new conversation has instructions and tools in common with its last one.
+        """
+        last = self.get(owner, "request", conversation)
+        return last or self.get(owner, "request", self.get(owner, "start", start)) or NOTHING_READ
+
+    def keep(self, owner: str, conversation: str, start: str, spans: Spans) -> bool:
         """Keep a request that is no longer used; tell whether it can be the last one, and is small enough."""
         size = spans.settle(self.limit) + len(conversation)
         if not spans.order:
             return False  # its places are unknown, or two of its fields have one name
-        return self.put(owner, "request", conversation, spans, size)
+        kept = self.put(owner, "request", conversation, spans, size)
+        return kept and self.put(owner, "start", start, conversation)
 
 
 class Store(Cache):
@@ -8167,6 +8172,7 @@ STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-con
 
 
 NAMING_BYTES = 128  # of a request, by which a session's threads are told apart
+START_BYTES = 1024  # of a request, in which a client's conversations are alike
 
 
 class Learned(NamedTuple):
@@ -8281,7 +8287,7 @@ class Turns:
         if len(raw) <= COUNTED_BODY:
             return self.budget.parse(raw)
         return self.budget.parse(raw, self.last_requests.get_last(
-            exchange.client.owner, conversation_guess(exchange, raw)))
+            exchange.client.owner, *guess_conversation(exchange, raw)))
 
     def attempt(self, exchange: Exchange, request: dict[str, Any], spans: Spans, context: Context) -> Attempt:
         """Return a request's first attempt; it tells what the lite form will lose where that is known."""
@@ -8289,7 +8295,7 @@ class Turns:
         if context.is_lite and not context.lite_header and lite_losses(request):
             repairs = (f"{FORM_REPAIR}={'+'.join(lite_losses(request))}",)
         keep = functools.partial(self.last_requests.keep, exchange.client.owner,
-                                 conversation_guess(exchange, spans.raw))
+                                 *guess_conversation(exchange, spans.raw))
         return Attempt(request, spans, context, keep, repairs)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
@@ -8544,18 +8550,19 @@ class Turns:
         exchange.send_json(200, {"object": "response.input_tokens", "input_tokens": estimate_tokens(body)})
 
 
-def conversation_guess(exchange: Exchange, raw: bytes) -> str:
-    """Return a name that the requests of one conversation have in common, known before they are parsed.
+def guess_conversation(exchange: Exchange, raw: bytes) -> tuple[str, str]:
+    """Return names for a request's conversation and for its start, which other conversations can share.
 
-    A session can have several threads, whose requests mostly begin with different ids. A WebSocket has one
-    thread, and its requests begin with the last response's id. Else the first 16 KiB tell a conversation.
+    Both are known before the request is parsed. A session can have several threads, whose requests mostly
+    begin with different ids. A WebSocket has one thread, and its requests begin with the last response's id.
+    Else the first 16 KiB tell a conversation: while they still change, its start does not.
     """
-    session = exchange.client_headers.session
     if exchange.conversation:
-        return f"websocket {exchange.conversation}"
+        return f"websocket {exchange.conversation}", "websocket"
+    session, start = exchange.client_headers.session, str(zlib.crc32(raw[:START_BYTES]))
     if session:
-        return f"session {session} {zlib.crc32(raw[:NAMING_BYTES])}"
-    return f"start {zlib.crc32(raw[:COUNTED_BODY])}"
+        return f"session {session} {zlib.crc32(raw[:NAMING_BYTES])}", start
+    return f"start {zlib.crc32(raw[:COUNTED_BODY])}", start
 
 
 def is_stream(reply: Reply) -> bool:

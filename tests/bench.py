@@ -574,8 +574,9 @@ def request_bytes(running: Running, plan: str, turn: int = 0, size: int = REQUES
     body = turn_body(size, 1 + turn % TURNS, form) if form else request_body(size, turn % TURNS)
     metadata = ("x-codex-turn-metadata", f'{{"session_id":"{SESSION}","bench":"{plan}"}}')
     fields = [("host", running.url.netloc), metadata, *FIELDS, ("content-length", str(len(body)))]
-    if form == "new":
+    if form == "new":  # nothing is known of it: neither its session nor its first bytes
         fields[fields.index(("session-id", SESSION))] = ("session-id", str(uuid.uuid4()))
+        body = body.replace(b"x " * 16, uuid.uuid4().hex.encode(), 1)
     return wire.head_bytes(f"POST {running.url.path} HTTP/1.1", fields) + body
 
 

@@ -727,12 +727,23 @@ def kept_request(text: str) -> q.Spans:
 
 def test_a_conversations_last_request_is_its_owners() -> None:
     requests, spans, newer = q.LastRequests(100_000), kept_request("x"), kept_request("newer")
-    assert requests.get_last("ann", "talk") is q.NOTHING_READ
-    assert requests.keep("ann", "talk", spans)
-    assert requests.get_last("ann", "talk") is spans
-    assert requests.get_last("bob", "talk") is requests.get_last("ann", "other") is q.NOTHING_READ
-    assert requests.keep("ann", "talk", newer)
-    assert requests.get_last("ann", "talk") is newer
+    assert requests.get_last("ann", "talk", "-") is q.NOTHING_READ
+    assert requests.keep("ann", "talk", "s", spans)
+    assert requests.get_last("ann", "talk", "-") is spans
+    assert requests.get_last("bob", "talk", "-") is requests.get_last("ann", "other", "-") is q.NOTHING_READ
+    assert requests.keep("ann", "talk", "s", newer)
+    assert requests.get_last("ann", "talk", "-") is newer
+
+
+def test_a_new_conversation_goes_on_from_the_last_one_with_the_same_start() -> None:
+    requests, spans, newer = q.LastRequests(100_000), kept_request("x"), kept_request("newer")
+    assert requests.keep("ann", "talk", "start", spans)
+    assert requests.get_last("ann", "other", "start") is spans
+    assert requests.get_last("bob", "other", "start") is q.NOTHING_READ
+    assert requests.get_last("ann", "other", "-") is q.NOTHING_READ
+    assert requests.keep("ann", "other", "start", newer)
+    assert requests.get_last("ann", "third", "start") is newer
+    assert requests.get_last("ann", "talk", "start") is spans
 
 
 @pytest.mark.parametrize("body", [
@@ -742,27 +753,27 @@ def test_a_conversations_last_request_is_its_owners() -> None:
 def test_a_request_without_places_is_no_last_one(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(q, "MAX_PLACES", 90)
     requests, spans = q.LastRequests(1 << 30), q.read_request(body.encode())
-    assert not requests.keep("ann", "talk", spans)
-    assert requests.get_last("ann", "talk") is q.NOTHING_READ
+    assert not requests.keep("ann", "talk", "s", spans)
+    assert requests.get_last("ann", "talk", "-") is q.NOTHING_READ
 
 
 def test_a_long_name_counts() -> None:
     requests = q.LastRequests(100_000)
-    assert not requests.keep("ann", "s" * 100_000, kept_request("x"))
-    assert requests.keep("ann", "s" * 60_000, kept_request("x"))
+    assert not requests.keep("ann", "s" * 100_000, "s", kept_request("x"))
+    assert requests.keep("ann", "s" * 60_000, "s", kept_request("x"))
     assert requests._held > 60_000
 
 
 def test_last_requests_are_bounded_by_their_memory() -> None:
-    requests, size = q.LastRequests(45_000), 6000
+    requests, size = q.LastRequests(46_000), 6000
     for number in range(10):
-        assert requests.keep("ann", str(number), kept_request("x" * size))
-        requests.get_last("ann", "0")  # it is used
-        assert 2 * size < requests._held <= 45_000
-    assert [number for number in range(10) if requests.get_last("ann", str(number)).fields] == [0, 8, 9]
-    assert not requests.keep("ann", "0", kept_request("x" * 22_000))  # it is above the limit
-    assert requests.get_last("ann", "0") is q.NOTHING_READ  # and its conversation has a newer one
-    assert requests.get_last("ann", "9").fields
+        assert requests.keep("ann", str(number), "s", kept_request("x" * size))
+        requests.get_last("ann", "0", "-")  # it is used
+        assert 2 * size < requests._held <= 46_000
+    assert [number for number in range(10) if requests.get_last("ann", str(number), "-").fields] == [0, 8, 9]
+    assert not requests.keep("ann", "0", "s", kept_request("x" * 22_000))  # it is above the limit
+    assert requests.get_last("ann", "0", "-") is q.NOTHING_READ  # and its conversation has a newer one
+    assert requests.get_last("ann", "9", "-").fields
 
 
 def test_what_has_to_go_is_freed_outside_the_lock() -> None:

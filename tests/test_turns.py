@@ -1017,7 +1017,7 @@ def test_conversations_beside_each_other_keep_their_own(
     for turn in range(3):
         for session in sessions:
             assert ask(bridge, conversation(turn), session).status == 200
-    assert [new for new, _ in readings] == [True, True, False, False, False, False]
+    assert [fresh < 1500 for _, fresh in readings[2:]] == [True] * 4
     for number, request in enumerate(sent(backend)):
         assert request.header("session-id") == ("one", "two")[number % 2]
 
@@ -1030,8 +1030,28 @@ def test_conversations_without_a_name_are_told_by_their_first_message(
         for first in firsts:
             request = conversation(turn)
             assert ask(bridge, {**request, "input": [first, *request["input"]]}).status == 200
-    assert [new for new, _ in readings] == [True, True, False, False, False, False]
     assert [fresh < 1500 for _, fresh in readings[2:]] == [True] * 4
+
+
+def test_a_new_conversation_takes_instructions_and_tools_from_the_last_one(
+    bridge: RunningBridge, readings: Readings
+) -> None:
+    for name in ("one", "two"):
+        request = {**conversation(0, instructions=WORDS * 3), "input": [{**HI, "content": f"{name} " * 900}]}
+        assert ask(bridge, request, {**CODEX, "session-id": name}).status == 200
+    assert [(new, fresh > len(WORDS)) for new, fresh in readings] == [(True, True), (False, False)]
+
+
+def test_a_conversation_whose_first_bytes_still_change_parses_what_is_new(
+    bridge: RunningBridge, readings: Readings
+) -> None:
+    """LiteLLM names no session, and writes the input first."""
+    for count in (2, 4, 6, 60, 62):
+        request = conversation(0, instructions=WORDS * 3)
+        items = [{**HI, "content": "x" * q.START_BYTES}, *PRINTED[:count]]
+        assert ask(bridge, {"model": request.pop("model"), "input": items, **{
+            name: value for name, value in request.items() if name != "input"}}).status == 200
+    assert [fresh < 1500 for _, fresh in readings] == [False, True, True, False, True]
 
 
 def test_threads_of_a_session_keep_their_own(bridge: RunningBridge, readings: Readings) -> None:
