@@ -501,7 +501,7 @@ def parsed_size(body: bytes) -> int:
     return size
 
 
-def memory_of(values: list[Any], limit: int) -> int:
+def memory_of(values: Iterable[Any], limit: int) -> int:
     """Estimate the bytes of memory that parsed values take, from above; stop counting beyond `limit`.
 
     Measured on 3.9 to 3.13, like `parsed_size`, which knows less and is faster.
@@ -693,8 +693,8 @@ class Spans:
     def settle(self, limit: int) -> int:
         """Prepare to be kept as the last request; return the bytes of memory that this takes, estimated.
 
-        Beyond `limit` the estimate is too low. A request with two fields of one name, or with too many, gets
-        no `order`, and cannot be a last one.
+        Beyond `limit` the estimate is too low. A request that cannot be a last one gets no `order`: two of
+        its fields have one name, it has too many, or it is too large.
         """
         names, length = list(self.fields), len(self.raw)
         beside = memory_of(names, limit) + length * 9 // 8 + PLACE_BYTES * (len(self.items) + 4 * len(names))
@@ -703,7 +703,7 @@ class Spans:
         self.memory += memory_of(self.fresh, limit)
         most = min(2 * self.counted, limit - beside)
         if self.counted and (self.memory > most or 2 * length < self.counted_length):
-            self.memory, self.counted = memory_of([*self.request.values()], limit), 0
+            self.memory, self.counted = memory_of(self.request.values(), limit), 0
         if not self.counted:
             self.counted, self.counted_length = self.memory, length
         self.fresh, self._indexes, self.order = [], {}, names
@@ -716,17 +716,15 @@ class Spans:
 
         A list that is as it was read is judged once in a conversation, one that the bridge made each time.
         """
-        items, judged = request.get(name), 0
-        unusual: list[int] = []
+        items = request.get(name)
         if not isinstance(items, list):
             return []
-        is_own = items is self.request.get(name)
-        if is_own:
-            judged, unusual = self.judged.get(name, 0), self.unusual.get(name, [])
+        if items is not self.request.get(name):
+            return [item for item in items if type(item) is dict and not is_usual(item)]
+        judged, unusual = self.judged.get(name, 0), self.unusual.setdefault(name, [])
         unusual += [place for place, item in enumerate(items[judged:], judged)
                     if type(item) is dict and not is_usual(item)]
-        if is_own:
-            self.judged[name], self.unusual[name] = len(items), unusual
+        self.judged[name] = len(items)
         return [items[place] for place in unusual]
 
     def index(self, item: Any, likely: int) -> int:
@@ -992,7 +990,7 @@ class SpanReader:
         self._text = str(self._body[start:end], "utf-8")
         self._loaded, self._index, self._shift, self._margin = end, 0, start, len(self._text)
         if end < len(self._body):
-            self._margin = len(self._text) * 3 // 4  # an item that begins behind it can end in this window
+            self._margin = len(self._text) * 3 // 4  # an item that begins behind it begins a new window
 
 
 NOTHING_READ = Spans(b"", {})
@@ -1049,7 +1047,8 @@ def join_pieces(pieces: Iterable[bytes | memoryview], likely: int) -> bytes:
 def free_items(spans: Spans, *requests: dict[str, Any]) -> None:
     """Free the items of a body in steps, so that other threads run between them: empty all lists.
 
-    So a request's own lists must never be parts of what was read, which its conversation's last one shares.
+    A rule must not make a list that stands inside an item or a field the request's own: the conversation's
+    last request can share it.
     """
     lists = [request.get(name) for request in (*requests, spans.request) for name in ITEM_LISTS]
     for items in (spans.items, *lists):
@@ -3533,14 +3532,14 @@ def points_at_nothing(item: Any, strict: bool) -> bool:
     return item.get("type") == "item_reference"
 
 
-def detailed_parts(item: dict[str, Any]) -> list[str]:
+def detailed_fields(item: dict[str, Any]) -> list[str]:
     """Return the fields of an item that have an image with a `detail`."""
     return [field for field in ("content", "output") if any(map(has_detail, or_empty(item.get(field), list)))]
 
 
 def drop_details(item: dict[str, Any]) -> dict[str, Any]:
     """Return an item without the `detail` of its images, which the lite form does not know."""
-    for field in detailed_parts(item):
+    for field in detailed_fields(item):
         parts = [without(part, "detail") if has_detail(part) else part for part in item[field]]
         item = {**item, field: parts}
     return item
@@ -3658,13 +3657,13 @@ def is_usual(item: dict[str, Any]) -> bool:
     """
     if is_plain(item):
         return True
-    if is_additional_tools(item) or points_at_nothing(item, False) or detailed_parts(item):
+    if is_additional_tools(item) or points_at_nothing(item, False) or detailed_fields(item):
         return False
     return all(rule.apply(item, Context()) is item for rule in ITEM_RULES)
 
 
 def is_plain(item: dict[str, Any]) -> bool:
-    """Tell whether an item is usual, of most usual ones: to ask the rules takes longer."""
+    """Tell of most usual items that they are usual, faster than by asking the rules."""
     kind, call_id = item.get("type"), item.get("call_id", "")
     if type(kind) is not str or kind not in USUAL_TYPES or item.get("role") == "system":
         return False
@@ -3932,7 +3931,7 @@ def is_typed(request: Mapping[str, Any], **types: type) -> bool:
 def lite_items(request: Mapping[str, Any], tools: list[Any], context: Context) -> list[Any]:
     """Return the lite form's input: first tools, then instructions, then the items."""
     items = request.get("input", [])
-    if any(map(detailed_parts, context.unusual)):
+    if any(map(detailed_fields, context.unusual)):
         items = [drop_details(item) if isinstance(item, dict) else item for item in items]
     carrier, items = gather_tools(items, tools, context)
     if request.get("instructions"):
@@ -6974,8 +6973,8 @@ class Log(logging.Handler):
     that nobody reads) stops only that thread, and lines beyond CONSOLE_LINES are dropped.
     """
 
-    CONSOLE_LINES = 1000  # that wait for the console's thread at most; it holds as many that it writes
-    MOMENT = 0.01  # seconds
+    CONSOLE_LINES = 1000  # that wait for the console's thread at most; it can hold as many itself
+    MOMENT = 0.01  # seconds; the console gets the lines of so long at once
     LOOK_SECONDS = 1  # between two looks whether another program has moved or removed the file
 
     def __init__(self, path: str) -> None:
@@ -7173,7 +7172,7 @@ class LastRequests(Cache):
         """Keep a request that is no longer used; tell whether it can be the last one, and is small enough."""
         size = spans.settle(self.limit) + len(conversation)
         if not spans.order:
-            return False  # its places are unknown, or two of its fields have one name
+            return False  # `settle` says why
         kept = self.put(owner, "request", conversation, spans, size)
         return kept and self.put(owner, "start", start, conversation)
 
@@ -8134,7 +8133,7 @@ class Attempt:
         self.repaired = 0  # how many repairs were made; `repairs` may begin with what was known before
         self.normalized = request
         self._spans = spans  # the client's own bytes, which go up wherever no rule changes a value
-        self._keep = keep  # keeps the spans for the conversation's next request
+        self._keep = keep  # keeps the spans for the conversation's next request, or returns False
 
     def next_payload(self, *left_out: str) -> bytes:
         """Return the bytes to send now: where nothing changes the client's own, item by item.
@@ -8150,10 +8149,7 @@ class Attempt:
 
         The attempt is of no use afterwards.
         """
-        size = len(self._spans.raw)
-        if size > COUNTED_BODY and self._keep(self._spans):
-            return
-        if size >= LARGE_BODY:
+        if not self._keep(self._spans) and len(self._spans.raw) >= LARGE_BODY:
             free_items(self._spans, self.request, self.normalized)
 
     def call_ids(self) -> dict[str, bytes]:
@@ -8169,8 +8165,6 @@ class Attempt:
 
 STREAM_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
                   "x-accel-buffering": "no"}  # a plain nginx would hold the events back
-
-
 NAMING_BYTES = 128  # of a request, by which a session's threads are told apart
 START_BYTES = 1024  # of a request, in which a client's conversations are alike
 
@@ -8286,17 +8280,22 @@ class Turns:
         """
         if len(raw) <= COUNTED_BODY:
             return self.budget.parse(raw)
-        return self.budget.parse(raw, self.last_requests.get_last(
-            exchange.client.owner, *guess_conversation(exchange, raw)))
+        names = guess_conversation(exchange, raw)
+        return self.budget.parse(raw, self.last_requests.get_last(exchange.client.owner, *names))
 
     def attempt(self, exchange: Exchange, request: dict[str, Any], spans: Spans, context: Context) -> Attempt:
         """Return a request's first attempt; it tells what the lite form will lose where that is known."""
         repairs: tuple[str, ...] = ()
         if context.is_lite and not context.lite_header and lite_losses(request):
             repairs = (f"{FORM_REPAIR}={'+'.join(lite_losses(request))}",)
-        keep = functools.partial(self.last_requests.keep, exchange.client.owner,
-                                 *guess_conversation(exchange, spans.raw))
-        return Attempt(request, spans, context, keep, repairs)
+        return Attempt(request, spans, context, functools.partial(self._keep, exchange), repairs)
+
+    def _keep(self, exchange: Exchange, spans: Spans) -> bool:
+        """Keep a request that upstream has accepted, as `parse` will look for it; tell whether it is kept."""
+        if len(spans.raw) <= COUNTED_BODY:
+            return False
+        names = guess_conversation(exchange, spans.raw)
+        return self.last_requests.keep(exchange.client.owner, *names, spans)
 
     def context(self, exchange: Exchange, request: Mapping[str, Any], websocket: bool = False) -> Context:
         """Return the rules' context."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import tracemalloc
 from typing import Any
 
@@ -85,30 +87,46 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_is_from_above_and_not_far(shape: str) -> None:
-    body = b"[" + (SHAPES[shape] * (700_000 // len(SHAPES[shape]) + 1))[:-1] + b"]"
+def measured(body: bytes) -> tuple[Any, int, int]:
+    """Parse a body; return the value, the bytes of memory that it takes, and those that parsing took."""
+    gc.collect()
     tracemalloc.start()
     try:
         parsed = q.parse_json(body)
-        needed = tracemalloc.get_traced_memory()[1] + len(body)
+        taken, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    return parsed, taken, peak
+
+
+def body_of(shape: str) -> bytes:
+    """Return a body that repeats a shape."""
+    return b"[" + (SHAPES[shape] * (700_000 // len(SHAPES[shape]) + 1))[:-1] + b"]"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_estimate_is_from_above_and_not_far(shape: str) -> None:
+    body = body_of(shape)
+    parsed, _, peak = measured(body)
     assert parsed
-    assert 0.9 * needed <= q.parsed_size(body) <= 4 * needed
+    assert 0.9 * (peak + len(body)) <= q.parsed_size(body) <= 4 * (peak + len(body))
     assert q.parsed_size(body) <= q.WORST_PARSED * len(body)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_estimate_of_values_is_from_above(shape: str) -> None:
-    body = b"[" + (SHAPES[shape] * (700_000 // len(SHAPES[shape]) + 1))[:-1] + b"]"
-    tracemalloc.start()
-    try:
-        parsed = q.parse_json(body)
-        needed = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
+    parsed, taken, _ = measured(body_of(shape))
     size = q.memory_of([parsed], 1 << 30)
-    assert 0.9 * needed <= size <= 4 * needed
+    assert 0.9 * taken <= size <= 4 * taken
     assert q.memory_of([parsed], 1000) > 1000
     assert q.memory_of([parsed, parsed], 1 << 30) == 2 * size
+
+
+@pytest.mark.parametrize("value", [
+    10 ** 4000, -1, 1.5, "", "é", "中", "😀", "x😀", {}, {"a": 1}, [], [0], [0] * 5,
+    [0] * 9, [0] * 17, [0] * 99,
+], ids=lambda value: repr(value)[:12])
+def test_the_memory_of_any_value_is_estimated_from_above(value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    parsed, taken, _ = measured(f"[{','.join([text] * 2000)}]".encode())
+    assert taken <= q.memory_of([parsed], 1 << 30)

@@ -319,6 +319,7 @@ FIGURES = [
     ("4096 bytes", q.MAX_TARGET), (f"{q.MAX_HEAD // 1024} KiB", 64 * 1024),
     (f"more than {q.MAX_HEADERS} headers", q.MAX_HEADERS), (f"rotated at {q.LOG_SIZE >> 20} MiB", q.LOG_SIZE),
     (f"at most {q.STORE_SIZE >> 20} MiB of memory", q.STORE_SIZE),
+    (f"({q.LAST_REQUESTS_SIZE >> 20} MiB for all)", q.LAST_REQUESTS_SIZE),
     (f"gives running answers {q.DRAIN_SECONDS} s", q.DRAIN_SECONDS),
     ("wait up to two minutes", 120),
 ]

@@ -1015,8 +1015,9 @@ def test_conversations_beside_each_other_keep_their_own(
 ) -> None:
     sessions = [{**CODEX, "session-id": name} for name in ("one", "two")]
     for turn in range(3):
-        for session in sessions:
-            assert ask(bridge, conversation(turn), session).status == 200
+        for session in sessions:  # what tells them apart stands behind what could
+            items = [*PRINTED[:40], {**HI, "content": session["session-id"]}, *PRINTED[40:60 + 2 * turn]]
+            assert ask(bridge, conversation(turn, input=items), session).status == 200
     assert [fresh < 1500 for _, fresh in readings[2:]] == [True] * 4
     for number, request in enumerate(sent(backend)):
         assert request.header("session-id") == ("one", "two")[number % 2]
@@ -1077,6 +1078,14 @@ def test_requests_of_one_conversation_at_once_are_each_their_own(
     got = sorted(json.dumps(request.json["input"]) for request in sent(backend))
     assert got == sorted([json.dumps(json.loads(body)["input"]) for body in bodies * 4])
     assert bridge.faults == []
+
+
+def test_a_small_request_is_not_kept(bridge: RunningBridge, readings: Readings) -> None:
+    """To parse it takes less time than to look for what is new in it."""
+    for _ in range(2):
+        assert ask(bridge, {**MODEL, "input": "x" * (q.COUNTED_BODY // 2)}).status == 200
+    assert [new for new, _ in readings] == [True, True]
+    assert not bridge.server.bridge.turns.last_requests._entries
 
 
 def test_a_refused_request_is_no_last_one(
